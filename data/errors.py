@@ -1,0 +1,154 @@
+"""Every error that hone raises on purpose.
+
+A message says what was wrong, where, the value got, and the fix. Each class also inherits the
+standard-library class that it refines, so callers may catch either, and stays picklable. The HTTP
+status of each class is decided in one place, `serve/api/errors.py`; `code` and `param` are the
+fields of the OpenAI error envelope.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+class ToolkitError(Exception):
+    """Base of all errors of hone.
+
+    Args:
+        message: One or more sentences for the person who can fix it.
+        param: The request field or config key at fault, as a dotted path.
+        code: A stable machine-readable name of the condition.
+    """
+
+    code: str | None = None
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None):
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        if code is not None:
+            self.code = code
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.message, dict(self.__dict__))
+
+
+def _rebuild(cls: type[ToolkitError], message: str, state: dict[str, Any]) -> ToolkitError:
+    error = cls.__new__(cls)
+    Exception.__init__(error, message)
+    error.__dict__.update(state)
+    return error
+
+
+class InvalidInput(ToolkitError, ValueError):
+    """A value that a person or client gave is wrong."""
+
+    code = "invalid_value"
+
+
+class ConfigError(InvalidInput):
+    """A configuration is wrong; `problems` holds every finding, not only the first."""
+
+    code = "invalid_config"
+
+    def __init__(self, problems: Sequence[str]):
+        self.problems = list(problems)
+        count = f"{len(self.problems)} problems" if len(self.problems) > 1 else "1 problem"
+        listed = "\n".join(f"  - {problem}" for problem in self.problems)
+        super().__init__(f"The configuration has {count}:\n{listed}")
+
+
+class DataError(InvalidInput):
+    """A dataset is unusable; `lines` holds one dict a bad line: line, column, code, message."""
+
+    code = "invalid_file_format"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        lines: Sequence[dict[str, Any]] = (),
+        param: str | None = None,
+        code: str | None = None,
+    ):
+        super().__init__(message, param=param, code=code)
+        self.lines = list(lines)
+
+
+class NotFound(ToolkitError, KeyError):
+    """An object is absent, or belongs to another account: the two must not be told apart."""
+
+    __str__ = Exception.__str__  # KeyError would print the repr of the message
+
+
+class ModelNotFound(NotFound):
+    """A model name that this account cannot use."""
+
+    code = "model_not_found"
+
+    def __init__(self, name: str):
+        super().__init__(
+            f"The model `{name}` does not exist or you do not have access to it.", param="model"
+        )
+
+
+class StateConflict(ToolkitError, RuntimeError):
+    """The object is in a state in which the call makes no sense."""
+
+    code = "invalid_state"
+
+
+class Unauthorized(ToolkitError, PermissionError):
+    """The key is missing, unknown, revoked or expired."""
+
+    code = "invalid_api_key"
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class Forbidden(Unauthorized):
+    """The key is good but may not do this."""
+
+    code = "insufficient_permissions"
+
+
+class ContextTooLong(InvalidInput):
+    """Prompt plus requested tokens do not fit in the model's context."""
+
+    code = "context_length_exceeded"
+
+
+class AdapterRefused(ToolkitError, ValueError):
+    """An adapter failed a check at publish or load; `code` names the check."""
+
+    code = "adapter_refused"
+
+
+class ModelUnavailable(ToolkitError, RuntimeError):
+    """A base model could not be fetched or read; the message says what to do."""
+
+    code = "model_unavailable"
+
+
+class Overloaded(ToolkitError, RuntimeError):
+    """No room now; the same request may succeed after `retry_after_s` seconds."""
+
+    code = "overloaded"
+
+    def __init__(self, message: str, *, retry_after_s: int = 1, code: str | None = None):
+        super().__init__(message, code=code)
+        self.retry_after_s = retry_after_s
+
+
+class EngineFailure(ToolkitError, RuntimeError):
+    """The engine could not finish a request through no fault of the client."""
+
+    code = "internal_error"
+
+
+class TrainingFailed(ToolkitError, RuntimeError):
+    """A training run cannot go on; `code` becomes the job's error code."""
+
+    code = "training_failed"
