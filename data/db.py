@@ -1,0 +1,100 @@
+"""The database: opened by URL, migrated by Alembic, used through `read()` and `write()`.
+
+SQLite runs in WAL, and every `write()` starts with BEGIN IMMEDIATE, so a transaction that reads and
+then writes (claiming a job, moving an alias) never fails half-way for a lock taken in between. The
+same code runs on PostgreSQL, where `write()` is an ordinary transaction.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import Connection, Engine, event, make_url
+from sqlalchemy.orm import Session
+
+from data.errors import InvalidInput
+
+BUSY_TIMEOUT_S = 30
+
+
+class Database:
+    """A pool of connections to one database.
+
+    Args:
+        url: SQLAlchemy URL, for example `sqlite:////srv/hone/hone.db` or
+            `postgresql+psycopg://user@host/hone`.
+
+    Raises:
+        InvalidInput: The URL is malformed or its driver is not installed.
+    """
+
+    def __init__(self, url: str):
+        try:
+            self.url = make_url(url)
+            self.is_sqlite = self.url.get_backend_name() == "sqlite"
+            if self.is_sqlite and self.url.database:
+                Path(self.url.database).parent.mkdir(parents=True, exist_ok=True)
+            self.engine = _open(self.url, self.is_sqlite)
+        except (sqlalchemy.exc.ArgumentError, sqlalchemy.exc.NoSuchModuleError) as error:
+            raise InvalidInput(
+                f'database_url "{url}" is not a database URL: {error}', param="database_url"
+            ) from error
+        except ModuleNotFoundError as error:
+            raise InvalidInput(
+                f'database_url "{url}" needs the Python package "{error.name}"; for PostgreSQL '
+                "install hone-toolkit[postgres]",
+                param="database_url",
+            ) from error
+
+    @contextmanager
+    def read(self) -> Iterator[Session]:
+        """Yield a session on one consistent snapshot; nothing is written."""
+        with Session(self.engine, expire_on_commit=False) as session:
+            yield session
+
+    @contextmanager
+    def write(self) -> Iterator[Session]:
+        """Yield a session that commits at the end, or rolls back on an exception."""
+        engine = self.engine.execution_options(hone_write=True)
+        with Session(engine, expire_on_commit=False) as session, session.begin():
+            yield session
+
+    def migrate(self) -> None:
+        """Bring the schema to the newest version; safe to call at every start."""
+        config = Config()
+        config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+        with self.engine.execution_options(hone_write=True).begin() as connection:
+            config.attributes["connection"] = connection
+            command.upgrade(config, "head")
+
+    def close(self) -> None:
+        """Close every connection."""
+        self.engine.dispose()
+
+
+def _open(url: sqlalchemy.URL, is_sqlite: bool) -> Engine:
+    if not is_sqlite:
+        return sqlalchemy.create_engine(url, pool_pre_ping=True)
+    engine = sqlalchemy.create_engine(url, connect_args={"timeout": BUSY_TIMEOUT_S})
+    event.listen(engine, "connect", _prepare_sqlite)
+    event.listen(engine, "begin", _begin_sqlite)
+    return engine
+
+
+def _prepare_sqlite(connection: sqlite3.Connection, _record: Any) -> None:
+    connection.isolation_level = None  # so that _begin_sqlite decides how a transaction starts
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("PRAGMA synchronous=FULL")
+    connection.execute("PRAGMA foreign_keys=ON")
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    immediate = connection.get_execution_options().get("hone_write", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")
