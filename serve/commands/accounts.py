@@ -1,0 +1,102 @@
+"""`hone accounts`, `hone keys`, `hone admin-keys`: who may call, and with which key."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from serve.commands.common import (
+    Account,
+    AsJson,
+    choose_account,
+    clock,
+    open_home,
+    print_json,
+    print_table,
+)
+
+accounts_app = typer.Typer(help="Customers of this installation.", no_args_is_help=True)
+keys_app = typer.Typer(help="API keys of an account.", no_args_is_help=True)
+admin_keys_app = typer.Typer(help="Keys of the operators.", no_args_is_help=True)
+
+KeyName = Annotated[str, typer.Option("--name", help="What the key is for.")]
+
+
+@accounts_app.command("create")
+def create_account(name: str, as_json: AsJson = False) -> None:
+    """Make an account and its first API key, which is shown this once."""
+    from data import accounts
+
+    _, database = open_home()
+    project, key = accounts.create_account(database, name)
+    if as_json:
+        print_json({"project_id": project.id, "slug": project.slug, "api_key": key})
+    else:
+        print(f"account {project.slug} ({project.id})\napi key {key}\nKeep it: it is not stored.")
+
+
+@accounts_app.command("list")
+def list_accounts(as_json: AsJson = False) -> None:
+    """List the accounts."""
+    from data import accounts
+
+    _, database = open_home()
+    projects = accounts.list_accounts(database)
+    if as_json:
+        print_json([{"id": p.id, "name": p.name, "status": p.status} for p in projects])
+    else:
+        rows = [(p.slug, p.id, p.status, clock(p.created_at), p.name) for p in projects]
+        print_table(("account", "id", "status", "created", "name"), rows)
+
+
+@keys_app.command("create")
+def create_key(account: Account = None, name: KeyName = "", as_json: AsJson = False) -> None:
+    """Make another API key for an account; it is shown this once."""
+    from data import accounts
+
+    _, database = open_home()
+    record, key = accounts.create_key(database, choose_account(database, account).id, name)
+    if as_json:
+        print_json({"id": record.id, "project_id": record.project_id, "api_key": key})
+    else:
+        print(f"api key {key}\nKeep it: it is not stored. Revoke it by `hone keys revoke {record.id}`.")
+
+
+@keys_app.command("list")
+def list_keys(account: Account = None, as_json: AsJson = False) -> None:
+    """List an account's keys, never in full."""
+    from data import accounts
+
+    _, database = open_home()
+    keys = accounts.list_keys(database, choose_account(database, account).id)
+    if as_json:
+        print_json([{"id": k.id, "redacted": k.redacted, "revoked_at": k.revoked_at} for k in keys])
+    else:
+        rows = [
+            (k.id, k.redacted, k.name, clock(k.last_used_at), clock(k.revoked_at)) for k in keys
+        ]
+        print_table(("id", "key", "name", "last used", "revoked"), rows)
+
+
+@keys_app.command("revoke")
+def revoke_key(key_id: str) -> None:
+    """Make a key useless from the next request on."""
+    from data import accounts
+
+    _, database = open_home()
+    accounts.revoke_key(database, key_id)
+    print(f"{key_id} is revoked")
+
+
+@admin_keys_app.command("create")
+def create_admin_key(name: KeyName = "", as_json: AsJson = False) -> None:
+    """Make a key for an operator; it is shown this once."""
+    from data import accounts
+
+    _, database = open_home()
+    record, key = accounts.create_admin_key(database, name)
+    if as_json:
+        print_json({"id": record.id, "api_key": key})
+    else:
+        print(f"admin key {key}\nKeep it: it is not stored.")
