@@ -21,6 +21,7 @@ from data.rows import Format, Row, fingerprint
 
 SPILL_ROWS = 1 << 20  # 16 MiB of pairs
 _PARTS = 64
+_PART_SHIFT = np.uint64(58)  # leaves the top six bits
 _VALID = np.uint64(1 << 63)  # marks a line number as one of the validation file
 Lines = NDArray[np.uint64]
 Pairs = NDArray[np.uint64]  # (rows, 2): hash, line
@@ -53,7 +54,7 @@ class RowIndex:
     def add(self, rows: Sequence[Row], lines: NDArray[np.uint64]) -> None:
         """Add rows with their line numbers."""
         pairs = np.empty((len(rows), 2), np.uint64)
-        pairs[:, 0] = np.fromiter(map(fingerprint, rows), np.int64, len(rows)).view(np.uint64)
+        pairs[:, 0] = _hashes(rows)
         pairs[:, 1] = lines
         self._pending.append(pairs)
         self._num_pending += len(rows)
@@ -69,41 +70,57 @@ class RowIndex:
         )
 
     def groups(self) -> Iterator[tuple[Lines, Lines]]:
-        """All rows, in parts: their lines, and the first line that says the same."""
+        """All rows that are not alone, in parts: their lines, and the first that says the same."""
         for pairs in self._parts():
-            order = np.lexsort((pairs[:, 1], pairs[:, 0]))
-            hashes, lines = pairs[order, 0], pairs[order, 1]
-            starts = np.flatnonzero(np.r_[True, hashes[1:] != hashes[:-1]])[: len(hashes)]
-            lengths = np.diff(np.r_[starts, len(hashes)])
-            yield lines, np.repeat(lines[starts], lengths)
+            ordered = np.sort(pairs[:, 0])
+            shared = ordered[1:][ordered[1:] == ordered[:-1]]
+            if not len(shared):
+                continue
+            pairs = pairs[np.isin(pairs[:, 0], shared)]
+            pairs = pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
+            starts = np.flatnonzero(np.r_[True, pairs[1:, 0] != pairs[:-1, 0]])
+            lengths = np.diff(np.r_[starts, len(pairs)])
+            yield pairs[:, 1], np.repeat(pairs[starts, 1], lengths)
 
     def _spill(self) -> None:
         """Move what is pending to the file, part by part."""
         if self._file is None:
             self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the index
         for part, pairs in enumerate(self._take_pending()):
-            if len(pairs):
-                self._spilled[part].append((self._file.tell(), len(pairs)))
-                self._file.write(pairs.tobytes())
+            self._spilled[part].append((self._file.tell(), len(pairs)))
+            self._file.write(pairs.tobytes())
 
-    def _take_pending(self) -> Iterator[Pairs]:
-        pairs = np.concatenate([np.empty((0, 2), np.uint64), *self._pending])
+    def _take_pending(self) -> list[Pairs]:
+        """What is pending, parted by the top bits of the hash."""
+        pairs = _concatenate(self._pending)
         self._pending, self._num_pending = [], 0
-        pairs = pairs[np.argsort(pairs[:, 0])]
-        bounds = np.arange(1, _PARTS, dtype=np.uint64) << np.uint64(58)
-        yield from np.split(pairs, np.searchsorted(pairs[:, 0], bounds))
+        parts = (pairs[:, 0] >> _PART_SHIFT).astype(np.uint8)
+        order = np.argsort(parts, kind="stable")  # a radix sort for bytes
+        return np.split(pairs[order], np.cumsum(np.bincount(parts, minlength=_PARTS))[:-1])
 
     def _parts(self) -> Iterator[Pairs]:
         if self._file is None:
-            yield np.concatenate([np.empty((0, 2), np.uint64), *self._pending])
+            yield _concatenate(self._pending)
             return
         self._spill()
         for segments in self._spilled:
-            chunks = [np.empty((0, 2), np.uint64)]
+            chunks = []
             for position, count in segments:
                 self._file.seek(position)
                 chunks.append(np.frombuffer(self._file.read(count * 16), np.uint64).reshape(-1, 2))
-            yield np.concatenate(chunks)
+            yield _concatenate(chunks)
+
+
+def _hashes(rows: Sequence[Row]) -> NDArray[np.uint64]:
+    try:
+        hashes = np.fromiter(map(hash, rows), np.int64, len(rows))
+    except TypeError:  # some row has tools
+        hashes = np.fromiter(map(fingerprint, rows), np.int64, len(rows))
+    return hashes.view(np.uint64)
+
+
+def _concatenate(chunks: Sequence[Pairs]) -> Pairs:
+    return np.concatenate([np.empty((0, 2), np.uint64), *chunks])
 
 
 def _collect(found: Iterable[tuple[Lines, Lines]]) -> Repeats:

@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import msgspec
+import numpy as np
 
 from data.checks import is_blank
-from data.rows import ROW_TYPES, Content, Format, Messages, Row
+from data.rows import ROW_TYPES, Format, Messages, Row
 
 Line = bytes | bytearray
 T = TypeVar("T")
@@ -25,10 +26,11 @@ class FastReader:
 
     def __init__(self, format: Format):
         self._decoder: msgspec.json.Decoder[Row] = msgspec.json.Decoder(ROW_TYPES[format])
-        self._is_good = _IS_GOOD[format]
+        self._all_good = _ALL_GOOD[format]
         fields = msgspec.structs.fields(ROW_TYPES[format])
-        self._required = [f'"{field.name}"'.encode() for field in fields if field.required]
-        self._optional = [f'"{field.name}"'.encode() for field in fields if not field.required]
+        keys = {field.name: f'"{field.name}"'.encode() for field in fields}
+        self._required = [keys[field.name] for field in fields if field.required]
+        self._optional = [keys["labeler"]] if "labeler" in keys else []  # tools are not read here
 
     def read_line(self, line: Line) -> Row | None:
         if any(line.count(key) > 1 for key in self._required + self._optional):
@@ -37,23 +39,22 @@ class FastReader:
             row = self._decoder.decode(line)
         except _NOT_DECODED:
             return None
-        return row if self._is_good(row) else None
+        return row if self._all_good((row,)) else None
 
     def read_block(self, block: Line) -> Sequence[Row] | None:
         """All rows of a block, if every line is a good one."""
-        num_lines = block.count(b"\n") + 1
-        if any(block.count(key) != num_lines for key in self._required):
+        rows = _decode_lines(self._decoder, block)
+        if rows is None or any(block.count(key) != len(rows) for key in self._required):
             return None
         if any(key in block for key in self._optional):
             return None
-        rows = _decode_lines(self._decoder, block)
-        return rows if rows is not None and all(map(self._is_good, rows)) else None
+        return rows if self._all_good(rows) else None
 
 
 _object_decoder = msgspec.json.Decoder(dict[str, Any])
 
 
-def all_objects(block: Line) -> int | None:
+def count_objects(block: Line) -> int | None:
     """The number of lines of a block if every one is a JSON object, else None."""
     values = _decode_lines(_object_decoder, block)
     return None if values is None else len(values)
@@ -68,61 +69,80 @@ def _decode_lines(decoder: msgspec.json.Decoder[T], block: Line) -> list[T] | No
     """
     if b"\r" in block:
         block = block.replace(b"\r\n", b"\n").removesuffix(b"\r")
-    num_lines = block.count(b"\n") + 1
     if not (block.startswith(b"{") and block.endswith(b"}")):
         return None
-    if block.count(b"}\n{") != num_lines - 1:
+    codes = np.frombuffer(block, np.uint8)
+    newlines = np.flatnonzero(codes == ord("\n"))
+    if (codes[newlines - 1] != ord("}")).any() or (codes[newlines + 1] != ord("{")).any():
         return None
     try:
         values = decoder.decode_lines(block)
     except _NOT_DECODED:
         return None
-    return values if len(values) == num_lines else None
+    return values if len(values) == len(newlines) + 1 else None
 
 
-def _good_prompt_completion(row: Any) -> bool:
-    prompt, completion = row.prompt, row.completion
-    if type(completion) is str:
-        return type(prompt) is str and not is_blank(completion)
-    return type(prompt) is tuple and _good_messages(prompt) and _good_chat(completion)
+def _good_completions(rows: Sequence[Any]) -> bool:
+    for row in rows:
+        prompt, completion = row.prompt, row.completion
+        if type(completion) is str:
+            good = type(prompt) is str and completion and not completion.isspace()
+        else:
+            good = type(prompt) is tuple and _good_messages(prompt)
+            good = good and _good_messages(completion, must_train=True)
+        if not good:
+            return False
+    return True
 
 
-def _good_messages(messages: Messages) -> bool:
+def _good_messages(messages: Messages, must_train: bool = False) -> bool:
+    trains = False
     for message in messages:
-        if message.content is None or message.tool_calls is not None:
+        content = message.content
+        if content is None or message.tool_calls is not None:
             return False
-        if message.trains and is_blank(message.content):
-            return False
-    return bool(messages)
+        if message.role == "assistant" and message.weight != 0:
+            if not content or content.isspace():
+                return False
+            trains = True
+    return trains or (bool(messages) and not must_train)
 
 
-def _good_chat(messages: Messages) -> bool:
-    return _good_messages(messages) and any(message.trains for message in messages)
+def _good_chats(rows: Sequence[Any]) -> bool:
+    return all(row.tools is None and _good_messages(row.messages, must_train=True) for row in rows)
 
 
-def _good_preference(row: Any) -> bool:
-    prompt, chosen, rejected = row.prompt, row.chosen, row.rejected
-    if row.tools is not None or chosen == rejected:
-        return False
-    if type(prompt) is str:
-        return all(type(answer) is str and not is_blank(answer) for answer in (chosen, rejected))
-    return (
-        _good_messages(prompt)
-        and prompt[-1].role != "assistant"
-        and _good_answer(chosen)
-        and _good_answer(rejected)
+def _good_preferences(rows: Sequence[Any]) -> bool:
+    return all(
+        row.tools is None
+        and row.chosen != row.rejected
+        and (_good_texts(row) if type(row.prompt) is str else _good_conversations(row))
+        for row in rows
     )
 
 
-def _good_answer(answer: Content) -> bool:
-    return type(answer) is tuple and _good_messages(answer) and answer[-1].role == "assistant"
+def _good_texts(row: Any) -> bool:
+    return all(
+        type(answer) is str and not is_blank(answer) for answer in (row.chosen, row.rejected)
+    )
 
 
-_IS_GOOD: dict[Format, Callable[[Any], bool]] = {
-    Format.PROMPT_COMPLETION: _good_prompt_completion,
-    Format.CHAT: lambda row: row.tools is None and _good_chat(row.messages),
-    Format.PREFERENCE: _good_preference,
-    Format.UNPAIRED: _good_prompt_completion,
-    Format.TEXT: lambda row: not is_blank(row.text),
-    Format.REINFORCEMENT: lambda row: False,  # its grader fields may have any name
+def _good_conversations(row: Any) -> bool:
+    return (
+        _good_messages(row.prompt)
+        and row.prompt[-1].role != "assistant"
+        and all(
+            type(answer) is tuple and _good_messages(answer) and answer[-1].role == "assistant"
+            for answer in (row.chosen, row.rejected)
+        )
+    )
+
+
+_ALL_GOOD: dict[Format, Callable[[Sequence[Any]], bool]] = {
+    Format.PROMPT_COMPLETION: _good_completions,
+    Format.CHAT: _good_chats,
+    Format.PREFERENCE: _good_preferences,
+    Format.UNPAIRED: _good_completions,
+    Format.TEXT: lambda rows: not any(is_blank(row.text) for row in rows),
+    Format.REINFORCEMENT: lambda rows: False,  # its grader fields may have any name
 }

@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+import numpy as np
+
 from data.errors import DataError
 from data.fast_rows import Line
 from data.parse import RowParser
@@ -83,7 +85,8 @@ def iter_blocks(
         if end > begin:
             data = piece[begin : end - 1]
             yield from _split_long(_block(line, offset, data), max_line_bytes)
-            line, offset = line + data.count(b"\n") + 1, offset + len(data) + 1
+            num_newlines = np.count_nonzero(np.frombuffer(data, np.uint8) == ord("\n"))
+            line, offset = line + int(num_newlines) + 1, offset + len(data) + 1
         rest = max(begin, end)
         held, held_bytes = bytearray(piece[rest:]), len(piece) - rest
     if held_bytes:

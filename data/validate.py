@@ -20,7 +20,7 @@ import numpy as np
 
 from data.checks import Extra, Finding
 from data.duplicates import RowIndex, find_overlap
-from data.fast_rows import Line, all_objects
+from data.fast_rows import Line, count_objects
 from data.jsonl import (
     MAX_LINE_BYTES,
     Block,
@@ -168,7 +168,7 @@ class _Validation:
         return numbers, rows
 
     def check_syntax(self, block: Block) -> None:
-        num_rows = all_objects(block.data)
+        num_rows = count_objects(block.data)
         if num_rows is not None:
             self.num_lines += num_rows
             self.num_examples += num_rows
