@@ -8,20 +8,17 @@ access that a customer's own script would not have.
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from data.errors import InvalidInput, ToolkitError, TrainingFailed
+from data.errors import InvalidInput, TrainingFailed
 from serve.commands.common import AsJson, open_home
 
 if TYPE_CHECKING:
@@ -31,7 +28,6 @@ if TYPE_CHECKING:
     from data.settings import Settings
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-READY_TIMEOUT_S = 300
 CLIENTS = 8  # questions asked at the same time: the server batches them
 Row = dict[str, str]
 
@@ -47,12 +43,17 @@ def demo(
     from openai import OpenAI
     from rich.console import Console
 
+    from serve.background import running_server
+
     console = Console(stderr=as_json)
     train_file, test_rows = _dataset(dataset, questions)
     settings, database = open_home()
     account, key = _account(database)
     started = time.monotonic()
-    with _server(settings, console) as base_url:
+    with ExitStack() as stack:
+        with console.status("Starting the server (the first time it fetches the base model)"):
+            base_url = stack.enter_context(running_server(settings.home))
+        console.print(f"The server answers at {base_url}; its log is {settings.home}/server.log")
         client = OpenAI(base_url=base_url, api_key=key, max_retries=0, timeout=600)
         console.print(f"Uploading {train_file.name} for the account [bold]{account}[/]")
         with train_file.open("rb") as stream:
@@ -97,50 +98,6 @@ def _account(database: Any) -> tuple[str, str]:
     else:
         _, key = accounts.create_key(database, project.id, "demo")
     return project.slug, key
-
-
-@contextmanager
-def _server(settings: Settings, console: Any) -> Iterator[str]:
-    """Run `hone serve` on a free port until the block ends; yields the API's base URL."""
-    import httpx
-
-    port = _free_port()
-    log = settings.home / "demo-server.log"
-    command = [sys.executable, "-m", "serve.cli", "serve", f"home={settings.home}", f"port={port}"]
-    with log.open("wb") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=stream, start_new_session=True)
-    try:
-        deadline = time.monotonic() + READY_TIMEOUT_S
-        with console.status("Starting the server (the first time it fetches the base model)"):
-            while not _healthy(httpx, port):
-                if process.poll() is not None or time.monotonic() > deadline:
-                    tail = "\n".join(log.read_text("utf-8", "replace").splitlines()[-20:])
-                    raise ToolkitError(f"The server did not start; the end of {log}:\n{tail}")
-                time.sleep(0.2)
-        console.print(f"The server answers on port {port}; its log is {log}")
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _healthy(httpx: Any, port: int) -> bool:
-    try:
-        return bool(httpx.get(f"http://127.0.0.1:{port}/health", timeout=5).status_code == 200)
-    except httpx.TransportError:
-        return False
 
 
 def _wait(client: OpenAI, job: FineTuningJob, console: Any) -> FineTuningJob:
@@ -248,7 +205,9 @@ def _show_next(console: Any, settings: Settings, key: str, model: str) -> None:
     console.print("\nGo on with the server, and ask it from another terminal:", highlight=False)
     hone = Path(sys.executable).with_name("hone")
     console.print(f"  {_short(hone)} serve home={settings.home}", highlight=False)
-    body = json.dumps({"model": model, "prompt": "Where is my parcel?\n\nIntent:", "temperature": 0})
+    body = json.dumps(
+        {"model": model, "prompt": "Where is my parcel?\n\nIntent:", "temperature": 0}
+    )
     console.print(
         f"  curl http://127.0.0.1:{settings.port}/v1/completions \\\n"
         f"    -H 'Authorization: Bearer {key}' -H 'Content-Type: application/json' \\\n"

@@ -1,0 +1,100 @@
+"""`hone models`: base models, adapter versions and the aliases that point at them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from serve.commands.common import (
+    Account,
+    AsJson,
+    choose_account,
+    clock,
+    open_home,
+    print_json,
+    print_table,
+)
+
+app = typer.Typer(help="Base models, adapter versions, aliases.", no_args_is_help=True)
+
+
+@app.command("list")
+def list_models(account: Account = None, as_json: AsJson = False) -> None:
+    """List an account's adapter versions; a star marks the one that the alias names."""
+    from data import registry
+
+    _, database = open_home()
+    project = choose_account(database, account)
+    versions = registry.list_versions(database, project.id)
+    current = {alias.version_id for alias in registry.list_aliases(database, project.id)}
+    if as_json:
+        print_json(
+            [
+                {
+                    "name": v.name,
+                    "alias": registry.alias_of(v.name),
+                    "promoted": v.id in current,
+                    "base_model": v.base_model,
+                    "digest": v.digest,
+                    "bytes": v.bytes,
+                    "created_at": v.created_at,
+                }
+                for v in versions
+            ]
+        )
+        return
+    rows = [
+        ("*" if v.id in current else "", v.name, v.rank, v.bytes, clock(v.created_at))
+        for v in versions
+    ]
+    print_table(("", "model", "rank", "bytes", "created"), rows)
+
+
+@app.command("pull")
+def pull(
+    name: Annotated[
+        str | None, typer.Argument(help="Name in configs/models, YAML, folder or hub id.")
+    ] = None,
+) -> None:
+    """Fetch a base model into HONE_HOME and print its folder."""
+    from data.settings import load_settings
+    from serve.engine import base_model
+
+    settings = load_settings()
+    spec = base_model.find_spec(name or settings.model)
+    print(base_model.fetch(spec, settings.models_dir))
+
+
+@app.command("promote")
+def promote(model: str, account: Account = None) -> None:
+    """Move the alias to this version: the next request gets it."""
+    from data import registry
+
+    _, database = open_home()
+    project = choose_account(database, account)
+    version = registry.resolve(database, project.id, model)
+    alias = registry.promote(database, project.id, version.id)
+    print(f"{alias.name} -> {version.name}")
+
+
+@app.command("rollback")
+def rollback(alias: str, account: Account = None) -> None:
+    """Move the alias back to the version that it named before."""
+    from data import registry
+
+    _, database = open_home()
+    version = registry.rollback(database, choose_account(database, account).id, alias)
+    print(f"{alias} -> {version.name}")
+
+
+@app.command("export")
+def export(model: str, destination: Path, account: Account = None) -> None:
+    """Copy a version to a folder that PEFT loads (`PeftModel.from_pretrained`)."""
+    from data import registry
+
+    settings, database = open_home()
+    project = choose_account(database, account)
+    version = registry.resolve(database, project.id, model)
+    print(registry.export(version, settings.adapters_dir, destination))
