@@ -9,20 +9,18 @@ rows.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data.jsonl import Source, read_row_blocks
-from data.report import KEEP, Problem
-from data.rows import Format, Row, fingerprint
+from data.report import KEEP
+from data.rows import Row, fingerprint
 
 SPILL_ROWS = 1 << 20  # 16 MiB of pairs
 _PARTS = 64
 _PART_SHIFT = np.uint64(58)  # leaves the top six bits
-_VALID = np.uint64(1 << 63)  # marks a line number as one of the validation file
 Lines = NDArray[np.uint64]
 Pairs = NDArray[np.uint64]  # (rows, 2): hash, line
 
@@ -42,6 +40,8 @@ class RowIndex:
         self._pending: list[Pairs] = []
         self._num_pending = 0
         self._file: BinaryIO | None = None
+        self._num_collapsed = 0
+        self._collapsed: Pairs = np.empty((0, 2), np.uint64)
         self._spilled: list[list[tuple[int, int]]] = [[] for _ in range(_PARTS)]
 
     def __enter__(self) -> RowIndex:
@@ -54,33 +54,40 @@ class RowIndex:
     def add(self, rows: Sequence[Row], lines: NDArray[np.uint64]) -> None:
         """Add rows with their line numbers."""
         pairs = np.empty((len(rows), 2), np.uint64)
-        pairs[:, 0] = _hashes(rows)
+        pairs[:, 0] = hashes_of(rows)
         pairs[:, 1] = lines
         self._pending.append(pairs)
         self._num_pending += len(rows)
         if self._num_pending >= self._spill_rows:
+            self._collapse()
             self._spill()
 
     def repeats(self) -> Repeats:
         """The rows that say what a row on an earlier line says."""
-        return _collect(
-            (lines[again], origins[again])
-            for lines, origins in self.groups()
-            for again in [origins != lines]
-        )
-
-    def groups(self) -> Iterator[tuple[Lines, Lines]]:
-        """All rows that are not alone, in parts: their lines, and the first that says the same."""
+        self._collapse()
+        total = self._num_collapsed - len(self._collapsed)
+        self._pending.append(self._collapsed)
+        first: list[tuple[int, int]] = []
         for pairs in self._parts():
-            ordered = np.sort(pairs[:, 0])
-            shared = ordered[1:][ordered[1:] == ordered[:-1]]
-            if not len(shared):
-                continue
-            pairs = pairs[np.isin(pairs[:, 0], shared)]
-            pairs = pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
-            starts = np.flatnonzero(np.r_[True, pairs[1:, 0] != pairs[:-1, 0]])
-            lengths = np.diff(np.r_[starts, len(pairs)])
-            yield pairs[:, 1], np.repeat(pairs[starts, 1], lengths)
+            lines, origins = _repeated(pairs)
+            total += len(lines)
+            keep = np.argsort(lines)[:KEEP]
+            first += zip(lines[keep].tolist(), origins[keep].tolist(), strict=True)
+        return Repeats(total, sorted(first)[:KEEP])
+
+    def _collapse(self) -> None:
+        """Keep one row of those pending that are the same; of the others, count and first lines.
+
+        So a file of one row repeated takes no more memory than one of rows all different.
+        """
+        pairs = _concatenate(self._pending)
+        order = np.argsort(pairs[:, 0], kind="stable")  # equal rows stay in the order of lines
+        ordered = pairs[order, 0]
+        again = order[1:][ordered[1:] == ordered[:-1]]
+        self._num_collapsed += len(again)
+        repeated = np.concatenate([self._collapsed, pairs[np.sort(again)[:KEEP]]])
+        self._collapsed = repeated[np.argsort(repeated[:, 1])][:KEEP]
+        self._pending = [np.delete(pairs, again, axis=0)]
 
     def _spill(self) -> None:
         """Move what is pending to the file, part by part."""
@@ -111,7 +118,8 @@ class RowIndex:
             yield _concatenate(chunks)
 
 
-def _hashes(rows: Sequence[Row]) -> NDArray[np.uint64]:
+def hashes_of(rows: Sequence[Row]) -> NDArray[np.uint64]:
+    """The 64-bit hash of each row."""
     try:
         hashes = np.fromiter(map(hash, rows), np.int64, len(rows))
     except TypeError:  # some row has tools
@@ -123,40 +131,12 @@ def _concatenate(chunks: Sequence[Pairs]) -> Pairs:
     return np.concatenate([np.empty((0, 2), np.uint64), *chunks])
 
 
-def _collect(found: Iterable[tuple[Lines, Lines]]) -> Repeats:
-    """Count the rows found, and keep those of the smallest lines."""
-    total, first = 0, list[tuple[int, int]]()
-    for lines, origins in found:
-        total += len(lines)
-        keep = np.argsort(lines)[:KEEP]
-        first += zip(lines[keep].tolist(), origins[keep].tolist(), strict=True)
-    return Repeats(total, sorted(first)[:KEEP])
-
-
-def find_overlap(
-    train: Source, valid: Source, format: Format | None = None
-) -> tuple[int, list[Problem]]:
-    """The rows of a validation file that the training file holds too: how many, and the first 100.
-
-    Both files must have passed validation; the problems are on lines of the validation file.
-    """
-    with RowIndex() as index:
-        for lines, rows in read_row_blocks(train, format):
-            index.add(rows, np.asarray(lines, np.uint64))
-        for lines, rows in read_row_blocks(valid, format):
-            index.add(rows, np.asarray(lines, np.uint64) | _VALID)
-        shared = _collect(
-            (lines[held] ^ _VALID, origins[held])
-            for lines, origins in index.groups()
-            for held in [(lines & _VALID != 0) & (origins & _VALID == 0)]
-        )
-    return shared.total, [
-        Problem(
-            line,
-            1,
-            "train_valid_overlap",
-            f"the row is also line {origin} of the training file",
-            "Remove it from one of the two files, or the validation loss will flatter the model.",
-        )
-        for line, origin in shared.first
-    ]
+def _repeated(pairs: Pairs) -> tuple[Lines, Lines]:
+    """The lines of rows that say what an earlier one says, and the first such line of each."""
+    ordered = np.sort(pairs[:, 0])
+    shared = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+    pairs = pairs[np.isin(pairs[:, 0], shared)]
+    pairs = pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
+    _, starts, counts = np.unique(pairs[:, 0], return_index=True, return_counts=True)
+    lines, origins = pairs[:, 1], np.repeat(pairs[starts, 1], counts)
+    return lines[lines != origins], origins[lines != origins]

@@ -8,6 +8,7 @@ with tools, text parts or unused keys, and is then read exactly by `data/parse.p
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
@@ -25,18 +26,28 @@ class FastReader:
     """Decodes lines straight into the row type of a format, and accepts what is plainly good."""
 
     def __init__(self, format: Format):
+        self.format = format
         self._decoder: msgspec.json.Decoder[Row] = msgspec.json.Decoder(ROW_TYPES[format])
         self._all_good = _ALL_GOOD[format]
         fields = msgspec.structs.fields(ROW_TYPES[format])
         keys = {field.name: f'"{field.name}"'.encode() for field in fields}
         self._required = [keys[field.name] for field in fields if field.required]
         self._optional = [keys["labeler"]] if "labeler" in keys else []  # tools are not read here
+        self._keys = self._required + self._optional
 
     def read_line(self, line: Line) -> Row | None:
-        if any(line.count(key) > 1 for key in self._required + self._optional):
+        """The row of a line, if it is a good one."""
+        return self._checked(line, partial(self._decoder.decode, line))
+
+    def convert(self, line: Line, known: dict[str, Any]) -> Row | None:
+        """The row of a line that was parsed and stripped of unused keys, if it is a good one."""
+        return self._checked(line, partial(msgspec.convert, known, ROW_TYPES[self.format]))
+
+    def _checked(self, line: Line, decode: Callable[[], Row]) -> Row | None:
+        if any(line.count(key) > 1 for key in self._keys):
             return None  # perhaps a repeated key
         try:
-            row = self._decoder.decode(line)
+            row = decode()
         except _NOT_DECODED:
             return None
         return row if self._all_good((row,)) else None
@@ -52,6 +63,14 @@ class FastReader:
 
 
 _object_decoder = msgspec.json.Decoder(dict[str, Any])
+
+
+def decode_quickly(line: Line) -> dict[str, Any] | None:
+    """The JSON object that a line is, or None when it is something else or hard to read."""
+    try:
+        return _object_decoder.decode(line)
+    except _NOT_DECODED:
+        return None
 
 
 def count_objects(block: Line) -> int | None:

@@ -15,8 +15,18 @@ from typing import Any, NamedTuple, cast
 import msgspec
 import orjson
 
-from data.checks import Extra, Finding, Path, check_row, dotted, extra_keys, missing_key, show
-from data.fast_rows import FastReader, Line
+from data.checks import (
+    KNOWN_KEYS,
+    Extra,
+    Finding,
+    Path,
+    check_row,
+    dotted,
+    extra_keys,
+    missing_key,
+    show,
+)
+from data.fast_rows import FastReader, Line, decode_quickly
 from data.rows import ROW_TYPES, Format, Row, canonical_preference, detect, to_row
 
 MAX_DEPTH = 64  # levels of nesting; more than any row needs, fewer than any parser chokes on
@@ -53,28 +63,41 @@ class RowParser:
 
     def parse_line(self, number: int, line: Line) -> Parsed:
         """The row of a line that is not blank, or all that is wrong with it."""
-        if self._fast is not None and not self._may_hold_tokens(line):
-            row = self._fast.read_line(line)
-            if row is not None:
-                return Parsed(row)
+        fast = None if self._fast is None or self._may_hold_tokens(line) else self._fast
+        row = fast.read_line(line) if fast else None
+        if row is not None:
+            return Parsed(row)
         value = decode_object(line)
         if isinstance(value, Finding):
             return Parsed(None, [value])
-        return self._parse_object(number, line, value)
+        present = {key: item for key, item in value.items() if item is not None}
+        parsed = self._parse_known(fast, line, present) if fast else None
+        return parsed or self._parse_exactly(number, line, present)
 
-    def _parse_object(self, number: int, line: Line, value: dict[str, Any]) -> Parsed:
-        if _is_deeper(value, MAX_DEPTH):
+    def _parse_known(self, fast: FastReader, line: Line, row: dict[str, Any]) -> Parsed | None:
+        """The quick reading of what is left of a row without its unused keys, if it has such."""
+        known_keys = KNOWN_KEYS.get(fast.format, row.keys())
+        known = {key: item for key, item in row.items() if key in known_keys}
+        if len(known) == len(row):
+            return None
+        good = fast.convert(line, known)
+        extras = [(key, (key,)) for key in row if key not in known_keys]
+        return None if good is None else Parsed(good, extras=extras)
+
+    def _parse_exactly(self, number: int, line: Line, row: dict[str, Any]) -> Parsed:
+        if line.count(b"[") + line.count(b"{") > MAX_DEPTH and _is_deeper(row, MAX_DEPTH):
             message = f"values are nested more than {MAX_DEPTH} levels deep"
             return Parsed(None, [Finding("too_deep", message, "Flatten the row.", column=1)])
-        present = {key: item for key, item in value.items() if item is not None}
-        format = self._format_of(number, present)
+        format = self._format_of(number, row)
         if isinstance(format, Finding):
             return Parsed(None, [format])
-        extras = extra_keys(present, format)
-        findings = [*_repeated_keys(line, present), *check_row(present, format)]
-        findings += _special_tokens(present, self._tokens)
-        row = None if findings else to_row(value, format)
-        return Parsed(row, findings, extras)
+        known_keys = KNOWN_KEYS.get(format, row.keys())
+        known = {key: item for key, item in row.items() if key in known_keys}
+        findings = [*_repeated_keys(line, known), *check_row(row, format)]
+        findings += _special_tokens(known, self._tokens)
+        if findings:
+            return Parsed(None, findings, extra_keys(row, format))
+        return Parsed(to_row(row, format), extras=extra_keys(row, format))
 
     def _format_of(self, number: int, row: dict[str, Any]) -> Format | Finding:
         """The file's format if the row can be read as one of it; sets it if it is still open."""
@@ -103,8 +126,11 @@ class RowParser:
 
 def decode_object(line: Line) -> dict[str, Any] | Finding:
     """Parse one line as a JSON object, strictly."""
+    value = decode_quickly(line)
+    if value is not None:
+        return value
     try:
-        value = orjson.loads(line)
+        value = orjson.loads(line)  # tells where it stops, for twice the memory
     except orjson.JSONDecodeError as error:
         return _not_utf8(line) or _not_json(line, error)
     if not isinstance(value, dict):
@@ -125,7 +151,7 @@ def _not_utf8(line: Line) -> Finding | None:
 
 
 def _not_json(line: Line, error: orjson.JSONDecodeError) -> Finding:
-    rest = line.decode()[error.pos : error.pos + 9]
+    rest = error.doc[error.pos : error.pos + 9]
     fix = "Write rows with a JSON library, each as one object on one line."
     if rest.startswith(("NaN", "Infinity", "-Infinity")):
         fix = "JSON has no NaN or Infinity: use null or leave the key out."
@@ -135,7 +161,7 @@ def _not_json(line: Line, error: orjson.JSONDecodeError) -> Finding:
         fix = "Remove the comma."
     elif "surrogate" in error.msg:
         fix = "Escape the character as a pair of surrogates, or write it as UTF-8."
-    elif line.strip() in (b"[", b"{"):
+    elif len(line) < 9 and line.strip() in (b"[", b"{"):
         fix = "The file looks like one JSON document: write one object a line instead."
     message = f"{error.msg} (line starts with: {_start(line)})"
     return Finding("invalid_json", message, fix, column=error.pos + 1)
@@ -160,7 +186,7 @@ def _is_deeper(value: Any, limit: int) -> bool:
 
 def _repeated_keys(line: Line, row: dict[str, Any]) -> Iterator[Finding]:
     """A top-level key written twice; only such a key or a value equal to it occurs twice quoted."""
-    if any(line.count(json.dumps(key, ensure_ascii=False).encode()) > 1 for key in row):
+    if any(line.count(f'"{key}"'.encode()) > 1 for key in row):
         pairs: list[tuple[str, Any]] = []
 
         def keep_last(found: list[tuple[str, Any]]) -> None:

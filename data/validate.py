@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 
 from data.checks import Extra, Finding
-from data.duplicates import RowIndex, find_overlap
+from data.duplicates import RowIndex
 from data.fast_rows import Line, count_objects
 from data.jsonl import (
     MAX_LINE_BYTES,
@@ -33,6 +33,7 @@ from data.jsonl import (
     too_long_message,
 )
 from data.locate import column_of
+from data.overlap import find_overlap
 from data.parse import RowParser, decode_object
 from data.report import KEEP, Problem, Report, Tally, upload_error_message
 from data.rows import Format, Row
@@ -78,6 +79,7 @@ def validate(
                 run.check_syntax(block)
             else:
                 run.check_rows(block)
+            del block  # a long line goes before the next one comes
         run.finish(min_examples if level == "rows" else 0)
     return Report(
         name=name or source_name(source),
