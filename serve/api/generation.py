@@ -1,0 +1,163 @@
+"""From a request's event loop to the engine's thread and back.
+
+One API request may need many sequences (several prompts, `n`, `best_of`). They are handed to the
+engine a few at a time, so that one client's hundred candidates neither fill the queue nor fail
+because it is full, and they are all cancelled when the client goes away.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from starlette.requests import ClientDisconnect, Request
+
+from data.errors import EngineFailure, Overloaded
+from serve.engine.base import Delta, Engine, GenerationRequest, TokenLogprob
+
+IN_FLIGHT = 32  # sequences of one API request that wait or run in the engine at a time
+
+T = TypeVar("T")
+Event = tuple[int, Delta]  # which of the request's sequences, and what happened to it
+
+
+@dataclass(slots=True)
+class Answer:
+    """One finished sequence."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: Sequence[TokenLogprob | None] | None = None
+    finish_reason: str = ""
+
+    def add(self, delta: Delta) -> None:
+        """Append what the engine reports."""
+        self.text += delta.text
+        self.token_ids += delta.token_ids
+        self.logprobs += delta.logprobs
+        if delta.prompt_logprobs is not None:
+            self.prompt_logprobs = delta.prompt_logprobs
+        self.finish_reason = delta.finish_reason or ""
+
+
+class Generator:
+    """The engine, seen from the event loop."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self.last_answer_s = float("-inf")  # on time.monotonic(): the newest sign of life
+
+    def start(self, requests: Sequence[GenerationRequest]) -> Generation:
+        """Submit the requests.
+
+        Raises:
+            Overloaded: The engine's queue is full.
+            ContextTooLong: A prompt does not fit.
+        """
+        generation = Generation(self, requests)
+        generation.fill()
+        return generation
+
+    async def answer(self, requests: Sequence[GenerationRequest]) -> list[Answer]:
+        """Run the requests to their end and return their answers in order."""
+        answers = [Answer() for _ in requests]
+        async for event in self.start(requests).events():
+            if event is not None:
+                index, delta = event
+                answers[index].add(delta)
+        return answers
+
+
+class Generation:
+    """The sequences of one API request."""
+
+    def __init__(self, generator: Generator, requests: Sequence[GenerationRequest]):
+        self._generator = generator
+        self._waiting = deque(enumerate(requests))
+        self._running: dict[int, str] = {}
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+
+    def fill(self) -> None:
+        """Hand waiting sequences to the engine while it takes them."""
+        while self._waiting and len(self._running) < IN_FLIGHT:
+            index, request = self._waiting[0]
+            try:
+                self._generator.engine.submit(request, self._listener(index))
+            except Overloaded:
+                if not self._running:
+                    raise
+                return  # tried again when one of ours has finished
+            except BaseException:
+                self.cancel()
+                raise
+            self._waiting.popleft()
+            self._running[index] = request.id
+
+    async def events(self, idle_s: float | None = None) -> AsyncIterator[Event | None]:
+        """Yield what happens until every sequence has ended; None after `idle_s` of silence.
+
+        Raises:
+            ToolkitError: The engine could not go on with one of them; the others are cancelled.
+        """
+        try:
+            while self._running or self._waiting:
+                try:
+                    async with asyncio.timeout(idle_s):
+                        index, delta = await self._events.get()
+                except TimeoutError:
+                    yield None
+                    continue
+                self._generator.last_answer_s = time.monotonic()
+                if delta.finish_reason is not None:
+                    del self._running[index]
+                    if delta.finish_reason in ("error", "cancelled"):
+                        raise delta.error or EngineFailure(
+                            "The server stopped before the answer was complete; ask again."
+                        )
+                    self.fill()
+                yield index, delta
+        finally:
+            self.cancel()
+
+    def cancel(self) -> None:
+        """Stop whatever still runs."""
+        self._waiting.clear()
+        for request_id in self._running.values():
+            self._generator.engine.cancel(request_id)
+        self._running.clear()
+
+    def _listener(self, index: int) -> Any:
+        def on_delta(delta: Delta) -> None:  # on the engine's thread
+            self._loop.call_soon_threadsafe(self._events.put_nowait, (index, delta))
+
+        return on_delta
+
+
+async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Do the work, but stop it when the client closes the connection.
+
+    Raises:
+        ClientDisconnect: It did.
+    """
+    task = asyncio.ensure_future(work)
+    watcher = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        for pending in (task, watcher):
+            pending.cancel()
+        await asyncio.gather(task, watcher, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,241 @@
+"""What a request may say: strict models of the completion calls, and the base of all the others.
+
+Types are exact (no "1" for 1), unknown fields are refused by name, and an explicit null means the
+default, because several clients send every field they know. A field that OpenAI has and hone does
+not yet support is refused as such, never accepted and ignored.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from data.errors import InvalidInput
+from data.settings import nearest
+
+MAX_STOPS = 16
+MAX_N = 128
+MAX_BEST_OF = 20
+MAX_LOGPROBS = 20
+INT64 = 2**63
+
+Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
+
+
+class RequestModel(BaseModel):
+    """A JSON object of the API: strict, no unknown fields, null means absent."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+    unsupported: ClassVar[frozenset[str]] = frozenset()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_names(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        for name, value in values.items():
+            if name in cls.unsupported and value is not None:
+                raise PydanticCustomError("unsupported_parameter", "", {"name": name})
+            if name not in known and name not in cls.unsupported:
+                guess = nearest(name, sorted(known))
+                hint = f" Did you mean '{guess}'?" if guess else ""
+                raise PydanticCustomError("unknown_parameter", "", {"name": name, "hint": hint})
+        return {name: value for name, value in values.items() if value is not None}
+
+
+class QueryModel(BaseModel):
+    """The query of a list: text that reads as the right type, no unknown names."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    after: str | None = None
+
+
+def _read_stop(value: Any) -> tuple[str, ...]:
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
+        raise InvalidInput(
+            "Invalid type for 'stop': expected a string or an array of strings.",
+            code="invalid_type",
+        )
+    if len(stops) > MAX_STOPS:
+        raise InvalidInput(
+            f"Invalid 'stop': array too long. Expected an array with maximum length {MAX_STOPS}, "
+            f"but got length {len(stops)} instead."
+        )
+    return tuple(stop for stop in stops if stop)
+
+
+def _read_logit_bias(value: Any) -> dict[int, float]:
+    if not isinstance(value, dict):
+        raise InvalidInput(
+            "Invalid type for 'logit_bias': expected an object.", code="invalid_type"
+        )
+    for key, bias in value.items():
+        if not (key.isascii() and key.isdigit() and len(key) < 10):
+            raise InvalidInput(
+                f"Invalid key in 'logit_bias': '{key}'. Keys are token ids, such as \"50256\"."
+            )
+        if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
+            raise InvalidInput(
+                f"Invalid 'logit_bias.{key}': expected a number from -100 to 100, but got {bias!r}."
+            )
+    return {int(key): float(bias) for key, bias in value.items()}
+
+
+def _read_content(value: Any) -> Any:
+    """Join text parts; anything else is left for the type check."""
+    if not isinstance(value, list):
+        return value
+    for index, part in enumerate(value):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise InvalidInput(
+                f'Invalid content part {index}: expected {{"type": "text", "text": string}}; '
+                "this server reads text only.",
+                param=f"[{index}]",
+            )
+    return "".join(part["text"] for part in value)
+
+
+class StreamOptions(RequestModel):
+    """Options of a streamed answer."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False  # accepted; hone never pads its chunks
+
+
+class SamplingFields(RequestModel):
+    """What completions and chat completions have in common, hone's extensions last."""
+
+    model: str
+    temperature: float = Field(1.0, ge=0, le=2, allow_inf_nan=False)
+    top_p: float = Field(1.0, ge=0, le=1, allow_inf_nan=False)
+    n: int = Field(1, ge=1, le=MAX_N)
+    max_tokens: int | None = Field(None, ge=0)
+    stop: Annotated[
+        tuple[str, ...], BeforeValidator(_read_stop, json_schema_input_type=str | list[str])
+    ] = ()
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    logit_bias: Annotated[
+        dict[int, float], BeforeValidator(_read_logit_bias, json_schema_input_type=dict[str, float])
+    ] = Field(default_factory=dict)
+    seed: int | None = Field(None, ge=-INT64, lt=INT64)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+
+    top_k: int = Field(0, ge=0)
+    min_p: float = Field(0.0, ge=0, le=1, allow_inf_nan=False)
+    repetition_penalty: float = Field(1.0, gt=0, le=10, allow_inf_nan=False)
+    min_tokens: int = Field(0, ge=0)
+    ignore_eos: bool = False
+    return_token_ids: bool = False
+
+    @model_validator(mode="after")
+    def _check_stream_options(self) -> SamplingFields:
+        if self.stream_options is not None and not self.stream:
+            raise InvalidInput(
+                "The 'stream_options' parameter is only allowed when 'stream' is enabled.",
+                param="stream_options",
+            )
+        return self
+
+
+class CompletionRequest(SamplingFields):
+    """`POST /v1/completions`."""
+
+    prompt: Any = None  # read by serve.api.prompts: text, texts, token ids, lists of them, or null
+    suffix: str | None = None
+    echo: bool = False
+    best_of: int | None = Field(None, ge=0, le=MAX_BEST_OF)
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    add_special_tokens: bool = True
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> CompletionRequest:
+        if self.suffix:
+            raise InvalidInput(
+                "Unsupported parameter: 'suffix' is not supported with this model: its tokenizer "
+                "has no fill-in-the-middle tokens.",
+                param="suffix",
+                code="unsupported_parameter",
+            )
+        if self.best_of is not None and self.best_of < self.n:
+            raise InvalidInput(
+                f"Invalid 'best_of': expected a value >= 'n' ({self.n}), but got {self.best_of} "
+                "instead.",
+                param="best_of",
+            )
+        if self.best_of is not None and self.best_of > 1 and self.stream:
+            raise InvalidInput(
+                "Invalid 'best_of': candidates are compared once all are complete, so it cannot "
+                "be used with 'stream'.",
+                param="best_of",
+            )
+        return self
+
+
+class ChatMessage(RequestModel):
+    """One turn of a conversation; text parts arrive joined."""
+
+    unsupported: ClassVar[frozenset[str]] = frozenset({"tool_calls", "function_call", "audio"})
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[
+        str, BeforeValidator(_read_content, json_schema_input_type=str | list[dict[str, str]])
+    ]
+    name: str | None = None
+    refusal: str | None = None
+
+
+class ResponseFormat(RequestModel):
+    """Only plain text can be promised."""
+
+    type: Literal["text"]
+
+
+class ChatRequest(SamplingFields):
+    """`POST /v1/chat/completions`."""
+
+    unsupported: ClassVar[frozenset[str]] = frozenset(
+        {
+            "audio",
+            "function_call",
+            "functions",
+            "metadata",
+            "moderation",
+            "parallel_tool_calls",
+            "prediction",
+            "reasoning_effort",
+            "tool_choice",
+            "tools",
+            "verbosity",
+            "web_search_options",
+        }
+    )
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    response_format: ResponseFormat | None = None
+    modalities: list[Literal["text"]] | None = None
+    store: Literal[False] = False
+    service_tier: Literal["auto", "default"] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidInput(
+                "Invalid 'top_logprobs': it is only allowed when 'logprobs' is true.",
+                param="top_logprobs",
+            )
+        return self
