@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from data.accounts import create_account
 from openai import OpenAI
 from rich.progress import track
 
+from data.accounts import create_account
 from data.db import Database
 from data.settings import load_settings
 from serve.background import running_server

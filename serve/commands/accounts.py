@@ -60,9 +60,8 @@ def create_key(account: Account = None, name: KeyName = "", as_json: AsJson = Fa
     if as_json:
         print_json({"id": record.id, "project_id": record.project_id, "api_key": key})
     else:
-        print(
-            f"api key {key}\nKeep it: it is not stored. Revoke it by `hone keys revoke {record.id}`."
-        )
+        print(f"api key {key}\nKeep it: it is not stored.")
+        print(f"`hone keys revoke {record.id}` makes it useless.")
 
 
 @keys_app.command("list")
