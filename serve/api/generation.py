@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -66,10 +67,11 @@ class Generator:
     async def answer(self, requests: Sequence[GenerationRequest]) -> list[Answer]:
         """Run the requests to their end and return their answers in order."""
         answers = [Answer() for _ in requests]
-        async for event in self.start(requests).events():
-            if event is not None:
-                index, delta = event
-                answers[index].add(delta)
+        async with aclosing(self.start(requests).events()) as events:
+            async for event in events:
+                if event is not None:
+                    index, delta = event
+                    answers[index].add(delta)
         return answers
 
 
@@ -99,7 +101,7 @@ class Generation:
             self._waiting.popleft()
             self._running[index] = request.id
 
-    async def events(self, idle_s: float | None = None) -> AsyncIterator[Event | None]:
+    async def events(self, idle_s: float | None = None) -> AsyncGenerator[Event | None, None]:
         """Yield what happens until every sequence has ended; None after `idle_s` of silence.
 
         Raises:

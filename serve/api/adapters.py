@@ -1,0 +1,121 @@
+"""From a model's name to what the engine runs: alias -> version -> adapter on disk.
+
+The name is looked up for each request, so a request binds to one version at admission and a
+promoted alias serves the next request, with no restart and no cache to go stale. Before a version's
+files are first used, and again whenever they changed on disk, their digest is checked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from data.accounts import Principal
+from starlette.concurrency import run_in_threadpool
+
+from data import registry
+from data.db import Database
+from data.tables import AdapterVersion
+from serve.api.token_text import TokenText
+from serve.engine.base import AdapterRef, Engine
+
+TOKENIZER_FILE = "tokenizer_config.json"
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A model as one request uses it.
+
+    Attributes:
+        name: The version's full name, also when an alias was asked for.
+        adapter: None for the base model.
+        eos_token_ids: What ends an answer: the base model's, and the adapter's own.
+        fingerprint: Changes with the base, the adapter's content and the engine.
+    """
+
+    name: str
+    adapter: AdapterRef | None
+    tokens: TokenText
+    eos_token_ids: frozenset[int]
+    fingerprint: str
+
+
+class ModelCatalog:
+    """Every model that this server can answer with."""
+
+    def __init__(
+        self,
+        database: Database,
+        adapters_dir: Path,
+        base_model: str,
+        engine: Engine,
+        tokenizer: Any,
+    ):
+        self._database = database
+        self._adapters_dir = adapters_dir
+        self._engine = engine
+        self._verified: dict[
+            str, tuple[Any, ...]
+        ] = {}  # version id -> state of its files when checked
+        self._own_tokens = lru_cache(maxsize=64)(_read_tokens)
+        self.base_model = base_model
+        self.base_tokens = TokenText(tokenizer)
+        self.base = ServedModel(
+            base_model, None, self.base_tokens, engine.eos_token_ids, _mark(engine.fingerprint, "")
+        )
+
+    async def resolve(self, caller: Principal, name: str) -> ServedModel:
+        """Find a model for this account.
+
+        Raises:
+            ModelNotFound: There is none, or it belongs to another account.
+            AdapterRefused: Its files are not what was published.
+        """
+        if name == self.base_model:
+            return self.base
+        return await run_in_threadpool(self._resolve_adapter, caller.project_id, name)
+
+    def _resolve_adapter(self, project_id: str, name: str) -> ServedModel:
+        version = registry.resolve(self._database, project_id, name)
+        folder = self._adapters_dir / version.path
+        self._verify(version, folder)
+        tokens, eos_token_ids = self.base_tokens, self._engine.eos_token_ids
+        if (folder / TOKENIZER_FILE).exists():
+            tokens = self._own_tokens(folder)
+            if tokens.tokenizer.eos_token_id is not None:
+                eos_token_ids |= {tokens.tokenizer.eos_token_id}
+        return ServedModel(
+            version.name,
+            AdapterRef(version.digest, str(folder)),
+            tokens,
+            eos_token_ids,
+            _mark(self._engine.fingerprint, version.digest),
+        )
+
+    def _verify(self, version: AdapterVersion, folder: Path) -> None:
+        state = _file_states(folder)
+        if self._verified.get(version.id) != state or not state:
+            registry.verify(self._database, version)
+            self._verified[version.id] = state
+
+
+def _file_states(folder: Path) -> tuple[Any, ...]:
+    """Return name, size and times of each file: cheap to read, different after a change."""
+    found = []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        stat = path.stat()
+        found.append((path.name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
+    return tuple(found)
+
+
+def _read_tokens(folder: Path) -> TokenText:
+    from transformers import AutoTokenizer
+
+    return TokenText(AutoTokenizer.from_pretrained(folder, local_files_only=True))
+
+
+def _mark(fingerprint: str, digest: str) -> str:
+    return "fp_" + hashlib.sha256(f"{fingerprint}:{digest}".encode()).hexdigest()[:12]

@@ -1,0 +1,137 @@
+"""`POST /v1/chat/completions`: a conversation rendered by the model's own chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import Response
+
+from data.tables import new_id, now
+from serve.api.adapters import ServedModel
+from serve.api.deps import Caller, Running, json_response
+from serve.api.generation import Answer, Generator, unless_disconnected
+from serve.api.logprobs import chat_logprobs
+from serve.api.prompts import Prompt, read_messages, room_for
+from serve.api.sampling import engine_requests, num_generated, sampling_params, usage
+from serve.api.schemas import ChatRequest
+from serve.api.stream import KEEP_ALIVE_S, EventStream, Frames
+from serve.engine.base import Delta, GenerationRequest, TokenLogprob
+
+router = APIRouter()
+
+
+@router.post("/chat/completions")
+async def create_chat_completion(
+    body: ChatRequest, request: Request, caller: Caller, runtime: Running
+) -> Response:
+    """Answer a conversation `n` times."""
+    served = await runtime.models.resolve(caller, body.model)
+    plan = await run_in_threadpool(
+        _plan, body, served, runtime.engine.max_context, caller.project_id
+    )
+    if body.stream:
+        return await EventStream.begin(request, _frames(plan, runtime.generator))
+    answers = await unless_disconnected(request, runtime.generator.answer(plan.requests))
+    return json_response(_whole(plan, answers))
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """A request, read: what to run and how to write the answer."""
+
+    id: str
+    created: int
+    body: ChatRequest
+    served: ServedModel
+    prompt: Prompt
+    requests: list[GenerationRequest]
+
+    def head(self, kind: str) -> dict[str, Any]:
+        """Return what all chunks, or the whole answer, begin with."""
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.served.name,
+            "system_fingerprint": self.served.fingerprint,
+        }
+
+    def logprobs(self, scored: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+        """Return the choice's log-probabilities, without the token that only ended it."""
+        if not self.body.logprobs:
+            return None
+        shown = [entry for entry in scored if entry.token_id not in self.served.eos_token_ids]
+        return chat_logprobs(shown, self.served.tokens, self.body.top_logprobs or 0)
+
+
+def _plan(body: ChatRequest, served: ServedModel, max_context: int, account: str) -> _Plan:
+    completion_id = new_id("chatcmpl-")
+    prompt = read_messages(body.messages, served.tokens)
+    wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    room = room_for(prompt, wanted, max_context, max_context, "messages")
+    scored = (body.top_logprobs or 0) if body.logprobs else None
+    params = sampling_params(body, served, room, scored)
+    requests = engine_requests(completion_id, [(prompt, params)], body.n, served, account)
+    return _Plan(completion_id, now(), body, served, prompt, requests)
+
+
+def _whole(plan: _Plan, answers: Sequence[Answer]) -> dict[str, Any]:
+    choices = [_choice(plan, index, answer) for index, answer in enumerate(answers)]
+    counted = usage([plan.prompt], num_generated(answers))
+    return {**plan.head("chat.completion"), "choices": choices, "usage": counted}
+
+
+def _choice(plan: _Plan, index: int, answer: Answer) -> dict[str, Any]:
+    choice = {
+        "index": index,
+        "message": {"role": "assistant", "content": answer.text, "refusal": None},
+        "logprobs": plan.logprobs(answer.logprobs),
+        "finish_reason": answer.finish_reason,
+    }
+    if plan.body.return_token_ids:
+        choice["token_ids"] = answer.token_ids
+        choice["prompt_token_ids"] = list(plan.prompt.ids)
+    return choice
+
+
+async def _frames(plan: _Plan, generator: Generator) -> Frames:
+    options = plan.body.stream_options
+    with_usage = options is not None and options.include_usage
+    head = plan.head("chat.completion.chunk")
+    if with_usage:
+        head["usage"] = None
+    begun: set[int] = set()
+    total = 0
+    async with aclosing(generator.start(plan.requests).events(KEEP_ALIVE_S)) as events:
+        async for event in events:
+            if event is None:
+                yield None
+                continue
+            index, delta = event
+            total += len(delta.token_ids)
+            if index not in begun:
+                begun.add(index)
+                yield {**head, "choices": [_piece(index, {"role": "assistant", "content": ""})]}
+            if delta.text or delta.logprobs or delta.token_ids:
+                yield {**head, "choices": [_content(plan, index, delta)]}
+            if delta.finish_reason is not None:
+                last = _piece(index, {}) | {"finish_reason": delta.finish_reason}
+                yield {**head, "choices": [last]}
+    if with_usage:
+        yield {**head, "choices": [], "usage": usage([plan.prompt], total)}
+
+
+def _content(plan: _Plan, index: int, delta: Delta) -> dict[str, Any]:
+    piece = _piece(index, {"content": delta.text}) | {"logprobs": plan.logprobs(delta.logprobs)}
+    if plan.body.return_token_ids:
+        piece["token_ids"] = list(delta.token_ids)
+    return piece
+
+
+def _piece(index: int, delta: dict[str, Any]) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}

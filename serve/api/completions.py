@@ -1,0 +1,157 @@
+"""`POST /v1/completions`: every form of prompt, whole or streamed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import Response
+
+from data.tables import new_id, now
+from serve.api.adapters import ServedModel
+from serve.api.deps import Caller, Running, json_response
+from serve.api.generation import Answer, Generator, unless_disconnected
+from serve.api.logprobs import CompletionLogprobs, joined, mean_logprob, prompt_logprobs
+from serve.api.prompts import Prompt, read_prompts, room_for
+from serve.api.sampling import engine_requests, num_generated, sampling_params, usage
+from serve.api.schemas import CompletionRequest
+from serve.api.stream import KEEP_ALIVE_S, EventStream, Frames
+from serve.engine.base import Delta, GenerationRequest
+
+DEFAULT_MAX_TOKENS = 16
+
+router = APIRouter()
+
+
+@router.post("/completions")
+async def create_completion(
+    body: CompletionRequest, request: Request, caller: Caller, runtime: Running
+) -> Response:
+    """Continue each prompt `n` times."""
+    served = await runtime.models.resolve(caller, body.model)
+    plan = await run_in_threadpool(
+        _plan, body, served, runtime.engine.max_context, caller.project_id
+    )
+    if body.stream:
+        return await EventStream.begin(request, _frames(plan, runtime.generator))
+    answers = await unless_disconnected(request, runtime.generator.answer(plan.requests))
+    return json_response(_whole(plan, answers))
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """A request, read: what to run and how to write the answer."""
+
+    id: str
+    created: int
+    body: CompletionRequest
+    served: ServedModel
+    prompts: list[Prompt]
+    samples: int  # candidates a prompt, `best_of` or `n`
+    requests: list[GenerationRequest]
+
+    def head(self) -> dict[str, Any]:
+        """Return what all chunks and the whole answer have in common."""
+        return {
+            "id": self.id,
+            "object": "text_completion",
+            "created": self.created,
+            "model": self.served.name,
+            "system_fingerprint": self.served.fingerprint,
+        }
+
+
+def _plan(body: CompletionRequest, served: ServedModel, max_context: int, account: str) -> _Plan:
+    completion_id = new_id("cmpl-")
+    prompts = read_prompts(body.prompt, served.tokens, body.add_special_tokens)
+    samples = max(body.n, body.best_of or 0)
+    scored = body.logprobs
+    if scored is None and samples > body.n:
+        scored = 0  # best_of compares by them
+    of_prompt = body.prompt_logprobs
+    if body.echo and body.logprobs is not None:
+        of_prompt = max(body.logprobs, of_prompt or 0)
+    planned = []
+    for prompt in prompts:
+        room = room_for(prompt, body.max_tokens, DEFAULT_MAX_TOKENS, max_context, "prompt")
+        planned.append((prompt, sampling_params(body, served, room, scored, of_prompt)))
+    requests = engine_requests(completion_id, planned, samples, served, account)
+    return _Plan(completion_id, now(), body, served, prompts, samples, requests)
+
+
+def _whole(plan: _Plan, answers: Sequence[Answer]) -> dict[str, Any]:
+    choices = []
+    for i, prompt in enumerate(plan.prompts):
+        candidates = list(answers[i * plan.samples : (i + 1) * plan.samples])
+        if plan.samples > plan.body.n:
+            candidates.sort(key=lambda answer: mean_logprob(answer.logprobs), reverse=True)
+        for answer in candidates[: plan.body.n]:
+            writer = _ChoiceWriter(plan, prompt, len(choices))
+            choices.append(writer.write(answer))
+    counted = usage(plan.prompts, num_generated(answers))
+    return {**plan.head(), "choices": choices, "usage": counted}
+
+
+async def _frames(plan: _Plan, generator: Generator) -> Frames:
+    writers = [
+        _ChoiceWriter(plan, plan.prompts[index // plan.samples], index)
+        for index in range(len(plan.requests))
+    ]
+    options = plan.body.stream_options
+    with_usage = options is not None and options.include_usage
+    total = 0
+    async with aclosing(generator.start(plan.requests).events(KEEP_ALIVE_S)) as events:
+        async for event in events:
+            if event is None:
+                yield None
+                continue
+            index, delta = event
+            total += len(delta.token_ids)
+            chunk = {**plan.head(), "choices": [writers[index].write(delta)]}
+            yield chunk | {"usage": None} if with_usage else chunk
+    if with_usage:
+        yield {**plan.head(), "choices": [], "usage": usage(plan.prompts, total)}
+
+
+class _ChoiceWriter:
+    """Writes one choice, at once from its answer or in pieces from deltas: both look alike."""
+
+    def __init__(self, plan: _Plan, prompt: Prompt, index: int):
+        self.body = plan.body
+        self.tokens = plan.served.tokens
+        self.prompt = prompt
+        self.index = index
+        self.begun = False
+        self.logprobs = CompletionLogprobs(self.tokens, prompt, self.body.logprobs or 0)
+
+    def write(self, piece: Answer | Delta) -> dict[str, Any]:
+        """Return the choice for the next piece."""
+        first, self.begun = not self.begun, True
+        echoed = first and self.body.echo
+        choice: dict[str, Any] = {
+            "index": self.index,
+            "text": self.prompt.text + piece.text if echoed else piece.text,
+            "logprobs": self._logprobs(piece, echoed),
+            "finish_reason": piece.finish_reason,
+        }
+        if self.body.return_token_ids:
+            choice["token_ids"] = list(piece.token_ids)
+            if first:
+                choice["prompt_token_ids"] = list(self.prompt.ids)
+        if first and self.body.prompt_logprobs is not None:
+            choice["prompt_logprobs"] = prompt_logprobs(
+                piece.prompt_logprobs or (), self.tokens, self.body.prompt_logprobs
+            )
+        return choice
+
+    def _logprobs(self, piece: Answer | Delta, echoed: bool) -> dict[str, list[Any]] | None:
+        if self.body.logprobs is None:
+            return None
+        parts = [self.logprobs.of_tokens(piece.logprobs)]
+        if echoed:
+            parts.insert(0, self.logprobs.of_prompt(piece.prompt_logprobs or ()))
+        return joined(parts)

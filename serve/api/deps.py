@@ -1,0 +1,54 @@
+"""What routes ask for: who calls, what runs, and how JSON goes out."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import orjson
+from data.accounts import Principal
+from fastapi import Depends, Request
+from starlette.responses import Response
+
+from data.errors import Forbidden
+from serve.runtime import Runtime
+
+
+async def _runtime(request: Request) -> Runtime:
+    return request.app.state.runtime
+
+
+async def _caller(request: Request) -> Principal:
+    principal: Principal = request.state.principal
+    if principal.project_id is None:
+        raise Forbidden("An admin key manages accounts; use the API key of an account here.")
+    return principal
+
+
+async def _operator(request: Request) -> Principal:
+    principal: Principal = request.state.principal
+    if principal.project_id is not None:
+        raise Forbidden("This needs an admin key; `hone admin-keys create` makes one.")
+    return principal
+
+
+Running = Annotated[Runtime, Depends(_runtime)]
+Caller = Annotated[Principal, Depends(_caller)]  # the key of an account
+Operator = Annotated[Principal, Depends(_operator)]  # an admin key
+
+
+def json_response(body: Any) -> Response:
+    """Send an object, or a list of them, as JSON."""
+    return Response(orjson.dumps(body), media_type="application/json")
+
+
+def page(data: list[dict[str, Any]], has_more: bool) -> Response:
+    """Send one page of a list, in the shape of every list of the API."""
+    return json_response(
+        {
+            "object": "list",
+            "data": data,
+            "has_more": has_more,
+            "first_id": data[0]["id"] if data else None,
+            "last_id": data[-1]["id"] if data else None,
+        }
+    )

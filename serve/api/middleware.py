@@ -1,0 +1,180 @@
+"""What every request passes through before it reaches a route.
+
+`RequestContext` names the request, times it, logs it and turns a bug into a 500 that says where to
+look. `Authentication` lets nobody in without a key (only /health is open), before the body is read.
+`BodyLimit` refuses what is too large while it arrives. Plain ASGI classes: they add no task and
+leave the disconnect message to whoever streams.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Awaitable, Callable
+
+from data.accounts import Principal
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from data import accounts
+from data.db import Database
+from data.errors import Forbidden, ToolkitError, Unauthorized
+from data.tables import new_id
+from serve.api.errors import error_response, internal_error
+
+API_VERSION = "2020-10-01"
+ORGANIZATION = "org-hone"  # one installation is one organization; its accounts are projects
+OPEN_PATHS = {"/health"}
+MIB = 1 << 20
+MAX_JSON_BYTES = 32 * MIB
+MULTIPART_OVERHEAD_BYTES = MIB
+
+log = logging.getLogger("hone.requests")
+
+
+class RequestContext:
+    """Give each request an id and a clock, and each response the headers that carry them."""
+
+    def __init__(self, app: ASGIApp, observe: Callable[[str, int, float], None]):
+        self.app = app
+        self.observe = observe
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request_id = new_id("req_", 32)
+        scope.setdefault("state", {})["request_id"] = request_id
+        started = time.perf_counter()
+        status = 0
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                headers["openai-version"] = API_VERSION
+                headers["openai-organization"] = ORGANIZATION
+                headers["openai-processing-ms"] = str(_elapsed_ms(started))
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_headers)
+        except Exception:
+            log.exception("%s %s %s", request_id, scope["method"], scope["path"])
+            if status:
+                raise  # the response has begun: the server resets the connection
+            response = error_response(internal_error(request_id))
+            await response(scope, receive, send_with_headers)
+        finally:
+            self.observe(_route_of(scope), status, time.perf_counter() - started)
+            log.info(
+                "%s %s %s -> %d in %d ms",
+                request_id,
+                scope["method"],
+                scope["path"],
+                status,
+                _elapsed_ms(started),
+            )
+
+
+class Authentication:
+    """Find out who calls; the `Principal` is left in the request's state."""
+
+    def __init__(self, app: ASGIApp, database: Callable[[], Database]):
+        self.app = app
+        self.database = database
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+            headers = Headers(scope=scope)
+            try:
+                principal = await run_in_threadpool(
+                    accounts.authenticate, self.database(), _bearer(headers)
+                )
+                _check_claimed_account(headers, principal)
+            except ToolkitError as error:
+                await error_response(error)(scope, receive, send)
+                return
+            scope["state"]["principal"] = principal
+        await self.app(scope, receive, send)
+
+
+class BodyLimit:
+    """Refuse a body that is larger than its route allows, at the first byte too many."""
+
+    def __init__(self, app: ASGIApp, max_upload_mb: int):
+        self.app = app
+        self.max_upload_bytes = max_upload_mb * MIB + MULTIPART_OVERHEAD_BYTES
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        limit = self.max_upload_bytes if scope["path"] == "/v1/files" else MAX_JSON_BYTES
+        announced = Headers(scope=scope).get("content-length", "")
+        if announced.isdigit() and int(announced) > limit:
+            await error_response(_too_large(limit))(scope, receive, send)
+            return
+        await self.app(scope, _counting(receive, limit), send)
+
+
+def _counting(receive: Receive, limit: int) -> Callable[[], Awaitable[Message]]:
+    received = 0
+
+    async def receive_counted() -> Message:
+        nonlocal received
+        message = await receive()
+        received += len(message.get("body", b""))
+        if received > limit:
+            # An HTTPException passes through the framework's body parsing; others are rewritten.
+            raise HTTPException(413, str(_too_large(limit)))
+        return message
+
+    return receive_counted
+
+
+def _too_large(limit: int) -> ToolkitError:
+    return ToolkitError(
+        f"The request body is larger than {limit // MIB} MiB, the most this route accepts.",
+        code="file_too_large",
+    )
+
+
+def _bearer(headers: Headers) -> str:
+    scheme, _, key = headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not key.strip():
+        error = Unauthorized(
+            "You didn't provide an API key. Send it in the Authorization header: "
+            "Authorization: Bearer YOUR_KEY."
+        )
+        error.code = None
+        raise error
+    return key.strip()
+
+
+def _check_claimed_account(headers: Headers, principal: Principal) -> None:
+    """A client may name its organization and project; a name that is not the key's is an error."""
+    for header, own in (
+        ("openai-organization", ORGANIZATION),
+        ("openai-project", principal.project_id),
+    ):
+        claimed = headers.get(header)
+        if claimed and claimed != own:
+            raise Forbidden(
+                f"The key does not belong to the {header.removeprefix('openai-')} `{claimed}` "
+                f"that the header {header} names."
+            )
+
+
+def _route_of(scope: Scope) -> str:
+    """The route's pattern, not the path: metrics must not grow with the ids asked for."""
+    route = scope.get("route")
+    return getattr(route, "path", "unknown")
+
+
+def _elapsed_ms(started: float) -> int:
+    return round((time.perf_counter() - started) * 1000)

@@ -1,0 +1,89 @@
+"""What a running server holds: database, files, and the engine with its base model.
+
+`open_runtime` does the slow part of a start, up to one answer from the model, before the port
+accepts connections: a server that can be reached is a server that works.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+
+from data.db import Database
+from data.files import FileStore
+from data.settings import Settings
+from data.tables import new_id
+from serve.api.adapters import ModelCatalog
+from serve.api.generation import Generator
+from serve.engine import base_model
+from serve.engine.base import Engine, GenerationRequest, SamplingParams
+from serve.engine.local import EngineConfig, LocalEngine
+from serve.metrics import Metrics
+
+MIB = 1 << 20
+
+
+@dataclass
+class Runtime:
+    """Everything that routes share."""
+
+    settings: Settings
+    database: Database
+    files: FileStore
+    engine: Engine
+    models: ModelCatalog
+    created: int  # when the base model was fetched
+    generator: Generator = field(init=False)
+    metrics: Metrics = field(default_factory=Metrics)
+    probe_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    def __post_init__(self) -> None:
+        self.generator = Generator(self.engine)
+
+    def probe(self) -> GenerationRequest:
+        """Return the smallest question that shows whether the model answers."""
+        params = SamplingParams(max_tokens=1, temperature=0)
+        return GenerationRequest(
+            new_id("probe-"), (min(self.engine.eos_token_ids, default=0),), params
+        )
+
+    def close(self) -> None:
+        """Stop the engine and let go of the database."""
+        self.engine.close()
+        self.database.close()
+
+
+def open_runtime(settings: Settings) -> Runtime:
+    """Open the database, load the base model, start the engine, and have it answer once.
+
+    Raises:
+        ModelUnavailable: The base model can be neither fetched nor read.
+    """
+    settings.home.mkdir(parents=True, exist_ok=True)
+    database = Database(settings.effective_database_url)
+    database.migrate()
+    spec = base_model.find_spec(settings.model)
+    folder = base_model.fetch(spec, settings.models_dir)
+    dtype = spec.dtype if settings.dtype == "auto" else settings.dtype
+    model, tokenizer = base_model.load(folder, dtype, settings.device)
+    config = EngineConfig(
+        max_batch=settings.max_batch,
+        max_context=settings.max_context or spec.context_length,
+        kv_budget_bytes=settings.kv_cache_mb * MIB,
+        queue_size=settings.queue_size,
+        max_resident_adapters=settings.max_resident_adapters,
+    )
+    engine = LocalEngine(model, tokenizer, config, base_model.fingerprint(folder))
+    engine.start()
+    runtime = Runtime(
+        settings=settings,
+        database=database,
+        files=FileStore(database, settings.effective_blob_url),
+        engine=engine,
+        models=ModelCatalog(database, settings.adapters_dir, spec.name, engine, tokenizer),
+        created=int((folder / "config.json").stat().st_mtime),
+    )
+    engine.generate([runtime.probe()])
+    runtime.generator.last_answer_s = time.monotonic()
+    return runtime
