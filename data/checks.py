@@ -315,7 +315,8 @@ def _check_tools(tools: Any, path: Path) -> Iterator[Finding]:
 
 
 def _check_has_assistant(messages: Any, path: Path) -> Iterator[Finding]:
-    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+    whole = isinstance(messages, list) and all(isinstance(m, dict) for m in messages)
+    if not whole or not messages:  # told already
         return
     if any(m.get("role") == "assistant" and m.get("weight") != 0 for m in messages):
         return
