@@ -1,13 +1,14 @@
 """The embedded training worker: a child process, watched and restarted, never outliving the server.
 
-The worker is `python -m train.worker` with this server's settings. Its standard input is a pipe
-that nothing is written to: when the server dies, even by kill -9, the pipe closes and the worker
-stops. When the worker dies, it is started again, more slowly each time it dies at once.
+The worker is `python -m train.worker` with this server's settings, run by `serve.child` so that it
+stops when the server dies, even by kill -9. When the worker dies, it is started again, more slowly
+each time it dies at once.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import sys
 import time
@@ -27,7 +28,7 @@ class WorkerProcess:
     """Keeps one worker running."""
 
     def __init__(self, settings: Settings):
-        self._command = [sys.executable, "-m", "train.worker", "--watch-stdin", *as_words(settings)]
+        self._command = [sys.executable, "-m", "serve.child", "train.worker", *as_words(settings)]
         self._stop_s = settings.cancel_grace_s + STOP_MARGIN_S
         self._process: Process | None = None
         self._keeper: asyncio.Task[None] | None = None
@@ -68,8 +69,7 @@ class WorkerProcess:
 
 
 def as_words(settings: Settings) -> list[str]:
-    """Write settings as `key=value` words that give the same settings when read."""
+    """Write settings as `key=value` words (JSON is YAML) that give the same settings when read."""
     return [
-        f"{name}={value}"
-        for name, value in settings.model_dump(mode="json", exclude_defaults=True).items()
+        f"{name}={json.dumps(value)}" for name, value in settings.model_dump(mode="json").items()
     ]

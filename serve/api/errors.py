@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from data import errors
+from data.settings import nearest
 
 STATUS_OF_CLASS: dict[type[Exception], int] = {
     errors.InvalidInput: 400,
@@ -111,8 +112,14 @@ def describe(problems: Sequence[Mapping[str, Any]]) -> errors.ToolkitError:
     if isinstance(raised, errors.ToolkitError):
         raised.param = _dotted([*location, *([raised.param] if raised.param else [])]) or None
         return raised
-    if kind in ("unknown_parameter", "unsupported_parameter"):
-        return _refused_name(kind, _dotted([*location, context["name"]]), context.get("hint", ""))
+    if kind == "unknown_parameter":
+        return unknown_parameter(context["name"], context["known"], location)
+    if kind == "extra_forbidden":
+        return unknown_parameter(str(location[-1]), (), location[:-1])
+    if kind == "unsupported_parameter":
+        name = _dotted([*location, context["name"]])
+        message = f"Unsupported parameter: '{name}' is not supported by this server."
+        return errors.InvalidInput(message, param=name, code=kind)
     if kind == "json_invalid" or not location:
         return _bad_body(kind, value)
     if kind == "missing":
@@ -141,6 +148,11 @@ def describe(problems: Sequence[Mapping[str, Any]]) -> errors.ToolkitError:
             f"{context['expected']}."
         )
         return errors.InvalidInput(message, param=name)
+    if kind == "string_unicode":
+        message = (
+            f"Invalid '{name}': it is not Unicode text; half of a surrogate pair stands alone."
+        )
+        return errors.InvalidInput(message, param=name)
     wanted = EXPECTED.get(kind.split("_")[0])
     if wanted is None:
         return errors.InvalidInput(f"Invalid '{name}': {problem['msg']}.", param=name)
@@ -148,12 +160,15 @@ def describe(problems: Sequence[Mapping[str, Any]]) -> errors.ToolkitError:
     return errors.InvalidInput(message, param=name, code="invalid_type")
 
 
-def _refused_name(kind: str, name: str, hint: str) -> errors.InvalidInput:
-    if kind == "unknown_parameter":
-        message = f"Unknown parameter: '{name}'.{hint}"
-    else:
-        message = f"Unsupported parameter: '{name}' is not supported by this server."
-    return errors.InvalidInput(message, param=name, code=kind)
+def unknown_parameter(
+    name: str, known: Sequence[str], location: Sequence[str | int] = ()
+) -> errors.InvalidInput:
+    """Return the error of a field that does not exist, with the nearest that does."""
+    path = _dotted([*location, name])
+    guess = nearest(name, known)
+    hint = f" Did you mean '{guess}'?" if guess else ""
+    message = f"Unknown parameter: '{path}'.{hint}"
+    return errors.InvalidInput(message, param=path, code="unknown_parameter")
 
 
 async def _on_toolkit_error(_request: Request, error: errors.ToolkitError) -> Response:
@@ -204,9 +219,7 @@ def _bad_body(kind: str, value: Any) -> errors.InvalidInput:
         reason = "The request body is empty; send one JSON object."
     else:
         reason = f"The request body must be a JSON object, but is {_kind(value)}."
-    error = errors.InvalidInput(reason)
-    error.code = None
-    return error
+    return errors.InvalidInput(reason, code="invalid_json")
 
 
 def _dotted(location: Sequence[str | int]) -> str:

@@ -28,7 +28,7 @@ def _auto_or(kind: type[int] | type[float], low: float, high: float = math.inf) 
             return value
         raise InvalidInput(f"Invalid hyperparameter: expected {expected} {limits}, got {value!r}.")
 
-    return BeforeValidator(check, json_schema_input_type=Literal["auto"] | kind)  # type: ignore[operator]
+    return BeforeValidator(check, json_schema_input_type=Literal["auto"] | kind)
 
 
 def _inside(value: float, low: float, high: float) -> bool:

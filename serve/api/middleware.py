@@ -151,7 +151,7 @@ def _bearer(headers: Headers) -> str:
             "You didn't provide an API key. Send it in the Authorization header: "
             "Authorization: Bearer YOUR_KEY."
         )
-        error.code = None
+        error.code = None  # type: ignore[assignment]  # nothing was presented that could be invalid
         raise error
     return key.strip()
 

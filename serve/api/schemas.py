@@ -13,7 +13,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from pydantic_core import PydanticCustomError
 
 from data.errors import InvalidInput
-from data.settings import nearest
 
 MAX_STOPS = 16
 MAX_N = 128
@@ -40,9 +39,8 @@ class RequestModel(BaseModel):
             if name in cls.unsupported and value is not None:
                 raise PydanticCustomError("unsupported_parameter", "", {"name": name})
             if name not in known and name not in cls.unsupported:
-                guess = nearest(name, sorted(known))
-                hint = f" Did you mean '{guess}'?" if guess else ""
-                raise PydanticCustomError("unknown_parameter", "", {"name": name, "hint": hint})
+                context = {"name": name, "known": sorted(known)}
+                raise PydanticCustomError("unknown_parameter", "", context)
         return {name: value for name, value in values.items() if value is not None}
 
 

@@ -1,0 +1,203 @@
+"""What holds on every route: keys, headers, the error envelope, and no hint of others' objects."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from api_server import MODEL, Server, running, tiny_settings
+
+from data import accounts
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with running(tiny_settings(tmp_path_factory.mktemp("conventions"), max_upload_mb=1)) as found:
+        yield found
+
+
+def check_envelope(response: httpx.Response, status: int) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    assert response.headers["x-request-id"].startswith("req_")
+    assert response.headers["openai-version"] == "2020-10-01"
+    assert int(response.headers["openai-processing-ms"]) >= 0
+    assert response.headers["content-type"] == "application/json"
+    error = response.json()["error"]
+    assert set(error) >= {"message", "type", "param", "code"}
+    assert isinstance(error["message"], str)
+    assert error["type"]
+    return error
+
+
+def routes(server: Server) -> list[tuple[str, str]]:
+    """Every method and path of the application, ids filled in."""
+    schema = server.http().get("/openapi.json").json()
+    found = []
+    for path, methods in schema["paths"].items():
+        for name in ("model", "file_id", "job_id"):
+            path = path.replace("{" + name + "}", "absent")
+        found += [(method.upper(), path) for method in methods]
+    assert len(found) > 12
+    return found
+
+
+def test_no_route_without_a_key(server: Server) -> None:
+    for method, path in [*routes(server), ("GET", "/nowhere"), ("GET", "/openapi.json")]:
+        if path == "/health":
+            continue
+        for headers in ({}, {"authorization": "Basic abc"}, {"authorization": "Bearer "}):
+            error = check_envelope(httpx.request(method, server.url + path, headers=headers), 401)
+            assert error["type"] == "invalid_request_error"
+            assert error["code"] is None
+            assert "API key" in error["message"]
+
+
+def test_wrong_key(server: Server) -> None:
+    key = "sk-abcdefghijklmnopqrstuvwxyz"
+    error = check_envelope(server.http(key).get("/v1/models"), 401)
+    assert error == {
+        "message": "Incorrect API key provided: sk-ab***yz.",
+        "type": "invalid_request_error",
+        "param": None,
+        "code": "invalid_api_key",
+    }
+
+
+def test_revoked_key(server: Server) -> None:
+    project, key = server.new_account("leaver")
+    with server.http(key) as client:
+        assert client.get("/v1/models").status_code == 200
+        (record,) = accounts.list_keys(server.runtime.database, project.id)
+        accounts.revoke_key(server.runtime.database, record.id)
+        assert check_envelope(client.get("/v1/models"), 401)["code"] == "invalid_api_key"
+
+
+def test_admin_key_does_not_run_models_and_alone_reads_metrics(server: Server) -> None:
+    _, admin = accounts.create_admin_key(server.runtime.database, "operator")
+    error = check_envelope(server.http(admin).get("/v1/models"), 403)
+    assert (error["type"], error["code"]) == ("permission_error", "insufficient_permissions")
+    check_envelope(server.http().get("/metrics"), 403)
+    text = server.http(admin).get("/metrics").text
+    assert 'hone_requests_total{route="/v1/models",status="200"}' in text
+
+
+def test_organization_and_project_headers(server: Server) -> None:
+    with server.http() as client:
+        own = {"openai-project": server.project.id, "openai-organization": "org-hone"}
+        assert client.get("/v1/models", headers=own).status_code == 200
+        for name in own:
+            check_envelope(client.get("/v1/models", headers={name: "other"}), 403)
+
+
+def test_health_is_open_and_means_that_the_model_answers(server: Server) -> None:
+    response = httpx.get(f"{server.url}/health")
+    assert response.json() == {"status": "ok", "model": MODEL}
+    server.runtime.generator.last_answer_s = float("-inf")
+    assert httpx.get(f"{server.url}/health").status_code == 200
+    assert server.runtime.generator.last_answer_s > 0
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/v1", "/v1/", "/v1/nothing", "/v2/models", "/v1/models/../x"]
+)
+def test_unknown_routes(server: Server, path: str) -> None:
+    assert check_envelope(server.http().get(path), 404)["code"] is not None
+
+
+@pytest.mark.parametrize("method", ["PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "BREW"])
+def test_wrong_methods(server: Server, method: str) -> None:
+    response = server.http().request(method, "/v1/completions")
+    assert check_envelope(response, 405)["code"] == "method_not_allowed"
+    assert response.headers["allow"] == "POST"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'"x"',
+        b'{"model": "\xff"}',
+        b"\x00\x01",
+        b"[" * 100_000,
+        b'{"model": 1e999, "prompt": "x"}',
+        b'{"model": "tiny-base", "prompt": "x", "seed": ' + b"9" * 5000 + b"}",
+        b'{"model": "tiny-base", "prompt": "x", "temperature": ' + b"9" * 400 + b"}",
+        b'{"model": "tiny-base", "prompt": "\\ud800"}',
+        b'{"model": "tiny-base", "\\ud800": 1}',
+        b'{"model": "\\ud800"}',
+        b'{"model": "tiny-base", "prompt": [' + b"9" * 400 + b"]}",
+        b'{"model": "tiny-base", "stop": "\\ud800"}',
+    ],
+    ids=lambda body: repr(body[:40]),
+)
+@pytest.mark.parametrize(
+    "path", ["/v1/completions", "/v1/chat/completions", "/v1/fine_tuning/jobs"]
+)
+def test_malformed_bodies(server: Server, path: str, body: bytes) -> None:
+    headers = {"content-type": "application/json"}
+    response = server.http().post(path, content=body, headers=headers)
+    assert response.status_code in (400, 404), response.text
+    check_envelope(response, response.status_code)
+
+
+def test_json_without_its_content_type(server: Server) -> None:
+    body = json.dumps({"model": MODEL, "prompt": "a", "max_tokens": 1}).encode()
+    assert server.http().post("/v1/completions", content=body).status_code == 200
+    headers = {"content-type": "application/x-www-form-urlencoded"}
+    response = server.http().post("/v1/completions", content=body, headers=headers)
+    assert "Content-Type: application/json" in check_envelope(response, 400)["message"]
+
+
+def test_a_body_that_is_too_large(server: Server) -> None:
+    def endless() -> Iterator[bytes]:
+        for _ in range(4):
+            yield b"x" * (1 << 20)
+
+    with server.http() as client:
+        kind = {"content-type": "multipart/form-data; boundary=b"}
+        for content in (b"x" * (4 << 20), endless()):
+            response = client.post("/v1/files", content=content, headers=kind)
+            assert check_envelope(response, 413)["code"] == "file_too_large"
+
+
+def test_bytes_that_are_not_http(server: Server) -> None:
+    from serve.server import _Http  # the protocol class of the real server
+
+    assert _Http.send_400_response is not None
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(b"\x16\x03\x01 not http\r\n\r\n")
+        assert b"400" in connection.recv(4096)
+
+
+def test_a_bug_is_a_500_that_tells_nothing_but_its_id(
+    server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError("secret")
+
+    monkeypatch.setattr(server.runtime.models, "resolve", fail)
+    response = server.http().post("/v1/completions", json={"model": MODEL, "prompt": "x"})
+    error = check_envelope(response, 500)
+    assert (error["type"], error["code"]) == ("server_error", "internal_error")
+    assert response.headers["x-request-id"] in error["message"]
+    assert "secret" not in response.text
+    assert "secret" in caplog.text
+
+
+def test_prompts_and_keys_stay_out_of_the_log(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG", logger="hone")
+    body = {"model": MODEL, "prompt": "my-secret-prompt", "max_tokens": 1}
+    response = server.http().post("/v1/completions", json=body)
+    assert response.headers["x-request-id"] in caplog.text
+    assert "my-secret-prompt" not in caplog.text
+    assert server.key not in caplog.text
