@@ -81,6 +81,9 @@ class RowIndex:
         So a file of one row repeated takes no more memory than one of rows all different.
         """
         pairs = _concatenate(self._pending)
+        self._pending = [pairs]
+        if not len(_shared(pairs)):
+            return
         order = np.argsort(pairs[:, 0], kind="stable")  # equal rows stay in the order of lines
         ordered = pairs[order, 0]
         again = order[1:][ordered[1:] == ordered[:-1]]
@@ -131,11 +134,15 @@ def _concatenate(chunks: Sequence[Pairs]) -> Pairs:
     return np.concatenate([np.empty((0, 2), np.uint64), *chunks])
 
 
+def _shared(pairs: Pairs) -> NDArray[np.uint64]:
+    """The hashes that occur more than once, which sorting alone finds many times faster."""
+    ordered = np.sort(pairs[:, 0])
+    return ordered[1:][ordered[1:] == ordered[:-1]]
+
+
 def _repeated(pairs: Pairs) -> tuple[Lines, Lines]:
     """The lines of rows that say what an earlier one says, and the first such line of each."""
-    ordered = np.sort(pairs[:, 0])
-    shared = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
-    pairs = pairs[np.isin(pairs[:, 0], shared)]
+    pairs = pairs[np.isin(pairs[:, 0], np.unique(_shared(pairs)))]
     pairs = pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
     _, starts, counts = np.unique(pairs[:, 0], return_index=True, return_counts=True)
     lines, origins = pairs[:, 1], np.repeat(pairs[starts, 1], counts)
