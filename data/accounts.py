@@ -1,0 +1,208 @@
+"""Accounts and their keys: who may call, and as whom.
+
+A key is random (256 bits) and stored as its SHA-256, so that a stolen database opens nothing; a
+fast hash is right because there is nothing to guess. A key is looked up by its hash, which tells a
+timing attacker nothing about the key. Revocation holds from the next request on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import secrets
+import unicodedata
+from dataclasses import dataclass
+from typing import Literal
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from data.db import Database
+from data.errors import Forbidden, InvalidInput, NotFound, StateConflict, Unauthorized
+from data.tables import ApiKey, Project, new_id, now
+
+KEY_PREFIXES = {"project": "sk-", "admin": "sk-admin-"}
+MAX_NAME = 64
+LAST_USED_STEP_S = 60  # last_used_at is written at most this often
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Who a key stands for; `project_id` and `project_slug` are None for an admin key."""
+
+    project_id: str | None
+    project_slug: str | None
+    key_id: str
+    kind: Literal["project", "admin"]
+
+
+def create_account(database: Database, name: str) -> tuple[Project, str]:
+    """Make an account and its first key.
+
+    Returns:
+        The account, and the key in plain text: it cannot be shown again.
+
+    Raises:
+        InvalidInput: The name is empty, too long, has no letter or digit, or is taken.
+    """
+    slug = slug_of(name)
+    with database.write() as session:
+        if session.scalar(select(Project).where(Project.slug == slug)) is not None:
+            raise InvalidInput(
+                f'There is an account "{slug}" already; choose another name, or make another key '
+                f"for it with `hone keys create --account {slug}`",
+                param="name",
+            )
+        project = Project(id=new_id("proj_"), name=name.strip(), slug=slug)
+        session.add(project)
+        session.flush()
+        _, key = _add_key(session, project.id, "first key")
+    return project, key
+
+
+def slug_of(name: str) -> str:
+    """Return the part of model names that stands for an account: lower case, digits and dashes."""
+    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
+    slug = re.sub(r"[^a-z0-9]+", "-", plain.lower()).strip("-")
+    if not slug or len(name.strip()) > MAX_NAME:
+        raise InvalidInput(
+            f'The account name "{name}" cannot be used; give 1 to {MAX_NAME} characters with at '
+            "least one Latin letter or digit",
+            param="name",
+        )
+    return slug
+
+
+def list_accounts(database: Database) -> list[Project]:
+    """Return all accounts, oldest first."""
+    with database.read() as session:
+        return list(session.scalars(select(Project).order_by(Project.created_at, Project.id)))
+
+
+def create_key(
+    database: Database, project_id: str, name: str = "", *, expires_at: int | None = None
+) -> tuple[ApiKey, str]:
+    """Make another key for an account; returns its record and its plain text.
+
+    Raises:
+        NotFound: There is no such account.
+        InvalidInput: The expiry lies in the past.
+    """
+    if expires_at is not None and expires_at <= now():
+        raise InvalidInput(
+            f"expires_at is {expires_at}, which has passed; give a later unix time",
+            param="expires_at",
+        )
+    with database.write() as session:
+        if session.get(Project, project_id) is None:
+            raise NotFound(f"No such account: {project_id}", param="project_id")
+        return _add_key(session, project_id, name, expires_at)
+
+
+def create_admin_key(database: Database, name: str = "") -> tuple[ApiKey, str]:
+    """Make a key for an operator; returns its record and its plain text."""
+    with database.write() as session:
+        return _add_key(session, None, name)
+
+
+def list_keys(database: Database, project_id: str | None) -> list[ApiKey]:
+    """Return an account's keys, or the admin keys for None; oldest first, never in plain text."""
+    query = select(ApiKey).where(ApiKey.project_id == project_id)
+    with database.read() as session:
+        return list(session.scalars(query.order_by(ApiKey.created_at, ApiKey.id)))
+
+
+def revoke_key(database: Database, key_id: str) -> None:
+    """Make a key useless from the next request on.
+
+    Raises:
+        NotFound: There is no such key.
+        StateConflict: It is revoked already.
+    """
+    with database.write() as session:
+        record = session.get(ApiKey, key_id)
+        if record is None:
+            raise NotFound(f"No such key: {key_id}; `hone keys list` shows them", param="id")
+        if record.revoked_at is not None:
+            raise StateConflict(f"The key {key_id} was revoked before", param="id")
+        record.revoked_at = now()
+
+
+def authenticate(database: Database, key: str | None) -> Principal:
+    """Tell whom a bearer key stands for.
+
+    Raises:
+        Unauthorized: The key is missing, unknown, revoked or expired.
+        Forbidden: The account is suspended or archived.
+    """
+    if not key:
+        raise Unauthorized(
+            "You didn't provide an API key. Send it in the header `Authorization: Bearer sk-...`; "
+            "whoever runs this server makes one with `hone keys create`.",
+            code="invalid_api_key",
+        )
+    digest = _digest(key)
+    with database.read() as session:
+        record = session.scalar(select(ApiKey).where(ApiKey.hash == digest))
+        project = session.get(Project, record.project_id) if record and record.project_id else None
+    if record is None or not hmac.compare_digest(record.hash, digest):
+        raise _wrong(key)
+    if record.revoked_at is not None or (
+        record.expires_at is not None and record.expires_at <= now()
+    ):
+        raise _wrong(key)
+    if project is not None and project.status != "active":
+        raise Forbidden(
+            f"The account {project.slug} is {project.status}.", code="account_suspended"
+        )
+    _touch(database, record)
+    kind: Literal["project", "admin"] = "admin" if project is None else "project"
+    return Principal(
+        project_id=project.id if project else None,
+        project_slug=project.slug if project else None,
+        key_id=record.id,
+        kind=kind,
+    )
+
+
+def redact(key: str) -> str:
+    """Return a key as messages may show it: its first five and last two characters."""
+    return f"{key[:5]}***{key[-2:]}" if len(key) > 12 else "***"
+
+
+def _wrong(key: str) -> Unauthorized:
+    return Unauthorized(f"Incorrect API key provided: {redact(key)}.")
+
+
+def _digest(key: str) -> str:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _add_key(
+    session: Session, project_id: str | None, name: str, expires_at: int | None = None
+) -> tuple[ApiKey, str]:
+    kind = "project" if project_id else "admin"
+    key = KEY_PREFIXES[kind] + secrets.token_urlsafe(32)
+    record = ApiKey(
+        id=new_id("key_"),
+        project_id=project_id,
+        kind=kind,
+        name=name,
+        hash=_digest(key),
+        redacted=redact(key),
+        expires_at=expires_at,
+    )
+    session.add(record)
+    session.flush()
+    return record, key
+
+
+def _touch(database: Database, record: ApiKey) -> None:
+    moment = now()
+    if record.last_used_at is not None and moment - record.last_used_at < LAST_USED_STEP_S:
+        return
+    with database.write() as session:
+        fresh = session.get(ApiKey, record.id)
+        if fresh is not None:
+            fresh.last_used_at = moment

@@ -1,0 +1,314 @@
+"""Files of accounts: bytes in a blob store, rows in the database, never one without the other.
+
+An upload streams to a staging file, is hashed, checked and synced there, then moved into the blob
+store, and only then gets its row. A crash in between leaves a blob without a row, which `sweep`
+removes; a row without bytes cannot happen. Bytes never change afterwards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import fsspec
+from sqlalchemy import or_, select
+from sqlalchemy.orm import Session
+
+from data.db import Database
+from data.errors import DataError, InvalidInput, NotFound, StateConflict
+from data.tables import File, Job, new_id, now
+from data.validate import upload_error_message, validate
+
+CHUNK_BYTES = 1 << 20
+DEFAULT_MAX_BYTES = 512 << 20
+PURPOSES = ("fine-tune", "batch", "evals", "user_data", "feedback")
+RESULTS = "fine-tune-results"  # written by hone itself
+JSONL_PURPOSES = {"fine-tune", "batch", "feedback"}
+LIVE_JOBS = ("validating_files", "queued", "running", "paused")
+EXPIRY_RANGE_S = (3600, 2_592_000)
+ORPHAN_AGE_S = 24 * 3600
+NAME = re.compile(r"[^\w.()@+ -]", re.UNICODE)
+
+
+class FileStore:
+    """The files of all accounts.
+
+    Args:
+        database: Where the rows are.
+        blob_url: fsspec URL of the folder for the bytes.
+        max_bytes: Largest accepted upload.
+    """
+
+    def __init__(self, database: Database, blob_url: str, max_bytes: int = DEFAULT_MAX_BYTES):
+        self._database = database
+        self._blobs, self._root = fsspec.core.url_to_fs(blob_url)
+        self._is_local = "file" in _protocols(self._blobs)
+        self._max_bytes = max_bytes
+
+    def create(
+        self,
+        project_id: str,
+        stream: BinaryIO | Iterable[bytes],
+        filename: str,
+        purpose: str,
+        expires_after_s: int | None = None,
+    ) -> File:
+        """Store a file and return its row.
+
+        Raises:
+            InvalidInput: Purpose or expiry is wrong; `file_too_large` when it exceeds the limit.
+            DataError: Its lines are not JSON objects though the purpose asks for that.
+        """
+        _check_request(purpose, expires_after_s)
+        filename = safe_name(filename)
+        with self._staged(stream) as (path, size, digest):
+            if purpose in JSONL_PURPOSES:
+                _check_lines(path, filename)
+            file_id = new_id("file-")
+            blob = f"{project_id}/{file_id}"
+            self._publish(path, blob)
+            record = File(
+                id=file_id,
+                project_id=project_id,
+                filename=filename,
+                purpose=purpose,
+                bytes=size,
+                sha256=digest,
+                blob=blob,
+                expires_at=now() + expires_after_s if expires_after_s else None,
+            )
+            with self._database.write() as session:
+                session.add(record)
+        return record
+
+    def get(self, project_id: str, file_id: str) -> File:
+        """Return a file's row.
+
+        Raises:
+            NotFound: There is none, or it is another account's.
+        """
+        with self._database.read() as session:
+            return _find(session, project_id, file_id)
+
+    def list(
+        self,
+        project_id: str,
+        purpose: str | None = None,
+        limit: int = 10_000,
+        order: Literal["asc", "desc"] = "desc",
+        after: str | None = None,
+    ) -> tuple[list[File], bool]:
+        """Return a page of rows and whether more follow; `after` is the last id of the page before.
+
+        Raises:
+            InvalidInput: `after` names no file of this account.
+        """
+        query = _visible(select(File).where(File.project_id == project_id))
+        if purpose is not None:
+            query = query.where(File.purpose == purpose)
+        up = order == "asc"
+        with self._database.read() as session:
+            if after is not None:
+                query = query.where(_beyond(session, project_id, after, up))
+            keys = (File.created_at, File.id) if up else (File.created_at.desc(), File.id.desc())
+            found = list(session.scalars(query.order_by(*keys).limit(limit + 1)))
+        return found[:limit], len(found) > limit
+
+    def delete(self, project_id: str, file_id: str) -> None:
+        """Delete a file: its row is marked first, its bytes go after.
+
+        Raises:
+            NotFound: There is none.
+            StateConflict: A job that has not ended uses it.
+        """
+        with self._database.write() as session:
+            record = _find(session, project_id, file_id)
+            users = or_(Job.training_file == file_id, Job.validation_file == file_id)
+            busy = session.scalar(
+                select(Job.id).where(users, Job.status.in_(LIVE_JOBS), Job.project_id == project_id)
+            )
+            if busy is not None:
+                raise StateConflict(
+                    f"The file {file_id} is used by the job {busy}, which has not ended; "
+                    "cancel the job or wait for it",
+                    param="id",
+                )
+            record.deleted_at = now()
+        self._blobs.rm(self._path(record.blob))
+
+    def open(self, project_id: str, file_id: str) -> BinaryIO:
+        """Open a file's bytes for reading."""
+        record = self.get(project_id, file_id)
+        stream: BinaryIO = self._blobs.open(self._path(record.blob), "rb")
+        return stream
+
+    @contextmanager
+    def local_path(self, project_id: str, file_id: str) -> Iterator[Path]:
+        """Yield a path with the file's bytes; a remote blob is copied for the time of the block."""
+        record = self.get(project_id, file_id)
+        if self._is_local:
+            yield Path(self._path(record.blob))
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / record.filename
+            self._blobs.get_file(self._path(record.blob), str(path))
+            yield path
+
+    def copy_to(self, project_id: str, file_id: str, destination: Path) -> None:
+        """Write a file's bytes to a path."""
+        with self.open(project_id, file_id) as source, destination.open("wb") as target:
+            shutil.copyfileobj(source, target, CHUNK_BYTES)
+
+    def report(self, project_id: str, file_id: str) -> dict[str, Any]:
+        """Check every row of a dataset; the outcome is kept, as a file never changes."""
+        record = self.get(project_id, file_id)
+        if record.report is None:
+            with self.open(project_id, file_id) as stream:
+                report = validate(stream, name=record.filename).to_dict()
+            with self._database.write() as session:
+                _find(session, project_id, file_id).report = report
+            record.report = report
+        return record.report
+
+    def sweep(self, min_age_s: float = ORPHAN_AGE_S) -> Sequence[str]:
+        """Remove blobs and staging files that no row names; returns their names.
+
+        Args:
+            min_age_s: Younger ones may belong to an upload under way.
+        """
+        with self._database.read() as session:
+            known = set(session.scalars(select(File.blob).where(File.deleted_at.is_(None))))
+        removed = []
+        for path in self._blobs.find(self._root) if self._blobs.exists(self._root) else ():
+            blob = path[len(self._root) :].lstrip("/")
+            if blob not in known and self._age_s(path) >= min_age_s:
+                self._blobs.rm(path)
+                removed.append(blob)
+        return removed
+
+    def _path(self, blob: str) -> str:
+        return f"{self._root}/{blob}"
+
+    def _age_s(self, path: str) -> float:
+        return time.time() - self._blobs.modified(path).timestamp()
+
+    @contextmanager
+    def _staged(self, stream: BinaryIO | Iterable[bytes]) -> Iterator[tuple[Path, int, str]]:
+        folder = Path(self._root) / ".staging" if self._is_local else Path(tempfile.gettempdir())
+        folder.mkdir(parents=True, exist_ok=True)
+        digest, size = hashlib.sha256(), 0
+        with tempfile.NamedTemporaryFile(dir=folder, prefix="upload-", delete=False) as target:
+            path = Path(target.name)
+            try:
+                for chunk in _chunks(stream):
+                    size += len(chunk)
+                    if size > self._max_bytes:
+                        raise InvalidInput(
+                            f"The file is larger than {self._max_bytes} bytes, the most that one "
+                            "upload may hold; split it",
+                            param="file",
+                            code="file_too_large",
+                        )
+                    digest.update(chunk)
+                    target.write(chunk)
+                target.flush()
+                os.fsync(target.fileno())
+                yield path, size, digest.hexdigest()
+            finally:
+                path.unlink(missing_ok=True)
+
+    def _publish(self, path: Path, blob: str) -> None:
+        target = self._path(blob)
+        self._blobs.makedirs(target.rpartition("/")[0], exist_ok=True)
+        if self._is_local:
+            os.rename(path, target)
+            sync_folder(Path(target).parent)
+        else:
+            self._blobs.put_file(str(path), target)
+
+
+def safe_name(filename: str) -> str:
+    """Return the last part of a client's file name without anything that a path could mean."""
+    name = NAME.sub("_", filename.replace("\\", "/").rpartition("/")[2]).strip(". ")
+    return name[:200] or "file"
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside a folder survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _protocols(filesystem: Any) -> tuple[str, ...]:
+    protocol = filesystem.protocol
+    return (protocol,) if isinstance(protocol, str) else tuple(protocol)
+
+
+def _chunks(stream: BinaryIO | Iterable[bytes]) -> Iterator[bytes]:
+    if hasattr(stream, "read"):
+        while chunk := stream.read(CHUNK_BYTES):
+            yield chunk
+    else:
+        yield from stream
+
+
+def _check_request(purpose: str, expires_after_s: int | None) -> None:
+    if purpose not in (*PURPOSES, RESULTS):
+        raise InvalidInput(
+            f"Invalid value: '{purpose}'. Supported values are: {', '.join(map(repr, PURPOSES))}.",
+            param="purpose",
+        )
+    low, high = EXPIRY_RANGE_S
+    if expires_after_s is not None and not low <= expires_after_s <= high:
+        raise InvalidInput(
+            f"Invalid 'expires_after.seconds': {expires_after_s}; give {low} to {high}",
+            param="expires_after.seconds",
+        )
+
+
+def _check_lines(path: Path, filename: str) -> None:
+    report = validate(path, level="syntax", name=filename)
+    message = upload_error_message(report)
+    if message is not None:
+        lines = [
+            {key: problem.to_dict()[key] for key in ("line", "column", "code", "message")}
+            for problem in report.problems
+        ]
+        raise DataError(message, lines=lines, param="file")
+
+
+def _visible(query: Any) -> Any:
+    unexpired = or_(File.expires_at.is_(None), File.expires_at > now())
+    return query.where(File.deleted_at.is_(None), unexpired)
+
+
+def _find(session: Session, project_id: str, file_id: str) -> File:
+    query = _visible(select(File).where(File.id == file_id, File.project_id == project_id))
+    record: File | None = session.scalar(query)
+    if record is None:
+        raise NotFound(f"No such File object: {file_id}", param="id")
+    return record
+
+
+def _beyond(session: Session, project_id: str, after: str, up: bool) -> Any:
+    mark = session.scalar(select(File).where(File.id == after, File.project_id == project_id))
+    if mark is None:
+        raise InvalidInput(f"Invalid 'after': no File object {after}", param="after")
+    if up:
+        later = File.created_at > mark.created_at
+        tied = (File.created_at == mark.created_at) & (File.id > mark.id)
+    else:
+        later = File.created_at < mark.created_at
+        tied = (File.created_at == mark.created_at) & (File.id < mark.id)
+    return or_(later, tied)

@@ -1,0 +1,183 @@
+"""What a client may ask of a fine-tuning job, checked before anything is stored.
+
+Ranges and names are those of OpenAI's API; `options` are hone's extensions. Every value is either
+used or refused: a setting that would be ignored is an error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from data.errors import InvalidInput
+from data.settings import nearest
+
+AUTO = "auto"
+METHODS = ("supervised",)
+MAX_SEED = 2**31 - 1
+MAX_METADATA = 16
+SUFFIX = re.compile(r"[A-Za-z0-9._-]{1,64}")
+# name: (type, lowest, highest); a lowest of None means "more than zero"
+HYPERPARAMETERS: dict[str, tuple[type, float | None, float]] = {
+    "n_epochs": (int, 1, 50),
+    "batch_size": (int, 1, 256),
+    "learning_rate_multiplier": (float, None, 1000),
+}
+OPTIONS: dict[str, tuple[type, float | None, float]] = {
+    "max_seq_length": (int, 8, 1 << 20),
+    "n_checkpoints": (int, 1, 100),
+    "n_evals": (int, 1, 1000),
+    "prompt_loss_weight": (float, 0, 1),
+}
+SECTIONS: dict[str, dict[str, tuple[type, float | None, float]]] = {
+    "lora": {"r": (int, 1, 256), "alpha": (float, None, 1024), "dropout": (float, 0, 0.9)},
+    "early_stopping": {"patience": (int, 1, 100), "min_delta": (float, 0, 100)},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class JobSpec:
+    """A request for a fine-tuning job; the constructor raises InvalidInput naming the field."""
+
+    model: str
+    training_file: str
+    validation_file: str | None = None
+    method: Mapping[str, Any] | None = None
+    hyperparameters: Mapping[str, Any] | None = None  # the older place, beside `method`
+    suffix: str | None = None
+    seed: int | None = None
+    metadata: Mapping[str, str] | None = None
+    integrations: tuple[Mapping[str, Any], ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.resolved_hyperparameters()
+        self._check_names()
+        for name, value in self.options.items():
+            if name in SECTIONS:
+                _check_section(name, value)
+            elif name == "on_long":
+                _check_choice(name, value, ("truncate", "error", "drop"))
+            elif name in OPTIONS:
+                _check_number(name, value, OPTIONS[name])
+            else:
+                raise _unknown(name, name, [*OPTIONS, *SECTIONS, "on_long"])
+
+    @property
+    def method_type(self) -> str:
+        return str((self.method or {}).get("type", "supervised"))
+
+    def resolved_hyperparameters(self) -> dict[str, Any]:
+        """Return every hyperparameter, "auto" where the client left it open."""
+        _check_choice("method.type", self.method_type, METHODS)
+        section = (self.method or {}).get(self.method_type) or {}
+        nested = section.get("hyperparameters") or {}
+        if nested and self.hyperparameters:
+            raise InvalidInput(
+                "Give hyperparameters in `method` or at the top level, not in both.",
+                param="hyperparameters",
+            )
+        place = f"method.{self.method_type}.hyperparameters" if nested else "hyperparameters"
+        asked = {**nested, **(self.hyperparameters or {})}
+        for name, value in asked.items():
+            if name not in HYPERPARAMETERS:
+                raise _unknown(f"{place}.{name}", name, list(HYPERPARAMETERS))
+            if value is not None and value != AUTO:
+                _check_number(f"{place}.{name}", value, HYPERPARAMETERS[name])
+        return {name: AUTO if asked.get(name) is None else asked[name] for name in HYPERPARAMETERS}
+
+    def _check_names(self) -> None:
+        if self.suffix is not None and not SUFFIX.fullmatch(self.suffix):
+            raise InvalidInput(
+                f"Invalid 'suffix': {self.suffix!r}. Give 1 to 64 letters, digits, '.', '_' or "
+                "'-': it becomes a part of the model's name.",
+                param="suffix",
+            )
+        if self.seed is not None:
+            _check_number("seed", self.seed, (int, 0, MAX_SEED))
+        metadata = self.metadata or {}
+        if len(metadata) > MAX_METADATA:
+            raise InvalidInput(
+                f"Invalid 'metadata': {len(metadata)} pairs; at most {MAX_METADATA} are kept.",
+                param="metadata",
+            )
+        for key, value in metadata.items():
+            if len(key) > 64 or not isinstance(value, str) or len(value) > 512:
+                raise InvalidInput(
+                    f"Invalid 'metadata.{key[:64]}': keys are strings of at most 64 characters, "
+                    "values strings of at most 512.",
+                    param=f"metadata.{key[:64]}",
+                )
+
+
+def _check_number(name: str, value: Any, rule: tuple[type, float | None, float]) -> None:
+    kind, low, high = rule
+    wanted = "an integer" if kind is int else "a number"
+    fits = isinstance(value, int) if kind is int else isinstance(value, int | float)
+    if isinstance(value, bool) or not fits:
+        raise InvalidInput(
+            f"Invalid type for '{name}': expected {wanted}, but got {value!r} instead.",
+            param=name,
+            code="invalid_type",
+        )
+    below = value <= 0 if low is None else value < low
+    if below or not value <= high:  # NaN is refused too
+        bounds = f"more than 0 and at most {high}" if low is None else f"{low} to {high}"
+        raise InvalidInput(
+            f"Invalid '{name}': expected {wanted} of {bounds}, but got {value!r} instead.",
+            param=name,
+        )
+
+
+def _check_section(name: str, value: Any) -> None:
+    if not isinstance(value, Mapping):
+        raise InvalidInput(
+            f"Invalid type for '{name}': expected an object, but got {value!r} instead.",
+            param=name,
+            code="invalid_type",
+        )
+    known = SECTIONS[name]
+    switches = {"lora": "target_modules", "early_stopping": "enabled"}
+    for key, item in value.items():
+        if key in known:
+            _check_number(f"{name}.{key}", item, known[key])
+        elif key == "enabled" and name == "early_stopping":
+            if not isinstance(item, bool):
+                raise InvalidInput(
+                    f"Invalid type for '{name}.{key}': expected true or false, but got {item!r}.",
+                    param=f"{name}.{key}",
+                    code="invalid_type",
+                )
+        elif key == "target_modules" and name == "lora":
+            _check_targets(item)
+        else:
+            raise _unknown(f"{name}.{key}", key, [*known, switches[name]])
+
+
+def _check_targets(value: Any) -> None:
+    names = isinstance(value, list) and value and all(isinstance(name, str) for name in value)
+    if value != "all-linear" and not names:
+        raise InvalidInput(
+            f"Invalid 'lora.target_modules': {value!r}. Give \"all-linear\" or a list of module "
+            'names such as ["q_proj", "v_proj"].',
+            param="lora.target_modules",
+        )
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InvalidInput(
+            f"Invalid value: {value!r} for '{name}'. Supported values are: "
+            f"{', '.join(map(repr, choices))}.",
+            param=name,
+        )
+
+
+def _unknown(name: str, last: str, known: list[str]) -> InvalidInput:
+    guess = nearest(last, known)
+    hint = f"Did you mean '{guess}'?" if guess else f"Known: {', '.join(known)}."
+    return InvalidInput(
+        f"Unknown parameter: '{name}'. {hint}", param=name, code="unknown_parameter"
+    )

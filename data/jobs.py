@@ -1,0 +1,333 @@
+"""Fine-tuning jobs: the state machine, its events, and who may work on what.
+
+A job is claimed by one write transaction and held by a lease that the worker renews. A worker that
+falls silent loses the job, which the next claim takes over as it stands. Every change of state is
+made with its event in one transaction, and only by the holder of the lease, so that a worker that
+was thought dead cannot undo what its successor did.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from typing import Any
+
+from sqlalchemy import func, or_, select
+from sqlalchemy.orm import Session
+
+from data.db import Database
+from data.errors import InvalidInput, NotFound, StateConflict
+from data.files import LIVE_JOBS
+from data.job_spec import JobSpec
+from data.tables import AdapterVersion, Checkpoint, File, Job, JobEvent, new_id, now
+
+FINAL = ("succeeded", "failed", "cancelled")
+# Where each state may lead. "running" to itself is a job taken over after a crash.
+TRANSITIONS: dict[str, tuple[str, ...]] = {
+    "validating_files": ("queued", "failed", "cancelled"),
+    "queued": ("running", "failed", "cancelled"),
+    "running": ("queued", "paused", "succeeded", "failed", "cancelled"),
+    "paused": ("queued", "cancelled"),
+}
+TRAINING_PURPOSE = "fine-tune"
+
+
+class Standing(Enum):
+    """What a worker learns when it renews its lease."""
+
+    KEEP = "keep"
+    CANCEL = "cancel"
+    LOST = "lost"
+
+
+def create(database: Database, project_id: str, spec: JobSpec, base_models: Sequence[str]) -> Job:
+    """Store a job that waits to be validated.
+
+    Raises:
+        InvalidInput: The base model is not served here, or a file is absent or of a wrong purpose.
+    """
+    if spec.model not in base_models:
+        raise InvalidInput(
+            f"The model `{spec.model}` cannot be fine-tuned here. Available: "
+            f"{', '.join(f'`{name}`' for name in base_models)}.",
+            param="model",
+            code="model_not_available",
+        )
+    hyperparameters = spec.resolved_hyperparameters()
+    with database.write() as session:
+        for name in ("training_file", "validation_file"):
+            file_id = getattr(spec, name)
+            if file_id is not None:
+                _check_file(session, project_id, name, file_id)
+        job = Job(
+            id=new_id("ftjob-"),
+            project_id=project_id,
+            model=spec.model,
+            method={
+                "type": spec.method_type,
+                spec.method_type: {"hyperparameters": hyperparameters},
+            },
+            hyperparameters=hyperparameters,
+            options=dict(spec.options),
+            training_file=spec.training_file,
+            validation_file=spec.validation_file,
+            suffix=spec.suffix,
+            seed=secrets.randbelow(2**31) if spec.seed is None else spec.seed,
+            metadata_=dict(spec.metadata) if spec.metadata is not None else None,
+            integrations=[dict(item) for item in spec.integrations],
+            result_files=[],
+        )
+        session.add(job)
+        session.flush()
+        record_event(session, job.id, f"Created fine-tuning job: {job.id}")
+        record_event(session, job.id, f"Validating training file: {job.training_file}")
+    return job
+
+
+def get(database: Database, project_id: str, job_id: str) -> Job:
+    """Return a job.
+
+    Raises:
+        NotFound: There is none, or it is another account's.
+    """
+    with database.read() as session:
+        return _find(session, project_id, job_id)
+
+
+def list_jobs(
+    database: Database,
+    project_id: str,
+    limit: int = 20,
+    after: str | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> tuple[list[Job], bool]:
+    """Return a page of jobs, newest first, and whether more follow.
+
+    Args:
+        after: The last id of the page before.
+        metadata: Only jobs that carry all of these pairs.
+    """
+    query = select(Job).where(Job.project_id == project_id)
+    for key, value in (metadata or {}).items():
+        query = query.where(Job.metadata_[key].as_string() == value)
+    with database.read() as session:
+        if after is not None:
+            mark = session.scalar(select(Job).where(Job.id == after, Job.project_id == project_id))
+            if mark is None:
+                raise InvalidInput(f"Invalid 'after': no FineTuningJob {after}", param="after")
+            tied = (Job.created_at == mark.created_at) & (Job.id < mark.id)
+            query = query.where(or_(Job.created_at < mark.created_at, tied))
+        query = query.order_by(Job.created_at.desc(), Job.id.desc()).limit(limit + 1)
+        found = list(session.scalars(query))
+    return found[:limit], len(found) > limit
+
+
+def list_events(
+    database: Database, project_id: str, job_id: str, limit: int = 20, after: str | None = None
+) -> tuple[list[JobEvent], bool]:
+    """Return a page of a job's events, newest first, and whether more follow."""
+    query = select(JobEvent).where(JobEvent.job_id == job_id)
+    with database.read() as session:
+        _find(session, project_id, job_id)
+        if after is not None:
+            seq = session.scalar(
+                select(JobEvent.seq).where(JobEvent.id == after, JobEvent.job_id == job_id)
+            )
+            if seq is None:
+                raise InvalidInput(f"Invalid 'after': no event {after}", param="after")
+            query = query.where(JobEvent.seq < seq)
+        found = list(session.scalars(query.order_by(JobEvent.seq.desc()).limit(limit + 1)))
+    return found[:limit], len(found) > limit
+
+
+def list_checkpoints(
+    database: Database, project_id: str, job_id: str
+) -> list[tuple[Checkpoint, AdapterVersion]]:
+    """Return a job's checkpoints with their versions, newest first."""
+    query = (
+        select(Checkpoint, AdapterVersion)
+        .join(AdapterVersion, Checkpoint.version_id == AdapterVersion.id)
+        .where(Checkpoint.job_id == job_id)
+        .order_by(Checkpoint.step_number.desc())
+    )
+    with database.read() as session:
+        _find(session, project_id, job_id)
+        return [(row[0], row[1]) for row in session.execute(query)]
+
+
+def request_cancel(database: Database, project_id: str, job_id: str) -> Job:
+    """Cancel a job: at once if nobody works on it, else its worker is told.
+
+    Raises:
+        StateConflict: The job has ended.
+    """
+    with database.write() as session:
+        job = _find(session, project_id, job_id)
+        if job.status in FINAL:
+            raise StateConflict(
+                f"The job {job_id} has {job.status}, so it cannot be cancelled.", param="id"
+            )
+        if not job.cancel_requested:
+            job.cancel_requested = True
+            if not _is_held(job):
+                move(session, job, "cancelled")
+    return job
+
+
+def claim(database: Database, worker_id: str, lease_s: float) -> Job | None:
+    """Take the next job that nobody works on, or None.
+
+    Accounts take turns: the one with the fewest jobs held comes first, then the oldest job.
+    """
+    with database.write() as session:
+        held = _held_by_project(session)
+        free = or_(Job.worker_id.is_(None), Job.lease_expires_at < time.time())
+        states = ("validating_files", "queued", "running")
+        query = select(Job).where(Job.status.in_(states), free)
+        waiting = session.scalars(query.order_by(Job.created_at, Job.id)).all()
+        if not waiting:
+            return None
+        job = min(waiting, key=lambda job: (held.get(job.project_id, 0), job.created_at, job.id))
+        job.worker_id = worker_id
+        job.lease_expires_at = time.time() + lease_s
+        return job
+
+
+def heartbeat(database: Database, job_id: str, worker_id: str, lease_s: float) -> Standing:
+    """Renew a lease and learn whether to go on."""
+    with database.write() as session:
+        job = session.get_one(Job, job_id)
+        if job.worker_id != worker_id or job.status in FINAL:
+            return Standing.LOST
+        job.lease_expires_at = time.time() + lease_s
+        return Standing.CANCEL if job.cancel_requested else Standing.KEEP
+
+
+def release(database: Database, job_id: str, worker_id: str) -> None:
+    """Give a job back as it stands, so that the next claim takes it at once."""
+    with database.write() as session:
+        job = session.get_one(Job, job_id)
+        if job.worker_id == worker_id:
+            job.worker_id = job.lease_expires_at = None
+
+
+def held(session: Session, job_id: str, worker_id: str) -> Job:
+    """Return a job for writing, if this worker still holds it.
+
+    Raises:
+        StateConflict: The lease was lost to another worker.
+    """
+    job = session.get_one(Job, job_id, with_for_update=True)
+    if job.worker_id != worker_id:
+        raise StateConflict(f"The worker {worker_id} no longer holds the job {job_id}")
+    return job
+
+
+def move(session: Session, job: Job, status: str, **fields: Any) -> None:
+    """Change a job's state, with the event that tells of it.
+
+    Raises:
+        StateConflict: The state machine has no such step.
+    """
+    if status not in TRANSITIONS.get(job.status, ()):
+        raise StateConflict(f"The job {job.id} cannot go from {job.status} to {status}")
+    job.status = status
+    for name, value in fields.items():
+        setattr(job, name, value)
+    if status in FINAL:
+        job.finished_at = now()
+        job.estimated_finish = None
+        job.worker_id = job.lease_expires_at = job.trainer_pid = job.trainer_started_at = None
+    if status == "cancelled":
+        record_event(session, job.id, "Fine-tuning job cancelled")
+
+
+def fail(session: Session, job: Job, code: str, message: str, param: str | None = None) -> None:
+    """End a job with its cause."""
+    move(session, job, "failed", error={"code": code, "message": message, "param": param})
+    record_event(session, job.id, f"Fine-tuning job failed: {message}", level="error")
+
+
+def record_event(
+    session: Session,
+    job_id: str,
+    message: str,
+    *,
+    level: str = "info",
+    type: str = "message",
+    data: Mapping[str, Any] | None = None,
+    source: str | None = None,
+) -> None:
+    """Append to a job's history; `source` names the trainer's line, so that none is told twice."""
+    if source is not None and session.scalar(
+        select(JobEvent.seq).where(JobEvent.job_id == job_id, JobEvent.source == source)
+    ):
+        return
+    session.add(
+        JobEvent(
+            id=new_id("ftevent-"),
+            job_id=job_id,
+            level=level,
+            type=type,
+            message=message,
+            data=None if data is None else dict(data),
+            source=source,
+        )
+    )
+    session.flush()
+
+
+def queue_position(session: Session, job: Job) -> int:
+    """Return the number of live jobs that were created before this one."""
+    earlier = select(func.count()).where(
+        Job.status.in_(("queued", "running")), Job.created_at <= job.created_at, Job.id != job.id
+    )
+    return int(session.scalar(earlier) or 0)
+
+
+def count_by_status(database: Database) -> dict[str, int]:
+    """Return the number of jobs in each state."""
+    with database.read() as session:
+        rows = session.execute(select(Job.status, func.count()).group_by(Job.status)).all()
+    return {status: count for status, count in rows}
+
+
+def live_jobs(database: Database, project_id: str) -> int:
+    """Return the number of an account's jobs that have not ended."""
+    query = select(func.count()).where(Job.project_id == project_id, Job.status.in_(LIVE_JOBS))
+    with database.read() as session:
+        return int(session.scalar(query) or 0)
+
+
+def _is_held(job: Job) -> bool:
+    return job.worker_id is not None and (job.lease_expires_at or 0) >= time.time()
+
+
+def _held_by_project(session: Session) -> dict[str, int]:
+    query = select(Job.project_id, func.count()).where(Job.lease_expires_at >= time.time())
+    return {project: count for project, count in session.execute(query.group_by(Job.project_id))}
+
+
+def _find(session: Session, project_id: str, job_id: str) -> Job:
+    job = session.scalar(select(Job).where(Job.id == job_id, Job.project_id == project_id))
+    if job is None:
+        raise NotFound(f"No such FineTuningJob object: {job_id}", param="id")
+    return job
+
+
+def _check_file(session: Session, project_id: str, name: str, file_id: str) -> None:
+    file = session.scalar(
+        select(File).where(
+            File.id == file_id, File.project_id == project_id, File.deleted_at.is_(None)
+        )
+    )
+    if file is None:
+        raise InvalidInput(f"No such File object: {file_id}", param=name)
+    if file.purpose != TRAINING_PURPOSE:
+        raise InvalidInput(
+            f"The file {file_id} has the purpose '{file.purpose}'; a {name} must be uploaded with "
+            f"the purpose '{TRAINING_PURPOSE}'.",
+            param=name,
+        )
