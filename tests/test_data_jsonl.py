@@ -45,7 +45,7 @@ pieces = st.lists(
 @given(data=pieces, block_bytes=st.integers(1, 40), trickle=st.booleans())
 def test_blocks_hold_every_line_once(data: bytes, block_bytes: int, trickle: bool) -> None:
     stream = Trickle(data) if trickle else io.BytesIO(data)
-    found = []
+    found: list[tuple[int, bytes]] = []
     for block in iter_blocks(stream, block_bytes=block_bytes):
         offset = block.offset
         assert block.first_line == len(found) + 1

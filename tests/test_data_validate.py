@@ -334,8 +334,10 @@ def test_duplicates_agree_with_brute_force(texts: list[str], spill_rows: int, bl
 def test_overlap_of_training_and_validation_rows() -> None:
     train = [{"prompt": str(n), "completion": "b"} for n in (5, 1, 2, 2, 3)]
     valid = [{"prompt": str(n), "completion": "b"} for n in (9, 3, 2, 3, 8)]
-    sources = [io.BytesIO("\n".join(map(json.dumps, rows)).encode()) for rows in (train, valid)]
-    total, problems = find_overlap(*sources)
+    first, second = (
+        io.BytesIO("\n".join(map(json.dumps, rows)).encode()) for rows in (train, valid)
+    )
+    total, problems = find_overlap(first, second)
     assert total == 3
     assert [(p.line, p.message) for p in problems] == [
         (2, "the row is also line 5 of the training file"),
@@ -473,8 +475,10 @@ def finite(text: str) -> float:
     return float(text)
 
 
-content = st.one_of(st.sampled_from(["", " ", "a", "b\u3000", None, 5]), st.just([]))
-message = st.fixed_dictionaries(
+content: st.SearchStrategy[Any] = st.one_of(
+    st.sampled_from(["", " ", "a", "b\u3000", None, 5]), st.just([])
+)
+message: st.SearchStrategy[Any] = st.fixed_dictionaries(
     {},
     optional={
         "role": st.sampled_from(["user", "assistant", "system", "tool", "bot", 1, None]),
