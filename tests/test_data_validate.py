@@ -9,18 +9,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from data.checks import check_row
-from data.duplicates import RowIndex
 from data.errors import DataError
-from data.fast_rows import FastReader
 from data.report import SYNTAX_CODES, Report
-from data.rows import Format, Text, detect, to_row
-from data.validate import find_overlap, upload_error_message, validate
+from data.rows import Format
+from data.validate import upload_error_message, validate
 
 USER = {"role": "user", "content": "hi"}
 ASSISTANT = {"role": "assistant", "content": "yes"}
@@ -314,39 +308,6 @@ def test_duplicates_warn_with_the_line_they_repeat() -> None:
     ]
 
 
-@given(
-    texts=st.lists(st.sampled_from("abcdefgh"), max_size=300),
-    spill_rows=st.integers(1, 400),
-    block=st.integers(1, 50),
-)
-@settings(deadline=None, max_examples=60)
-def test_duplicates_agree_with_brute_force(texts: list[str], spill_rows: int, block: int) -> None:
-    with RowIndex(spill_rows=spill_rows) as index:
-        for start in range(0, len(texts), block):
-            part = texts[start : start + block]
-            lines = np.arange(start + 1, start + 1 + len(part), dtype=np.uint64)
-            index.add([Text(text) for text in part], lines)
-        repeats = index.repeats()
-    pairs = [(n, texts.index(t) + 1) for n, t in enumerate(texts, 1) if texts.index(t) + 1 != n]
-    assert repeats == (len(pairs), pairs[:100])
-
-
-def test_overlap_of_training_and_validation_rows() -> None:
-    train = [{"prompt": str(n), "completion": "b"} for n in (5, 1, 2, 2, 3)]
-    valid = [{"prompt": str(n), "completion": "b"} for n in (9, 3, 2, 3, 8)]
-    first, second = (
-        io.BytesIO("\n".join(map(json.dumps, rows)).encode()) for rows in (train, valid)
-    )
-    total, problems = find_overlap(first, second)
-    assert total == 3
-    assert [(p.line, p.message) for p in problems] == [
-        (2, "the row is also line 5 of the training file"),
-        (3, "the row is also line 3 of the training file"),
-        (4, "the row is also line 5 of the training file"),
-    ]
-    assert find_overlap(io.BytesIO(b""), io.BytesIO(b"")) == (0, [])
-
-
 @pytest.mark.parametrize("escape", [False, True])
 @pytest.mark.parametrize("token", ["<|im_end|>", "</s>", "<｜end▁of▁sentence｜>", 'q"\\n'])
 def test_special_tokens_are_found_however_written(token: str, escape: bool) -> None:
@@ -431,89 +392,3 @@ def test_one_bad_line_deep_in_a_file_is_found_where_it_is() -> None:
         (20_000, "invalid_json"),
     ]
     assert report.num_examples == 19_998
-
-
-snippets = st.sampled_from(
-    [
-        b"{", b"}", b"[", b"]", b'"', b":", b",", b"\n", b"\r\n", b"\r", b" ", b"\\", b"\xff",
-        b"\xef\xbb\xbf", b"null", b"NaN", b"1e999", b"true", b"\\ud800", b"\\u0041", b"\xc3\xa9",
-        b'{"prompt": "a", "completion": "b"}', b'{"messages": [{"role": "user", "content": "x"}]}',
-        b'"prompt"', b'"messages"', b'{}\n{}', b'{"a": {}}\n{"b": 1}\n', b"[" * 70, b"}\n{",
-    ]
-)  # fmt: skip
-
-
-@given(data=st.one_of(st.binary(max_size=200), st.lists(snippets, max_size=30).map(b"".join)))
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_any_bytes_are_read_as_json_reads_them(data: bytes) -> None:
-    validate(io.BytesIO(data))  # any bytes: a report, no exception
-    report = validate(io.BytesIO(data), level="syntax")
-    bad = {problem.line for problem in report.problems if problem.line is not None}
-    lines = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    filled = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    assert bad == {number for number, line in filled if not is_object(line)}
-    assert report.num_examples == len(filled) - len(bad)
-
-
-def is_object(line: bytes) -> bool:
-    """Whether the standard library reads a line as an object of finite numbers and sound text."""
-    try:
-        value = json.loads(line.decode("utf-8"), parse_constant=refuse, parse_float=finite)
-        json.dumps(value, ensure_ascii=False).encode("utf-8")  # refuses lone surrogates
-    except ValueError:
-        return False
-    return isinstance(value, dict)
-
-
-def refuse(text: str) -> float:
-    raise ValueError(text)
-
-
-def finite(text: str) -> float:
-    if abs(float(text)) == float("inf"):
-        raise ValueError(text)
-    return float(text)
-
-
-content: st.SearchStrategy[Any] = st.one_of(
-    st.sampled_from(["", " ", "a", "b\u3000", None, 5]), st.just([])
-)
-message: st.SearchStrategy[Any] = st.fixed_dictionaries(
-    {},
-    optional={
-        "role": st.sampled_from(["user", "assistant", "system", "tool", "bot", 1, None]),
-        "content": content,
-        "weight": st.sampled_from([0, 1, 2, True, 1.0, None]),
-        "name": st.sampled_from(["x", 1, None]),
-        "tool_calls": st.sampled_from([[], [{}], "x", None]),
-        "mood": st.just("good"),
-    },
-)
-part = st.one_of(content, st.lists(message, max_size=3), message)
-keys = [
-    "prompt", "completion", "messages", "chosen", "rejected", "label", "labeler", "text", "tools",
-    "input", "preferred_output", "non_preferred_output", "id",
-]  # fmt: skip
-row = st.one_of(
-    st.dictionaries(st.sampled_from(keys), part, max_size=5),
-    st.fixed_dictionaries({"messages": st.lists(message, max_size=3)}),
-    st.fixed_dictionaries({"prompt": part, "completion": part, "label": st.integers(0, 6)}),
-    st.fixed_dictionaries({"prompt": part, "chosen": part, "rejected": part}),
-)
-
-
-@given(row=row, format=st.sampled_from(list(Format)))
-@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_quick_and_exact_readings_agree(row: dict[str, Any], format: Format) -> None:
-    """What the quick reading accepts, the exact one finds good, and makes the same row of."""
-    line = json.dumps(row).encode()
-    quick = FastReader(format).read_line(line)
-    present = {key: value for key, value in row.items() if value is not None}
-    findings = check_row(present, format)
-    if quick is not None:
-        assert findings == []
-        assert to_row(present, format) == quick
-        assert FastReader(format).read_block(line + b"\n" + line) in (None, [quick, quick])
-    elif not findings:
-        to_row(present, format)  # whatever passes the checks becomes a row
-    assert check([row], format).ok == (not findings) or detect(present) != format
