@@ -290,8 +290,8 @@ def queue_position(session: Session, job: Job) -> int:
 def count_by_status(database: Database) -> dict[str, int]:
     """Return the number of jobs in each state."""
     with database.read() as session:
-        rows = session.execute(select(Job.status, func.count()).group_by(Job.status)).all()
-    return {status: count for status, count in rows}
+        rows = session.execute(select(Job.status, func.count()).group_by(Job.status))
+        return dict(row.tuple() for row in rows)
 
 
 def live_jobs(database: Database, project_id: str) -> int:
@@ -307,7 +307,7 @@ def _is_held(job: Job) -> bool:
 
 def _held_by_project(session: Session) -> dict[str, int]:
     query = select(Job.project_id, func.count()).where(Job.lease_expires_at >= time.time())
-    return {project: count for project, count in session.execute(query.group_by(Job.project_id))}
+    return dict(row.tuple() for row in session.execute(query.group_by(Job.project_id)))
 
 
 def _find(session: Session, project_id: str, job_id: str) -> Job:

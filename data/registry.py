@@ -1,0 +1,311 @@
+"""The registry of adapters: versions that never change, and aliases that move between them.
+
+A version is published by staging its folder, checking and hashing it, renaming it into the adapters
+folder, and inserting its row. A crash in between leaves a folder without a row, which `sweep`
+removes; a row without its folder cannot happen. Promoting moves the account's alias, and every move
+is kept, which is what rollback reads.
+
+Names: a version is `ft:BASE:ACCOUNT:SUFFIX:8chars`, its alias the same without the last part.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from data.adapter_checks import AdapterFacts, check_adapter, digest_of, files_of
+from data.db import Database
+from data.errors import AdapterRefused, InvalidInput, ModelNotFound, StateConflict
+from data.files import sync_folder
+from data.tables import AdapterVersion, Alias, AliasMove, Project, new_id, now
+
+STAGING = ".staging-"
+DEFAULT_SUFFIX = "default"
+ORPHAN_AGE_S = 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class StagedAdapter:
+    """A checked folder that lies in its final place and waits for its row."""
+
+    id: str
+    path: str  # below the adapters folder
+    facts: AdapterFacts
+
+
+def stage(adapters_dir: Path, source: Path, base_fingerprint: str | None) -> StagedAdapter:
+    """Copy an adapter folder into the registry's, check and hash it, and rename it into place.
+
+    Raises:
+        AdapterRefused: It failed a check; nothing is left behind.
+    """
+    version_id = new_id("advr_")
+    staging = adapters_dir / f"{STAGING}{version_id}"
+    adapters_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        shutil.copytree(source, staging)
+        facts = check_adapter(staging, base_fingerprint)
+        for path in files_of(staging):
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
+        sync_folder(staging)
+        os.rename(staging, adapters_dir / version_id)
+        sync_folder(adapters_dir)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    return StagedAdapter(version_id, version_id, facts)
+
+
+def record(
+    session: Session,
+    project: Project,
+    staged: StagedAdapter,
+    base_model: str,
+    base_fingerprint: str,
+    *,
+    suffix: str | None = None,
+    job_id: str | None = None,
+    lineage: Mapping[str, Any] | None = None,
+) -> AdapterVersion:
+    """Insert the row of a staged adapter, inside the caller's transaction."""
+    name = f"{alias_name(base_model, project.slug, suffix)}:{new_id('', 8)}"
+    version = AdapterVersion(
+        id=staged.id,
+        project_id=project.id,
+        name=name,
+        base_model=base_model,
+        base_fingerprint=base_fingerprint,
+        digest=staged.facts.digest,
+        path=staged.path,
+        bytes=staged.facts.bytes,
+        rank=staged.facts.rank,
+        target_modules=list(staged.facts.target_modules),
+        job_id=job_id,
+        lineage=dict(lineage or {}),
+    )
+    session.add(version)
+    session.flush()
+    return version
+
+
+def publish(
+    database: Database,
+    adapters_dir: Path,
+    project: Project,
+    source: Path,
+    base_model: str,
+    base_fingerprint: str,
+    *,
+    suffix: str | None = None,
+    lineage: Mapping[str, Any] | None = None,
+) -> AdapterVersion:
+    """Stage, check and record an adapter, and point its alias at it.
+
+    Raises:
+        AdapterRefused: It failed a check.
+    """
+    staged = stage(adapters_dir, source, base_fingerprint)
+    with database.write() as session:
+        version = record(
+            session, project, staged, base_model, base_fingerprint, suffix=suffix, lineage=lineage
+        )
+        point_alias(session, version)
+    return version
+
+
+def alias_name(base_model: str, account: str, suffix: str | None) -> str:
+    """Return the movable name of an account's models for one purpose."""
+    return f"ft:{base_model}:{account}:{suffix or DEFAULT_SUFFIX}"
+
+
+def alias_of(version_name: str) -> str:
+    """Return the alias that a version's name belongs to."""
+    return version_name.rpartition(":")[0]
+
+
+def resolve(database: Database, project_id: str, name: str) -> AdapterVersion:
+    """Find the version that a version's name or an alias stands for now.
+
+    Raises:
+        ModelNotFound: There is none, or it is another account's.
+    """
+    with database.read() as session:
+        return _resolve(session, project_id, name)
+
+
+def list_versions(database: Database, project_id: str) -> list[AdapterVersion]:
+    """Return an account's versions, newest first."""
+    query = select(AdapterVersion).where(
+        AdapterVersion.project_id == project_id, AdapterVersion.deleted_at.is_(None)
+    )
+    order = (AdapterVersion.created_at.desc(), AdapterVersion.id.desc())
+    with database.read() as session:
+        return list(session.scalars(query.order_by(*order)))
+
+
+def list_aliases(database: Database, project_id: str) -> list[Alias]:
+    """Return an account's aliases, by name."""
+    query = select(Alias).where(Alias.project_id == project_id).order_by(Alias.name)
+    with database.read() as session:
+        return list(session.scalars(query))
+
+
+def history(database: Database, project_id: str, alias: str) -> list[AliasMove]:
+    """Return every move of an alias, oldest first."""
+    with database.read() as session:
+        found = _find_alias(session, project_id, alias)
+        query = select(AliasMove).where(AliasMove.alias == found.name).order_by(AliasMove.seq)
+        return list(session.scalars(query))
+
+
+def promote(database: Database, project_id: str, version_name: str) -> Alias:
+    """Point a version's alias at it: the next request gets it.
+
+    Raises:
+        ModelNotFound: There is no such version.
+    """
+    with database.write() as session:
+        return point_alias(session, _resolve(session, project_id, version_name))
+
+
+def point_alias(session: Session, version: AdapterVersion, action: str = "promote") -> Alias:
+    """Move the alias of a version to it, inside the caller's transaction."""
+    name = alias_of(version.name)
+    alias = session.get(Alias, name)
+    if alias is None:
+        alias = Alias(name=name, project_id=version.project_id, version_id=version.id)
+        session.add(alias)
+    alias.version_id, alias.updated_at = version.id, now()
+    session.add(AliasMove(alias=name, version_id=version.id, action=action))
+    session.flush()
+    return alias
+
+
+def rollback(database: Database, project_id: str, alias: str) -> AdapterVersion:
+    """Point an alias at the version that was in use before the present one.
+
+    Rolling back twice goes back two versions: a rolled-back version is never a target itself.
+
+    Raises:
+        ModelNotFound: There is no such alias.
+        StateConflict: There is no earlier version to go back to.
+    """
+    with database.write() as session:
+        found = _find_alias(session, project_id, alias)
+        moves = session.scalars(
+            select(AliasMove).where(AliasMove.alias == found.name).order_by(AliasMove.seq)
+        )
+        past: list[str] = []  # the versions in use, as a stack that a rollback pops
+        for move in moves:
+            if move.action == "rollback":
+                past = past[: past.index(move.version_id) + 1]
+            elif not past or past[-1] != move.version_id:
+                past.append(move.version_id)
+        earlier = [session.get_one(AdapterVersion, version_id) for version_id in past[:-1]]
+        usable = [version for version in earlier if version.deleted_at is None]
+        if not usable:
+            raise StateConflict(
+                f"The alias {alias} has no earlier version to go back to; "
+                "`hone models list` shows the versions",
+                param="alias",
+            )
+        point_alias(session, usable[-1], "rollback")
+        return usable[-1]
+
+
+def verify(version: AdapterVersion, adapters_dir: Path) -> None:
+    """Check that a version's files are what was published.
+
+    Raises:
+        AdapterRefused: `adapter_missing` or `adapter_tampered`.
+    """
+    folder = adapters_dir / version.path
+    if not folder.is_dir():
+        raise AdapterRefused(
+            f"The files of {version.name} are gone from {folder}; restore them from a backup or "
+            "train again",
+            code="adapter_missing",
+        )
+    found = digest_of(folder)
+    if found != version.digest:
+        raise AdapterRefused(
+            f"The files of {version.name} in {folder} are not what was published: their digest is "
+            f"{found[:12]}…, the registry has {version.digest[:12]}…",
+            code="adapter_tampered",
+        )
+
+
+def export(version: AdapterVersion, adapters_dir: Path, destination: Path) -> Path:
+    """Copy a version to a new folder that `PeftModel.from_pretrained` loads.
+
+    Raises:
+        InvalidInput: The destination exists.
+        AdapterRefused: The version's files are damaged.
+    """
+    if destination.exists():
+        raise InvalidInput(
+            f"{destination} exists; name a folder that does not", param="destination"
+        )
+    verify(version, adapters_dir)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(adapters_dir / version.path, destination)
+    return destination
+
+
+def delete(database: Database, project_id: str, name: str) -> AdapterVersion:
+    """Take a version out of use; its alias falls away, or back to an earlier version.
+
+    Raises:
+        ModelNotFound: There is no such version of this account.
+    """
+    with database.write() as session:
+        version = _resolve(session, project_id, name)
+        version.deleted_at = now()
+        alias = session.get(Alias, alias_of(version.name))
+        if alias is not None and alias.version_id == version.id:
+            session.delete(alias)
+    return version
+
+
+def sweep(database: Database, adapters_dir: Path, min_age_s: float = ORPHAN_AGE_S) -> Sequence[str]:
+    """Remove folders that no version names, and those of deleted versions; returns their names.
+
+    Args:
+        min_age_s: Younger folders may belong to a publication under way.
+    """
+    with database.read() as session:
+        query = select(AdapterVersion.path).where(AdapterVersion.deleted_at.is_(None))
+        known = set(session.scalars(query))
+    removed = []
+    for folder in adapters_dir.iterdir() if adapters_dir.is_dir() else ():
+        if folder.name not in known and time.time() - folder.stat().st_mtime >= min_age_s:
+            shutil.rmtree(folder)
+            removed.append(folder.name)
+    return removed
+
+
+def _resolve(session: Session, project_id: str, name: str) -> AdapterVersion:
+    alias = session.get(Alias, name)
+    if alias is not None and alias.project_id == project_id:
+        version = session.get(AdapterVersion, alias.version_id)
+    else:
+        version = session.scalar(select(AdapterVersion).where(AdapterVersion.name == name))
+    if version is None or version.project_id != project_id or version.deleted_at is not None:
+        raise ModelNotFound(name)
+    return version
+
+
+def _find_alias(session: Session, project_id: str, name: str) -> Alias:
+    alias = session.get(Alias, name)
+    if alias is None or alias.project_id != project_id:
+        raise ModelNotFound(name)
+    return alias
