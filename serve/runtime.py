@@ -74,14 +74,19 @@ def open_runtime(settings: Settings) -> Runtime:
         queue_size=settings.queue_size,
         max_resident_adapters=settings.max_resident_adapters,
     )
-    engine = LocalEngine(model, tokenizer, config, base_model.fingerprint(folder))
+    fingerprint = base_model.fingerprint(folder)
+    engine = LocalEngine(model, tokenizer, config, fingerprint)
     engine.start()
     runtime = Runtime(
         settings=settings,
         database=database,
-        files=FileStore(database, settings.effective_blob_url),
+        files=FileStore(
+            database, settings.effective_blob_url, settings.max_upload_mb * MIB
+        ),
         engine=engine,
-        models=ModelCatalog(database, settings.adapters_dir, spec.name, engine, tokenizer),
+        models=ModelCatalog(
+            database, settings.adapters_dir, spec.name, fingerprint, engine, tokenizer
+        ),
         created=int((folder / "config.json").stat().st_mtime),
     )
     engine.generate([runtime.probe()])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -165,16 +164,6 @@ def test_a_body_that_is_too_large(server: Server) -> None:
         for content in (b"x" * (4 << 20), endless()):
             response = client.post("/v1/files", content=content, headers=kind)
             assert check_envelope(response, 413)["code"] == "file_too_large"
-
-
-def test_bytes_that_are_not_http(server: Server) -> None:
-    from serve.server import _Http  # the protocol class of the real server
-
-    assert _Http.send_400_response is not None
-    host, port = server.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port))) as connection:
-        connection.sendall(b"\x16\x03\x01 not http\r\n\r\n")
-        assert b"400" in connection.recv(4096)
 
 
 def test_a_bug_is_a_500_that_tells_nothing_but_its_id(

@@ -9,7 +9,6 @@ from pydantic import BaseModel, ValidationError
 
 from data.errors import ToolkitError
 from serve.api.errors import describe
-from serve.api.job_schemas import JobRequest
 from serve.api.schemas import ChatRequest, CompletionRequest
 
 
@@ -125,38 +124,3 @@ def test_what_chat_does_not_do_is_said(name: str) -> None:
     messages = [{"role": "user", "content": "x"}]
     error = refusal(ChatRequest, model="m", messages=messages, **{name: [1]})
     assert (error.param, error.code) == (name, "unsupported_parameter")
-
-
-def test_job_hyperparameters_in_both_places() -> None:
-    given = {"n_epochs": 2}
-    files = {"model": "m", "training_file": "f"}
-    legacy = JobRequest.model_validate({**files, "hyperparameters": given})
-    method = {"type": "supervised", "supervised": {"hyperparameters": given}}
-    modern = JobRequest.model_validate({**files, "method": method})
-    assert legacy.chosen == modern.chosen
-    error = refusal(JobRequest, **files, method=method, hyperparameters=given)
-    assert error.param == "hyperparameters"
-
-
-@pytest.mark.parametrize(
-    ("fields", "param"),
-    [
-        ({"hyperparameters": {"n_epochs": 51}}, "hyperparameters.n_epochs"),
-        ({"hyperparameters": {"batch_size": 1.5}}, "hyperparameters.batch_size"),
-        (
-            {"hyperparameters": {"learning_rate_multiplier": 0}},
-            "hyperparameters.learning_rate_multiplier",
-        ),
-        ({"hyperparameters": {"beta": 1}}, "hyperparameters.beta"),
-        ({"method": {"type": "dpo"}}, "method.type"),
-        ({"method": {"type": "supervised", "dpo": {}}}, "method.dpo"),
-        ({"suffix": "x" * 65}, "suffix"),
-        ({"seed": -1}, "seed"),
-        ({"metadata": {"k" * 65: "v"}}, "metadata"),
-        ({"metadata": {"k": 5}}, "metadata.k"),
-        ({"metadata": {str(i): "v" for i in range(17)}}, "metadata"),
-        ({"integrations": [{"type": "other"}]}, "integrations[0].type"),
-    ],
-)
-def test_job_refusals(fields: Any, param: str) -> None:
-    assert refusal(JobRequest, model="m", training_file="f", **fields).param == param

@@ -13,11 +13,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from data.accounts import Principal
 from starlette.concurrency import run_in_threadpool
 
 from data import registry
 from data.db import Database
+from data.errors import AdapterRefused
 from data.tables import AdapterVersion
 from serve.api.token_text import TokenText
 from serve.engine.base import AdapterRef, Engine
@@ -51,11 +51,13 @@ class ModelCatalog:
         database: Database,
         adapters_dir: Path,
         base_model: str,
+        base_fingerprint: str,
         engine: Engine,
         tokenizer: Any,
     ):
         self._database = database
         self._adapters_dir = adapters_dir
+        self.base_fingerprint = base_fingerprint
         self._engine = engine
         self._verified: dict[
             str, tuple[Any, ...]
@@ -67,7 +69,7 @@ class ModelCatalog:
             base_model, None, self.base_tokens, engine.eos_token_ids, _mark(engine.fingerprint, "")
         )
 
-    async def resolve(self, caller: Principal, name: str) -> ServedModel:
+    async def resolve(self, account_id: str, name: str) -> ServedModel:
         """Find a model for this account.
 
         Raises:
@@ -76,10 +78,17 @@ class ModelCatalog:
         """
         if name == self.base_model:
             return self.base
-        return await run_in_threadpool(self._resolve_adapter, caller.project_id, name)
+        return await run_in_threadpool(self._resolve_adapter, account_id, name)
 
-    def _resolve_adapter(self, project_id: str, name: str) -> ServedModel:
-        version = registry.resolve(self._database, project_id, name)
+    def _resolve_adapter(self, account_id: str, name: str) -> ServedModel:
+        version = registry.resolve(self._database, account_id, name)
+        if version.base_fingerprint != self.base_fingerprint:
+            raise AdapterRefused(
+                f"The model {name} was trained on other weights ({version.base_model}, "
+                f"{version.base_fingerprint}) than this server runs ({self.base_model}, "
+                f"{self.base_fingerprint}); start a server with its base, or train again.",
+                code="adapter_wrong_base",
+            )
         folder = self._adapters_dir / version.path
         self._verify(version, folder)
         tokens, eos_token_ids = self.base_tokens, self._engine.eos_token_ids
@@ -98,7 +107,7 @@ class ModelCatalog:
     def _verify(self, version: AdapterVersion, folder: Path) -> None:
         state = _file_states(folder)
         if self._verified.get(version.id) != state or not state:
-            registry.verify(self._database, version)
+            registry.verify(version, self._adapters_dir)
             self._verified[version.id] = state
 
 

@@ -32,10 +32,8 @@ async def create_completion(
     body: CompletionRequest, request: Request, caller: Caller, runtime: Running
 ) -> Response:
     """Continue each prompt `n` times."""
-    served = await runtime.models.resolve(caller, body.model)
-    plan = await run_in_threadpool(
-        _plan, body, served, runtime.engine.max_context, caller.project_id
-    )
+    served = await runtime.models.resolve(caller.id, body.model)
+    plan = await run_in_threadpool(_plan, body, served, runtime.engine.max_context, caller.id)
     if body.stream:
         return await EventStream.begin(request, _frames(plan, runtime.generator))
     answers = await unless_disconnected(request, runtime.generator.answer(plan.requests))

@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import orjson
-from data.accounts import Principal
 from fastapi import Depends, Request
 from starlette.responses import Response
 
+from data.accounts import Principal
 from data.errors import Forbidden
 from serve.runtime import Runtime
 
 
+@dataclass(frozen=True, slots=True)
+class Account:
+    """The account that calls."""
+
+    id: str
+    slug: str
+
+
 async def _runtime(request: Request) -> Runtime:
-    return request.app.state.runtime
+    runtime: Runtime = request.app.state.runtime
+    return runtime
 
 
-async def _caller(request: Request) -> Principal:
+async def _account(request: Request) -> Account:
     principal: Principal = request.state.principal
-    if principal.project_id is None:
+    if principal.project_id is None or principal.project_slug is None:
         raise Forbidden("An admin key manages accounts; use the API key of an account here.")
-    return principal
+    return Account(principal.project_id, principal.project_slug)
 
 
 async def _operator(request: Request) -> Principal:
@@ -32,7 +42,7 @@ async def _operator(request: Request) -> Principal:
 
 
 Running = Annotated[Runtime, Depends(_runtime)]
-Caller = Annotated[Principal, Depends(_caller)]  # the key of an account
+Caller = Annotated[Account, Depends(_account)]  # the key of an account
 Operator = Annotated[Principal, Depends(_operator)]  # an admin key
 
 

@@ -8,7 +8,7 @@ from urllib.parse import quote
 from fastapi import APIRouter, Query, Request
 from pydantic import Field
 from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData, UploadFile
 from starlette.responses import Response, StreamingResponse
 
 from data.errors import InvalidInput
@@ -19,7 +19,7 @@ from serve.api.schemas import QueryModel
 
 CHUNK_BYTES = 1 << 20
 MAX_LIMIT = 10_000
-FORM_FIELDS = ("file", "purpose")
+FORM_FIELDS = ("file", "purpose", "expires_after[anchor]", "expires_after[seconds]")
 
 router = APIRouter()
 
@@ -45,7 +45,12 @@ async def upload_file(request: Request, caller: Caller, runtime: Running) -> Res
         if not isinstance(purpose, str):
             raise _missing("purpose", "For training data it is `fine-tune`.")
         record = await run_in_threadpool(
-            runtime.files.create, caller.project_id, upload.file, upload.filename or "file", purpose
+            runtime.files.create,
+            caller.id,
+            upload.file,
+            upload.filename or "file",
+            purpose,
+            _expires_after_s(form),
         )
     return json_response(describe_file(record))
 
@@ -55,31 +60,29 @@ async def list_files(
     query: Annotated[ListFiles, Query()], caller: Caller, runtime: Running
 ) -> Response:
     """List the account's files."""
-    records, has_more = await run_in_threadpool(
-        runtime.files.list, caller.project_id, **query.model_dump()
-    )
+    records, has_more = await run_in_threadpool(runtime.files.list, caller.id, **query.model_dump())
     return page([describe_file(record) for record in records], has_more)
 
 
 @router.get("/files/{file_id}")
 async def retrieve_file(file_id: str, caller: Caller, runtime: Running) -> Response:
     """Describe one file."""
-    record = await run_in_threadpool(runtime.files.get, caller.project_id, file_id)
+    record = await run_in_threadpool(runtime.files.get, caller.id, file_id)
     return json_response(describe_file(record))
 
 
 @router.delete("/files/{file_id}")
 async def delete_file(file_id: str, caller: Caller, runtime: Running) -> Response:
     """Delete a file that no unfinished job needs."""
-    await run_in_threadpool(runtime.files.delete, caller.project_id, file_id)
+    await run_in_threadpool(runtime.files.delete, caller.id, file_id)
     return json_response({"id": file_id, "object": "file", "deleted": True})
 
 
 @router.get("/files/{file_id}/content")
 async def download_file(file_id: str, caller: Caller, runtime: Running) -> Response:
     """Send the file's bytes."""
-    record = await run_in_threadpool(runtime.files.get, caller.project_id, file_id)
-    stream = await run_in_threadpool(runtime.files.open, caller.project_id, file_id)
+    record = await run_in_threadpool(runtime.files.get, caller.id, file_id)
+    stream = await run_in_threadpool(runtime.files.open, caller.id, file_id)
     headers = {
         "content-length": str(record.bytes),
         "content-disposition": f"attachment; filename*=utf-8''{quote(record.filename, safe='')}",
@@ -94,7 +97,7 @@ async def download_file(file_id: str, caller: Caller, runtime: Running) -> Respo
 @router.get("/files/{file_id}/report")
 async def report_file(file_id: str, caller: Caller, runtime: Running) -> Response:
     """Check every row of a dataset and tell all that is wrong with it."""
-    report = await run_in_threadpool(runtime.files.report, caller.project_id, file_id)
+    report = await run_in_threadpool(runtime.files.report, caller.id, file_id)
     return json_response({"object": "file.report", "file_id": file_id, **report})
 
 
@@ -111,6 +114,24 @@ def describe_file(record: File) -> dict[str, Any]:
         "status": record.status,
         "status_details": record.status_details,
     }
+
+
+def _expires_after_s(form: FormData) -> int | None:
+    anchor, seconds = form.get("expires_after[anchor]"), form.get("expires_after[seconds]")
+    if anchor is None and seconds is None:
+        return None
+    if anchor != "created_at":
+        raise InvalidInput(
+            "Invalid 'expires_after.anchor': the only supported value is 'created_at'.",
+            param="expires_after.anchor",
+        )
+    if not (isinstance(seconds, str) and seconds.isascii() and seconds.isdigit()):
+        raise InvalidInput(
+            "Invalid type for 'expires_after.seconds': expected an integer.",
+            param="expires_after.seconds",
+            code="invalid_type",
+        )
+    return int(seconds[:20])
 
 
 def _chunks(stream: BinaryIO) -> Any:

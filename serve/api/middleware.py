@@ -12,13 +12,13 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 
-from data.accounts import Principal
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from data import accounts
+from data.accounts import Principal
 from data.db import Database
 from data.errors import Forbidden, ToolkitError, Unauthorized
 from data.tables import new_id

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from data.accounts import Principal
 from fastapi import APIRouter
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from data import registry
 from data.errors import Forbidden
-from serve.api.deps import Caller, Running, json_response
+from data.tables import AdapterVersion
+from serve.api.deps import Account, Caller, Running, json_response
 from serve.runtime import Runtime
 
 router = APIRouter()
@@ -19,7 +19,7 @@ router = APIRouter()
 
 @router.get("/models")
 async def list_models(caller: Caller, runtime: Running) -> Response:
-    """List the base model, then the account's aliases and versions, newest first."""
+    """List the base model, then what the account's aliases and versions are called."""
     tuned = await run_in_threadpool(_tuned, runtime, caller)
     return json_response({"object": "list", "data": [_base(runtime), *tuned]})
 
@@ -29,10 +29,8 @@ async def retrieve_model(model: str, caller: Caller, runtime: Running) -> Respon
     """Describe one model."""
     if model == runtime.models.base_model:
         return json_response(_base(runtime))
-    version = await run_in_threadpool(registry.resolve, runtime.database, caller.project_id, model)
-    return json_response(
-        _describe(model, version.created_at, version.name, version.base_model, caller)
-    )
+    version = await run_in_threadpool(registry.resolve, runtime.database, caller.id, model)
+    return json_response(_describe(model, version, caller))
 
 
 @router.delete("/models/{model:path}")
@@ -40,28 +38,37 @@ async def delete_model(model: str, caller: Caller, runtime: Running) -> Response
     """Delete a fine-tune of the account; requests in flight finish on it."""
     if model == runtime.models.base_model:
         raise Forbidden("The base model cannot be deleted; only fine-tuned models can.")
-    await run_in_threadpool(registry.delete, runtime.database, caller.project_id, model)
+    await run_in_threadpool(registry.delete, runtime.database, caller.id, model)
     return json_response({"id": model, "object": "model", "deleted": True})
 
 
+def _tuned(runtime: Runtime, account: Account) -> list[dict[str, Any]]:
+    aliases = registry.list_aliases(runtime.database, account.id)
+    versions = {v.id: v for v in registry.list_versions(runtime.database, account.id)}
+    # A version may be deleted between the two reads, so an alias may point at none of them.
+    named = [(a.name, versions[a.version_id]) for a in aliases if a.version_id in versions]
+    named += [(version.name, version) for version in versions.values()]
+    return [_describe(name, version, account) for name, version in named]
+
+
 def _base(runtime: Runtime) -> dict[str, Any]:
-    return {
-        "id": runtime.models.base_model,
-        "object": "model",
-        "created": runtime.created,
-        "owned_by": "system",
-        "shutdown_date": None,
-        "root": runtime.models.base_model,
-        "parent": None,
-    }
+    name = runtime.models.base_model
+    return _model(name, runtime.created, "system", root=name, parent=None)
 
 
-def _describe(name: str, created: int, root: str, parent: str, caller: Principal) -> dict[str, Any]:
+def _describe(name: str, version: AdapterVersion, account: Account) -> dict[str, Any]:
+    """Describe a version under one of its names; `root` is the name that never moves."""
+    return _model(
+        name, version.created_at, account.slug, root=version.name, parent=version.base_model
+    )
+
+
+def _model(name: str, created: int, owner: str, *, root: str, parent: str | None) -> dict[str, Any]:
     return {
         "id": name,
         "object": "model",
         "created": created,
-        "owned_by": caller.project_slug,
+        "owned_by": owner,
         "shutdown_date": None,
         "root": root,
         "parent": parent,

@@ -1,0 +1,180 @@
+"""`/v1/fine_tuning/jobs`: a row for the worker, and all that is known of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
+from pydantic import ConfigDict, Field
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import Response
+
+from data import jobs
+from data.errors import InvalidInput
+from data.tables import AdapterVersion, Checkpoint, Job, JobEvent
+from serve.api.deps import Caller, Running, json_response, page
+from serve.api.errors import unknown_parameter
+from serve.api.job_schemas import JobRequest
+from serve.api.middleware import ORGANIZATION
+from serve.api.schemas import QueryModel
+
+MAX_LIMIT = 100
+METADATA_FILTER = re.compile(r"metadata\[(.+)\]")
+
+router = APIRouter(prefix="/fine_tuning/jobs")
+
+
+class ListJobs(QueryModel):
+    """Which jobs to list; `metadata[key]=value` filters too and is read apart."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    limit: int = Field(20, ge=1, le=MAX_LIMIT)
+
+
+class ListEvents(QueryModel):
+    """Which events to list."""
+
+    limit: int = Field(20, ge=1, le=MAX_LIMIT)
+
+
+class ListCheckpoints(QueryModel):
+    """Which checkpoints to list."""
+
+    limit: int = Field(10, ge=1, le=MAX_LIMIT)
+
+
+@router.post("")
+async def create_job(body: JobRequest, caller: Caller, runtime: Running) -> Response:
+    """Queue a fine-tuning job."""
+    spec = body.spec()
+    if spec.integrations and runtime.settings.wandb_project is None:
+        raise InvalidInput(
+            "Invalid 'integrations': wandb is not configured on this server; its operator sets "
+            "`wandb_project`.",
+            param="integrations",
+        )
+    bases = [runtime.models.base_model]
+    job = await run_in_threadpool(jobs.create, runtime.database, caller.id, spec, bases)
+    return json_response(describe_job(job))
+
+
+@router.get("")
+async def list_jobs(
+    query: Annotated[ListJobs, Query()], request: Request, caller: Caller, runtime: Running
+) -> Response:
+    """List the account's jobs, newest first."""
+    wanted = _metadata_filter(request)
+    found, has_more = await run_in_threadpool(
+        jobs.list_jobs, runtime.database, caller.id, query.limit, query.after, wanted
+    )
+    return page([describe_job(job) for job in found], has_more)
+
+
+@router.get("/{job_id}")
+async def retrieve_job(job_id: str, caller: Caller, runtime: Running) -> Response:
+    """Describe one job."""
+    job = await run_in_threadpool(jobs.get, runtime.database, caller.id, job_id)
+    return json_response(describe_job(job))
+
+
+@router.post("/{job_id}/cancel")
+async def cancel_job(job_id: str, caller: Caller, runtime: Running) -> Response:
+    """Cancel a job; its trainer stops within seconds."""
+    job = await run_in_threadpool(jobs.request_cancel, runtime.database, caller.id, job_id)
+    return json_response(describe_job(job))
+
+
+@router.get("/{job_id}/events")
+async def list_events(
+    job_id: str, query: Annotated[ListEvents, Query()], caller: Caller, runtime: Running
+) -> Response:
+    """List a job's events, newest first."""
+    found, has_more = await run_in_threadpool(
+        jobs.list_events, runtime.database, caller.id, job_id, query.limit, query.after
+    )
+    return page([_describe_event(event) for event in found], has_more)
+
+
+@router.get("/{job_id}/checkpoints")
+async def list_checkpoints(
+    job_id: str, query: Annotated[ListCheckpoints, Query()], caller: Caller, runtime: Running
+) -> Response:
+    """List a job's checkpoints, newest first."""
+    found = await run_in_threadpool(jobs.list_checkpoints, runtime.database, caller.id, job_id)
+    if query.after is not None:
+        ids = [checkpoint.id for checkpoint, _ in found]
+        if query.after not in ids:
+            raise InvalidInput(f"Invalid 'after': no checkpoint {query.after}", param="after")
+        found = found[ids.index(query.after) + 1 :]
+    shown = [_describe_checkpoint(*pair) for pair in found[: query.limit]]
+    return page(shown, len(found) > query.limit)
+
+
+def describe_job(job: Job) -> dict[str, Any]:
+    """Return the API's object of a job: every key, always."""
+    return {
+        "id": job.id,
+        "object": "fine_tuning.job",
+        "created_at": job.created_at,
+        "finished_at": job.finished_at,
+        "estimated_finish": job.estimated_finish,
+        "model": job.model,
+        "fine_tuned_model": job.fine_tuned_model,
+        "organization_id": ORGANIZATION,
+        "status": job.status,
+        "training_file": job.training_file,
+        "validation_file": job.validation_file,
+        "result_files": job.result_files,
+        "hyperparameters": job.hyperparameters,
+        "method": _describe_method(job),
+        "seed": job.seed,
+        "trained_tokens": job.trained_tokens,
+        "integrations": job.integrations,
+        "metadata": job.metadata_,
+        "error": job.error,
+        "user_provided_suffix": job.suffix,
+    }
+
+
+def _describe_method(job: Job) -> dict[str, Any]:
+    """Return the method with the hyperparameters as they stand: resolved once the job runs."""
+    kind = job.method["type"]
+    return {"type": kind, kind: job.method[kind] | {"hyperparameters": job.hyperparameters}}
+
+
+def _describe_event(event: JobEvent) -> dict[str, Any]:
+    return {
+        "id": event.id,
+        "object": "fine_tuning.job.event",
+        "created_at": event.created_at,
+        "level": event.level,
+        "type": event.type,
+        "message": event.message,
+        "data": event.data,
+    }
+
+
+def _describe_checkpoint(checkpoint: Checkpoint, version: AdapterVersion) -> dict[str, Any]:
+    return {
+        "id": checkpoint.id,
+        "object": "fine_tuning.job.checkpoint",
+        "created_at": checkpoint.created_at,
+        "fine_tuned_model_checkpoint": version.name,
+        "fine_tuning_job_id": checkpoint.job_id,
+        "metrics": checkpoint.metrics,
+        "step_number": checkpoint.step_number,
+    }
+
+
+def _metadata_filter(request: Request) -> Mapping[str, str]:
+    wanted = {}
+    for name, value in request.query_params.items():
+        match = METADATA_FILTER.fullmatch(name)
+        if match:
+            wanted[match[1]] = value
+        elif name not in ListJobs.model_fields:
+            raise unknown_parameter(name, list(ListJobs.model_fields))
+    return wanted
