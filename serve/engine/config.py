@@ -1,0 +1,41 @@
+"""How much one engine takes on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from data.errors import InvalidInput
+
+MIB = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Limits of a `LocalEngine`.
+
+    Attributes:
+        max_batch: Sequences that run together.
+        max_context: Longest prompt plus completion; None: what model and KV budget allow.
+        kv_budget_bytes: Memory for keys and values, taken at start.
+        prefill_chunk: Prompt tokens computed in one step: more reads prompts faster, fewer
+            keeps running streams smoother.
+        queue_size: Requests that may wait beyond those that run; more get Overloaded.
+        max_resident_adapters: Adapters kept in host memory.
+        max_lora_rows: Ranks of all adapters of one step together; also the largest rank served.
+        watchdog_s: A step or an adapter read longer than this fails its requests.
+    """
+
+    max_batch: int = 16
+    max_context: int | None = None
+    kv_budget_bytes: int = 1024 * MIB
+    prefill_chunk: int = 128
+    queue_size: int = 256
+    max_resident_adapters: int = 64
+    max_lora_rows: int = 512
+    watchdog_s: float = 120.0
+
+    def __post_init__(self) -> None:
+        for name in (field.name for field in fields(self)):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise InvalidInput(f'"{name}" is {value}; expected more than 0', param=name)

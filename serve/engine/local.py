@@ -1,0 +1,157 @@
+"""The engine in this process: the Engine protocol over a transformers model.
+
+    with LocalEngine(model, tokenizer, EngineConfig(max_batch=8)) as engine:
+        [completion] = engine.generate([GenerationRequest("1", prompt_ids, SamplingParams())])
+
+The model belongs to the engine until `close`: its attention is replaced and adapters are hooked in.
+This module checks and hands over; `loop.py` does the work on a thread of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Self
+
+from transformers import PreTrainedModel
+
+from data.errors import ContextTooLong, InvalidInput
+from serve.engine import collect
+from serve.engine.adapters import AdapterStore
+from serve.engine.base import AdapterRef, Completion, Delta, GenerationRequest
+from serve.engine.config import EngineConfig
+from serve.engine.loop import EngineLoop
+from serve.engine.lora import lora_sites
+from serve.engine.runner import ModelRunner
+from serve.engine.sequence import Stream
+
+__all__ = ["EngineConfig", "LocalEngine"]
+
+ENGINE_VERSION = 1  # of what it computes: change it when the same request may answer differently
+
+
+class LocalEngine:
+    """Continuous batching of base and adapters on one device.
+
+    Args:
+        model: A causal language model of transformers; its dtype and device are the engine's.
+        tokenizer: For text and stop strings.
+        config: Limits; the defaults suit a small model.
+        fingerprint: Of the base weights (`base_model.fingerprint`).
+
+    Raises:
+        ModelUnavailable: The model's architecture cannot be served.
+        InvalidInput: The KV budget does not hold even a short sequence.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        config: EngineConfig | None = None,
+        fingerprint: str = "",
+    ):
+        self.config = config or EngineConfig()
+        self._tokenizer = tokenizer
+        self._runner = ModelRunner(
+            model.eval(),
+            self.config.max_context,
+            self.config.kv_budget_bytes,
+            self.config.max_lora_rows,
+        )
+        self._adapters = AdapterStore(
+            lora_sites(model),
+            self.config.max_resident_adapters,
+            self.config.max_lora_rows,
+            wake=lambda: self._loop.rouse(),
+        )
+        self._loop = EngineLoop(self._runner, self._adapters, self.config)
+        self._vocab_size: int = model.config.get_text_config().vocab_size
+        self.max_context = self._runner.max_context
+        self.eos_token_ids = _eos_ids(model, tokenizer)
+        dtype = str(model.dtype).removeprefix("torch.")
+        self.fingerprint = f"{fingerprint}+engine{ENGINE_VERSION}.{dtype}"
+
+    def start(self) -> Self:
+        """Start the engine's threads; requests are taken from now on."""
+        self._loop.start()
+        return self
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def submit(self, request: GenerationRequest, on_delta: Callable[[Delta], None]) -> None:
+        """Queue a request; see `Engine.submit`."""
+        self._check(request)
+        self._loop.submit(Stream(request, on_delta, self._tokenizer, self.eos_token_ids))
+
+    def cancel(self, request_id: str) -> None:
+        """End a request within one step; see `Engine.cancel`."""
+        self._loop.cancel(request_id)
+
+    def load_adapter(self, ref: AdapterRef) -> None:
+        """Make an adapter resident; see `Engine.load_adapter`. Not from within `on_delta`."""
+        self._loop.check_running()
+        done = self._adapters.start(ref)
+        self._loop.rouse()
+        done.result()
+
+    def unload_adapter(self, digest: str) -> None:
+        """Drop a resident adapter; see `Engine.unload_adapter`."""
+        self._adapters.unload(digest)
+        self._loop.rouse()
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
+        """Run requests to their end; see `Engine.generate`."""
+        return collect.generate(self, requests)
+
+    def stats(self) -> dict[str, float]:
+        """Return gauges, and counters by names that end in `_total`."""
+        pool = self._runner.pool
+        return {
+            **self._loop.stats(),
+            "kv_bytes": pool.num_tokens * self._runner.bytes_per_token,
+            "kv_tokens": pool.num_tokens,
+            "kv_tokens_reserved": pool.num_used,
+            "adapters_resident": len(self._adapters),
+            "adapters_bytes": self._adapters.num_bytes,
+            "adapter_loads_total": self._adapters.num_loaded,
+            "adapter_evictions_total": self._adapters.num_evicted,
+        }
+
+    def close(self) -> None:
+        """Stop; requests in flight get an error delta, and the model is given back."""
+        if self._loop.close():
+            self._runner.close()
+
+    def _check(self, request: GenerationRequest) -> None:
+        prompt, params = request.prompt_ids, request.params
+        if not prompt:
+            raise InvalidInput("The prompt is empty; give at least one token.", param="prompt")
+        total = len(prompt) + params.max_tokens
+        if total > self.max_context:
+            raise ContextTooLong(
+                f"This model's maximum context length is {self.max_context} tokens. However, you "
+                f"requested {total} tokens ({len(prompt)} in the prompt; {params.max_tokens} for "
+                f"the completion). Please reduce the length of the prompt or completion."
+            )
+        self._check_ids("prompt", prompt)
+        self._check_ids("logit_bias", params.logit_bias)
+        self._check_ids("stop_token_ids", params.stop_token_ids)
+
+    def _check_ids(self, name: str, ids: Collection[int]) -> None:
+        if ids and not (min(ids) >= 0 and max(ids) < self._vocab_size):
+            wrong = min(ids) if min(ids) < 0 else max(ids)
+            raise InvalidInput(
+                f'"{name}" holds token id {wrong}; expected 0 to {self._vocab_size - 1}',
+                param=name,
+            )
+
+
+def _eos_ids(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
+    """Return what the model's generation config and the tokenizer call the end."""
+    named = model.generation_config.eos_token_id if model.generation_config else None
+    listed = named if isinstance(named, list) else [named]
+    return frozenset(int(i) for i in (*listed, tokenizer.eos_token_id) if i is not None)

@@ -1,0 +1,205 @@
+"""The model behind the engine: one forward pass over whatever the scheduler planned.
+
+Takes a transformers model over for the engine's life: puts the arena attention and the LoRA hooks
+in place, sizes the KV cache to its budget, and gives the model back as it was on `close`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from data.errors import AdapterRefused, EngineFailure, InvalidInput, ModelUnavailable
+from serve.engine.attention import IMPLEMENTATION, Group, ProbeStep, Step
+from serve.engine.blocks import SMALLEST, Block, BlockPool
+from serve.engine.kv_cache import KVCache, bytes_per_token
+from serve.engine.lora import LoadedAdapter, LoraBank
+from serve.engine.scheduler import Work
+
+PROBE_TOKENS = 3
+POSITION_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx")
+SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
+# These scale rotary angles by the longest sequence seen, so a batch mate would change the result.
+LENGTH_DEPENDENT_ROPES = {"dynamic", "longrope"}
+
+
+@dataclass(frozen=True, slots=True)
+class StepLogits:
+    """Logits [K, V] of the rows that were asked for, and each work's share of them."""
+
+    logits: torch.Tensor
+    rows: list[tuple[Work, slice]]
+
+
+class ModelRunner:
+    """Runs steps of many sequences.
+
+    Args:
+        kv_budget_bytes: Memory for keys and values of all sequences together.
+        max_lora_rows: Ranks of all adapters of a step together.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        max_context: int | None,
+        kv_budget_bytes: int,
+        max_lora_rows: int,
+    ):
+        self.model = model
+        self.device: torch.device = model.device
+        self._previous_attention = model.config._attn_implementation
+        model.set_attn_implementation(IMPLEMENTATION)
+        try:
+            shapes = self._measure()
+        except BaseException:
+            model.set_attn_implementation(self._previous_attention)
+            raise
+        self.bytes_per_token = bytes_per_token(shapes, model.dtype)
+        self.pool = BlockPool(kv_budget_bytes // self.bytes_per_token)
+        if not self.pool.largest:
+            model.set_attn_implementation(self._previous_attention)
+            raise InvalidInput(
+                f"The KV budget of {kv_budget_bytes} bytes is too small: {SMALLEST} tokens take "
+                f"{SMALLEST * self.bytes_per_token} bytes. Raise `kv_cache_mb`.",
+                param="kv_cache_mb",
+            )
+        self.max_context = min(max_context or 2**62, self.pool.largest, _max_positions(model))
+        self.cache = KVCache(shapes, self.pool.num_tokens, model.dtype, self.device)
+        self.bank = LoraBank(model, max_lora_rows)
+
+    def run(self, works: Sequence[Work]) -> StepLogits:
+        """Compute the next tokens of every work; keys and values go to the cache."""
+        ordered, groups = self._arrange(works)
+        ids: list[int] = []
+        positions: list[int] = []
+        where: list[int] = []
+        keep: list[int] = []
+        rows: list[tuple[Work, slice]] = []
+        for work in ordered:
+            stream, start = work.stream, work.start
+            wanted = _wanted_rows(work)
+            rows.append((work, slice(len(keep), len(keep) + wanted)))
+            end = len(ids) + work.num_tokens
+            keep += range(end - wanted, end)
+            ids += stream.tokens(start, work.num_tokens)
+            positions += range(start, start + work.num_tokens)
+            offset = _block(work).offset + start
+            where += range(offset, offset + work.num_tokens)
+        keep_rows = self._tensor(keep)
+        self.bank.begin([(w.stream.digest, w.num_tokens) for w in ordered], keep_rows)
+        step = Step(self.cache, self._tensor(where), groups)
+        return StepLogits(self._forward(ids, positions, keep_rows, step), rows)
+
+    def probe(self, adapter: LoadedAdapter, in_use: Iterable[str]) -> bool:
+        """Try an adapter on a few tokens; False if there is no room for it now.
+
+        Raises:
+            AdapterRefused: Its output is not finite.
+        """
+        if not self.bank.activate(adapter, in_use):
+            return False
+        keep = self._tensor(list(range(PROBE_TOKENS)))
+        self.bank.begin([(adapter.digest, PROBE_TOKENS)], keep)
+        ids = [token % self.model.config.vocab_size for token in range(PROBE_TOKENS)]
+        step = ProbeStep(PROBE_TOKENS, self.device)
+        logits = self._forward(ids, list(range(PROBE_TOKENS)), keep, step)
+        if not bool(logits.isfinite().all()):
+            self.bank.deactivate(adapter.digest)
+            raise AdapterRefused(
+                f"Adapter {adapter.digest}: its output on a probe is not finite; train it again "
+                f"with a smaller learning rate.",
+                code="adapter_not_finite",
+            )
+        return True
+
+    def close(self) -> None:
+        """Give the model back as it was."""
+        self.bank.close()
+        self.model.set_attn_implementation(self._previous_attention)
+
+    def _arrange(self, works: Sequence[Work]) -> tuple[list[Work], list[Group]]:
+        """Order works so that those that attend together lie together."""
+        single: dict[int, list[Work]] = {}
+        chunks = []
+        for work in works:
+            if work.num_tokens == 1:
+                single.setdefault(_block(work).size, []).append(work)
+            else:
+                chunks.append([work])
+        together = [sorted(s, key=lambda work: _block(work).offset) for s in single.values()]
+        groups, start = [], 0
+        for members in (*together, *chunks):
+            num_queries = members[0].num_tokens
+            blocks = [_block(work) for work in members]
+            firsts = [work.start for work in members]
+            groups.append(Group(start, blocks, firsts, num_queries, self.device))
+            start += len(members) * num_queries
+        return [work for members in (*together, *chunks) for work in members], groups
+
+    def _forward(
+        self, ids: list[int], positions: list[int], keep: torch.Tensor, step: Step | ProbeStep
+    ) -> torch.Tensor:
+        output = self.model(
+            input_ids=self._tensor(ids)[None],
+            position_ids=self._tensor(positions)[None],
+            use_cache=False,
+            logits_to_keep=keep,
+            engine_step=step,
+        )
+        logits: torch.Tensor = output.logits[0]
+        return logits
+
+    def _measure(self) -> dict[int, tuple[int, int, int]]:
+        """Learn each layer's shapes from a pass over one token, and that the engine fits it."""
+        config = self.model.config.get_text_config()
+        kinds = set(getattr(config, "layer_types", None) or ()) - SUPPORTED_LAYERS
+        if kinds:
+            raise _unsupported(self.model, f"its layers are of type {', '.join(sorted(kinds))}")
+        step = ProbeStep(1, self.device)
+        with torch.inference_mode():
+            self._forward([0], [0], self._tensor([0]), step)
+        if len(step.shapes) != config.num_hidden_layers:
+            raise _unsupported(self.model, "not all layers use transformers' attention interface")
+        return step.shapes
+
+    def _tensor(self, values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.long, device=self.device)
+
+
+def _block(work: Work) -> Block:
+    block = work.stream.block
+    if block is None:
+        raise EngineFailure(f"Request {work.stream.request.id} runs without a cache block.")
+    return block
+
+
+def _wanted_rows(work: Work) -> int:
+    """Return how many of a work's last rows need logits."""
+    request = work.stream.request
+    last = work.start + work.num_tokens >= len(request.prompt_ids)
+    if request.params.prompt_logprobs is not None and work.stream.in_prompt:
+        return work.num_tokens
+    return int(last)
+
+
+def _max_positions(model: PreTrainedModel) -> int:
+    config = model.config.get_text_config()
+    found = [getattr(config, name, None) for name in POSITION_FIELDS]
+    limit = next((int(value) for value in found if value), 2**62)
+    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in LENGTH_DEPENDENT_ROPES:
+        limit = min(limit, int(rope.get("original_max_position_embeddings", limit)))
+    return limit
+
+
+def _unsupported(model: PreTrainedModel, reason: str) -> ModelUnavailable:
+    return ModelUnavailable(
+        f"{type(model).__name__} cannot be served: {reason}. Choose a decoder-only model with "
+        f"full or sliding-window attention.",
+        code="model_unsupported",
+    )

@@ -1,0 +1,120 @@
+"""One request on its way through the engine: what it has, what it still needs, what it says."""
+
+from __future__ import annotations
+
+import secrets
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from data.errors import ToolkitError
+from serve.engine.base import (
+    FINISH_LENGTH,
+    FINISH_STOP,
+    Delta,
+    GenerationRequest,
+    TokenLogprob,
+)
+from serve.engine.blocks import Block
+from serve.engine.detokenize import TextStream
+
+
+@dataclass(eq=False)
+class Stream:
+    """The state of a request; only the engine's thread changes it.
+
+    Attributes:
+        num_computed: Tokens whose keys and values are in the cache.
+        finish_reason: Set once; no delta follows.
+    """
+
+    request: GenerationRequest
+    on_delta: Callable[[Delta], None]
+    tokenizer: Any
+    eos_token_ids: frozenset[int]
+    block: Block | None = None
+    num_computed: int = 0
+    output_ids: list[int] = field(default_factory=list)
+    counts: Counter[int] = field(default_factory=Counter)
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])
+    finish_reason: str | None = None
+
+    def __post_init__(self) -> None:
+        params, prompt = self.request.params, self.request.prompt_ids
+        self.seed = secrets.randbits(64) if params.seed is None else params.seed
+        self.text = TextStream(self.tokenizer, prompt, params.stop)
+        ends = frozenset() if params.ignore_eos else self.eos_token_ids
+        self.stop_ids = params.stop_token_ids | ends
+        self._prompt_told = params.prompt_logprobs is None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last delta was sent."""
+        return self.finish_reason is not None
+
+    @property
+    def digest(self) -> str | None:
+        """The adapter's, or None for the base."""
+        adapter = self.request.adapter
+        return None if adapter is None else adapter.digest
+
+    @property
+    def max_length(self) -> int:
+        """Cache room that the request may need; the last token's keys are never needed."""
+        return max(len(self.request.prompt_ids) + self.request.params.max_tokens - 1, 1)
+
+    @property
+    def in_prompt(self) -> bool:
+        """Whether part of the prompt is still to be computed."""
+        return self.num_computed < len(self.request.prompt_ids)
+
+    @property
+    def banned(self) -> frozenset[int]:
+        """Tokens that cannot be chosen now."""
+        return (
+            self.stop_ids if len(self.output_ids) < self.request.params.min_tokens else frozenset()
+        )
+
+    def tokens(self, start: int, count: int) -> list[int]:
+        """Return ids from a position on."""
+        prompt = self.request.prompt_ids
+        if start >= len(prompt):
+            start -= len(prompt)
+            return self.output_ids[start : start + count]
+        return list(prompt[start : start + count])
+
+    def accept(self, token_id: int, logprobs: tuple[TokenLogprob, ...]) -> Delta:
+        """Take a new token and say what there is to say."""
+        params = self.request.params
+        self.output_ids.append(token_id)
+        self.counts[token_id] += 1
+        reason = None
+        if token_id in self.stop_ids:
+            text, reason = self.text.flush(), FINISH_STOP
+        else:
+            may_stop = len(self.output_ids) >= params.min_tokens
+            text, stopped = self.text.push(token_id, may_stop)
+            if stopped:
+                reason = FINISH_STOP
+            elif len(self.output_ids) >= params.max_tokens:
+                text, reason = text + self.text.flush(), FINISH_LENGTH
+        return self._delta((token_id,), text, logprobs, reason)
+
+    def end(self, reason: str, error: ToolkitError | None = None) -> Delta:
+        """Finish without a new token."""
+        text = self.text.flush() if reason == FINISH_LENGTH else ""
+        return self._delta((), text, (), reason, error)
+
+    def _delta(
+        self,
+        token_ids: tuple[int, ...],
+        text: str,
+        logprobs: tuple[TokenLogprob, ...],
+        reason: str | None,
+        error: ToolkitError | None = None,
+    ) -> Delta:
+        prompt_logprobs = None
+        if not self._prompt_told and error is None:
+            self._prompt_told, prompt_logprobs = True, tuple(self.prompt_logprobs)
+        return Delta(self.request.id, token_ids, text, logprobs, prompt_logprobs, reason, error)
