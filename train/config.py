@@ -1,0 +1,186 @@
+"""The configuration of a training run, and the rules that turn its `auto` into numbers.
+
+A run reads YAML plus `key=value` words (`data.settings.read_config`): unknown keys are refused with
+the nearest name, and impossible combinations are told all at once. `resolve` applies the rules to
+what the dataset turned out to be; the numbers are saved beside the adapter.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from data.settings import StrictModel
+
+Auto = Literal["auto"]
+MAX_AUTO_LENGTH = 4096  # tokens; longer rows are truncated unless max_length says otherwise
+MICRO_BATCH_TOKENS = 4096  # tokens that go through the model at once
+
+
+class LoraSettings(StrictModel):
+    """The adapter's shape, by PEFT's names."""
+
+    r: int = Field(16, ge=1, le=256, description="Rank.")
+    alpha: float | None = Field(None, gt=0, description="Scale is alpha / r; default 2 r.")
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r) (arXiv:2312.03732).")
+
+
+class EarlyStopping(StrictModel):
+    """Stop when the validation loss no longer falls; the best checkpoint becomes the adapter."""
+
+    enabled: bool = False
+    patience: int = Field(2, ge=1, description="Evaluations without improvement.")
+    min_delta: float = Field(0.0, ge=0, description="Smallest fall that counts.")
+
+
+class WandbSettings(StrictModel):
+    """Logging to Weights & Biases; nothing is sent unless a project is named."""
+
+    project: str | None = None
+    name: str | None = None
+
+
+class SftConfig(StrictModel):
+    """Supervised fine-tuning of one LoRA adapter."""
+
+    base_model: str = Field("smollm2-135m-instruct", description="Name, YAML, folder or hub id.")
+    models_dir: Path = Field(Path(".hone/models"), description="Where fetched bases are kept.")
+    train_file: Path
+    validation_file: Path | None = None
+    validation_fraction: float = Field(0.0, ge=0, le=0.5, description="Held out of train_file.")
+    output_dir: Path = Field(description="The run's folder; an unfinished run in it is resumed.")
+    min_examples: int = Field(10, ge=1)
+    max_length: int | Auto = Field("auto", description="Tokens of the longest row.")
+    on_long: Literal["truncate", "error", "drop"] = "truncate"
+
+    num_epochs: int | Auto = "auto"
+    batch_size: int | Auto = Field("auto", description="Rows per optimizer step, all processes.")
+    micro_batch_size: int | Auto = Field("auto", description="Rows at once on one device.")
+    learning_rate: float | Auto = "auto"
+    learning_rate_multiplier: float | Auto = Field("auto", description="Times learning_rate.")
+    lr_scheduler: Literal["linear", "cosine", "constant"] = "cosine"
+    warmup_fraction: float = Field(0.05, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    seed: int = Field(0, ge=0, le=2**31 - 1)
+
+    lora: LoraSettings = LoraSettings()
+    early_stopping: EarlyStopping = EarlyStopping()
+    n_evals: int | None = Field(None, ge=1, description="Evaluations in the run; default 4.")
+    n_checkpoints: int | None = Field(None, ge=1, description="Checkpoints; default 4.")
+    keep_checkpoints: int = Field(3, ge=1)
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: str = "auto"
+    threads: int | None = Field(None, ge=1, description="CPU threads; default: all cores.")
+    wandb: WandbSettings = WandbSettings()
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        problems = list(self._contradictions())
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def _contradictions(self) -> list[str]:
+        problems = []
+        if self.validation_file is not None and self.validation_fraction:
+            problems.append("validation_file and validation_fraction exclude each other")
+        has_validation = self.validation_file is not None or self.validation_fraction > 0
+        if self.early_stopping.enabled and not has_validation:
+            problems.append("early_stopping needs validation_file or validation_fraction")
+        if self.n_evals is not None and not has_validation:
+            problems.append("n_evals needs validation_file or validation_fraction")
+        batch, micro = self.batch_size, self.micro_batch_size
+        if isinstance(batch, int) and isinstance(micro, int) and batch % micro:
+            problems.append(f"batch_size {batch} is not a multiple of micro_batch_size {micro}")
+        for name, low, high in (
+            ("num_epochs", 1, 50),
+            ("batch_size", 1, 256),
+            ("micro_batch_size", 1, 256),
+            ("max_length", 8, 1 << 20),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, int) and not low <= value <= high:
+                problems.append(f"{name} is {value}; expected {low} to {high}, or auto")
+        for name in ("learning_rate", "learning_rate_multiplier"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and not 0 < value < math.inf:
+                problems.append(f"{name} is {value}; expected a number above 0, or auto")
+        return problems
+
+
+class Plan(StrictModel):
+    """The numbers that `auto` became."""
+
+    num_epochs: int
+    batch_size: int
+    micro_batch_size: int
+    accumulation_steps: int
+    learning_rate: float
+    learning_rate_multiplier: float
+    max_length: int
+    steps_per_epoch: int
+    total_steps: int
+
+
+def resolve(
+    config: SftConfig,
+    num_rows: int,
+    longest: int,
+    context_length: int,
+    num_parameters: int,
+    num_processes: int = 1,
+) -> Plan:
+    """Turn every `auto` into a number.
+
+    Rules: epochs fall with the number of rows (8 under 100, 5 under 500, 3 under 2,000, 2 under
+    20,000, then 1); 8 rows a step under 2,000 rows, 16 under 20,000, then 32; the learning rate
+    falls with the model's size (1e-3 to 0.3 billion parameters, 5e-4 to 1.5, then 2e-4: what LoRA
+    at alpha = 2 r bears); rows keep up to 4,096 tokens or the model's context.
+
+    Args:
+        num_rows: Training rows.
+        longest: Tokens of the longest training row.
+        context_length: The model's context, tokens.
+        num_parameters: Of the base model.
+    """
+    epochs = _by_size(num_rows, ((100, 8), (500, 5), (2000, 3), (20_000, 2)), 1)
+    batch = _by_size(num_rows, ((2000, 8), (20_000, 16)), 32)
+    rate = _by_size(num_parameters, ((300_000_000, 1e-3), (1_500_000_000, 5e-4)), 2e-4)
+    num_epochs = epochs if config.num_epochs == "auto" else config.num_epochs
+    batch_size = min(batch, num_rows) if config.batch_size == "auto" else config.batch_size
+    multiplier = config.learning_rate_multiplier
+    multiplier = 1.0 if multiplier == "auto" else float(multiplier)
+    max_length = min(longest, MAX_AUTO_LENGTH) if config.max_length == "auto" else config.max_length
+    max_length = min(max_length, context_length)
+    micro = _micro_batch(config, batch_size, min(longest, max_length), num_processes)
+    steps = math.ceil(num_rows / batch_size)
+    return Plan(
+        num_epochs=num_epochs,
+        batch_size=batch_size,
+        micro_batch_size=micro,
+        accumulation_steps=max(1, batch_size // (micro * num_processes)),
+        learning_rate=rate if config.learning_rate == "auto" else config.learning_rate,
+        learning_rate_multiplier=multiplier,
+        max_length=max_length,
+        steps_per_epoch=steps,
+        total_steps=steps * num_epochs,
+    )
+
+
+def _by_size(size: int, table: tuple[tuple[int, float], ...], above: float) -> int | float:
+    return next((value for limit, value in table if size < limit), above)
+
+
+def _micro_batch(config: SftConfig, batch_size: int, longest: int, num_processes: int) -> int:
+    share = max(1, batch_size // num_processes)
+    if config.micro_batch_size != "auto":
+        return min(config.micro_batch_size, share)
+    fitting = max(1, MICRO_BATCH_TOKENS // max(1, longest))
+    return max(size for size in range(1, share + 1) if share % size == 0 and size <= fitting)

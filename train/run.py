@@ -1,0 +1,120 @@
+"""A run's folder: the one interface between a trainer and whoever started it.
+
+Files that mean something by being there (`result.json`, `error.json`, `adapter/`) are written aside
+and renamed. Checkpoints get a mark when they are whole, so that a crash while one is written leaves
+nothing that a resumed run could mistake for a state.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+COMPLETE = "complete"  # the mark of a whole checkpoint
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class RunFolder:
+    """Paths and writes of one run."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.adapter = path / "adapter"
+        self.checkpoints = path / "checkpoints"
+        self.result = path / "result.json"
+        self.error = path / "error.json"
+        self.resolved = path / "resolved_config.json"
+        self.metrics = path / "metrics.jsonl"
+        self.events = path / "events.jsonl"
+        self.log = path / "trainer.log"
+
+    def prepare(self) -> None:
+        """Make the folder and clear what an earlier, unfinished attempt left half-done."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.error.unlink(missing_ok=True)
+        for path in self.checkpoints.glob("checkpoint-*"):
+            if not (path / COMPLETE).exists():
+                shutil.rmtree(path)
+
+    def mark_complete(self, step: int) -> None:
+        """Declare a checkpoint whole, once its files are on disk."""
+        folder = self.checkpoints / f"checkpoint-{step}"
+        for path in folder.rglob("*"):
+            if path.is_file():
+                _sync(path)
+        (folder / COMPLETE).touch()
+        _sync(folder)
+
+    def newest_checkpoint(self) -> Path | None:
+        """Return the whole checkpoint with the highest step."""
+        whole = [path.parent for path in self.checkpoints.glob(f"checkpoint-*/{COMPLETE}")]
+        return max(whole, key=step_of, default=None)
+
+    def trim_logs(self, step: int) -> None:
+        """Forget what was logged beyond a step, as a resumed run will log it again."""
+        for path in (self.metrics, self.events):
+            if path.exists():
+                lines = path.read_text("utf-8").splitlines(keepends=True)
+                kept = [line for line in lines if _step(line) <= step]
+                replace_text(path, "".join(kept))
+
+    def append(self, path: Path, record: Mapping[str, Any]) -> None:
+        """Append one line to `metrics` or `events`."""
+        with path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({**record, "time": round(time.time(), 3)}) + "\n")
+
+    def tell(self, message: str, *, level: str = "info", step: int = 0, **data: Any) -> None:
+        """Append an event."""
+        record = {"level": level, "message": message, "step": step, "data": data or None}
+        self.append(self.events, record)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the step in a checkpoint's name."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file so that it is either absent, old or whole."""
+    replace_text(path, json.dumps(value, indent=2, default=str) + "\n")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file aside and rename it into place."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+
+
+def is_disk_full(error: BaseException, folder: Path) -> bool:
+    """Tell whether an error came from a full disk; libraries hide that in several ways."""
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        return True
+    text = str(error)
+    if any(os.strerror(code) in text for code in DISK_ERRORS):
+        return True
+    return "PytorchStreamWriter" in text or shutil.disk_usage(folder).free < 1 << 20
+
+
+def _step(line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError):
+        return 1 << 62  # a line that a crash cut off
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
