@@ -51,7 +51,6 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
         RequestContext, observe=lambda *seen: app.state.runtime.metrics.observe(*seen)
     )
     errors.install(app)
-    for routes in (models, completions, chat, files, fine_tuning):
-        app.include_router(routes.router, prefix="/v1")
-    app.include_router(health.router)
+    for routes in (models, completions, chat, files, fine_tuning, health):
+        app.include_router(routes.router)
     return app

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,15 +32,19 @@ class Server:
     runtime: Runtime
     project: Project
     key: str
+    clients: ExitStack
 
     def client(self, key: str | None = None) -> OpenAI:
         """Return the official client, which never retries here."""
-        return OpenAI(base_url=f"{self.url}/v1", api_key=key or self.key, max_retries=0)
+        client = OpenAI(base_url=f"{self.url}/v1", api_key=key or self.key, max_retries=0)
+        return self.clients.enter_context(client)
 
     def http(self, key: str | None = None) -> httpx.Client:
         """Return a plain client with the account's key."""
         headers = {"authorization": f"Bearer {key or self.key}"}
-        return httpx.Client(base_url=self.url, headers=headers, timeout=60)
+        client = httpx.Client(base_url=self.url, headers=headers, timeout=60)
+        self.clients.callback(client.close)
+        return client
 
     def new_account(self, name: str) -> tuple[Project, str]:
         """Make another account; returns it and its key."""
@@ -73,7 +77,8 @@ def running(settings: Settings) -> Iterator[Server]:
             time.sleep(0.01)
         port = server.servers[0].sockets[0].getsockname()[1]
         project, key = accounts.create_account(runtime.database, "acme")
-        yield Server(f"http://127.0.0.1:{port}", runtime, project, key)
+        with ExitStack() as clients:
+            yield Server(f"http://127.0.0.1:{port}", runtime, project, key, clients)
     finally:
         server.should_exit = True
         thread.join(timeout=30)

@@ -1,4 +1,4 @@
-"""Adapters in the server: exact outputs in one batch, hot publication, promotion, damage, secrecy."""
+"""Adapters in the server: exact in one batch, published hot, promoted, damaged, kept apart."""
 
 from __future__ import annotations
 

@@ -58,7 +58,8 @@ def logprobs_of(model: Any, ids: list[int]) -> torch.Tensor:
 def complete(client: openai.OpenAI, **fields: Any) -> Completion:
     options = {"model": MODEL, "prompt": PROMPT, "max_tokens": 8, "temperature": 0} | fields
     answer = client.completions.create(**options)
-    Completion.model_validate(answer.model_dump(), strict=False)
+    if not options.get("echo"):  # the client's own type has no null for the first token
+        Completion.model_validate(answer.model_dump(), strict=True)
     return answer
 
 
@@ -299,7 +300,8 @@ def test_missing_model(client: openai.OpenAI) -> None:
         complete(client, model="gpt-99")
     assert caught.value.code == "model_not_found"
     assert caught.value.param == "model"
-    assert caught.value.message == (
+    assert isinstance(caught.value.body, dict)
+    assert caught.value.body["message"] == (
         "The model `gpt-99` does not exist or you do not have access to it."
     )
 

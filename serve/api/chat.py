@@ -15,6 +15,7 @@ from data.tables import new_id, now
 from serve.api.adapters import ServedModel
 from serve.api.deps import Caller, Running, json_response
 from serve.api.generation import Answer, Generator, unless_disconnected
+from serve.api.json_route import StrictJsonRoute
 from serve.api.logprobs import chat_logprobs
 from serve.api.prompts import Prompt, read_messages, room_for
 from serve.api.sampling import engine_requests, num_generated, sampling_params, usage
@@ -22,7 +23,7 @@ from serve.api.schemas import ChatRequest
 from serve.api.stream import KEEP_ALIVE_S, EventStream, Frames
 from serve.engine.base import Delta, GenerationRequest, TokenLogprob
 
-router = APIRouter()
+router = APIRouter(prefix="/v1", route_class=StrictJsonRoute)
 
 
 @router.post("/chat/completions")

@@ -15,6 +15,7 @@ from data.tables import new_id, now
 from serve.api.adapters import ServedModel
 from serve.api.deps import Caller, Running, json_response
 from serve.api.generation import Answer, Generator, unless_disconnected
+from serve.api.json_route import StrictJsonRoute
 from serve.api.logprobs import CompletionLogprobs, joined, mean_logprob, prompt_logprobs
 from serve.api.prompts import Prompt, read_prompts, room_for
 from serve.api.sampling import engine_requests, num_generated, sampling_params, usage
@@ -24,7 +25,7 @@ from serve.engine.base import Delta, GenerationRequest
 
 DEFAULT_MAX_TOKENS = 16
 
-router = APIRouter()
+router = APIRouter(prefix="/v1", route_class=StrictJsonRoute)
 
 
 @router.post("/completions")

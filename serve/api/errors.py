@@ -148,11 +148,6 @@ def describe(problems: Sequence[Mapping[str, Any]]) -> errors.ToolkitError:
             f"{context['expected']}."
         )
         return errors.InvalidInput(message, param=name)
-    if kind == "string_unicode":
-        message = (
-            f"Invalid '{name}': it is not Unicode text; half of a surrogate pair stands alone."
-        )
-        return errors.InvalidInput(message, param=name)
     wanted = EXPECTED.get(kind.split("_")[0])
     if wanted is None:
         return errors.InvalidInput(f"Invalid '{name}': {problem['msg']}.", param=name)

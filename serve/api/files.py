@@ -21,7 +21,7 @@ CHUNK_BYTES = 1 << 20
 MAX_LIMIT = 10_000
 FORM_FIELDS = ("file", "purpose", "expires_after[anchor]", "expires_after[seconds]")
 
-router = APIRouter()
+router = APIRouter(prefix="/v1")
 
 
 class ListFiles(QueryModel):

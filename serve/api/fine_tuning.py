@@ -17,13 +17,14 @@ from data.tables import AdapterVersion, Checkpoint, Job, JobEvent
 from serve.api.deps import Caller, Running, json_response, page
 from serve.api.errors import unknown_parameter
 from serve.api.job_schemas import JobRequest
+from serve.api.json_route import StrictJsonRoute
 from serve.api.middleware import ORGANIZATION
 from serve.api.schemas import QueryModel
 
 MAX_LIMIT = 100
 METADATA_FILTER = re.compile(r"metadata\[(.+)\]")
 
-router = APIRouter(prefix="/fine_tuning/jobs")
+router = APIRouter(prefix="/v1/fine_tuning/jobs", route_class=StrictJsonRoute)
 
 
 class ListJobs(QueryModel):

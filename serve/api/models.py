@@ -14,7 +14,7 @@ from data.tables import AdapterVersion
 from serve.api.deps import Account, Caller, Running, json_response
 from serve.runtime import Runtime
 
-router = APIRouter()
+router = APIRouter(prefix="/v1")
 
 
 @router.get("/models")

@@ -114,14 +114,6 @@ def room_for(prompt: Prompt, wanted: int | None, default: int, max_context: int,
 
 
 def _from_text(text: str, tokens: TokenText, add_special_tokens: bool) -> Prompt:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise InvalidInput(
-            f"Invalid 'prompt': character {error.start} is half of a surrogate pair, not Unicode "
-            "text.",
-            param="prompt",
-        ) from None
     ids = tokens.tokenizer.encode(text, add_special_tokens=add_special_tokens)
     return Prompt(tuple(ids), text)
 
