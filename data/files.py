@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import fsspec
-from sqlalchemy import or_, select
+from sqlalchemy import or_, select, update
 from sqlalchemy.orm import Session
 
 from data.db import Database
@@ -67,6 +67,20 @@ class FileStore:
             InvalidInput: Purpose or expiry is wrong; `file_too_large` when it exceeds the limit.
             DataError: Its lines are not JSON objects though the purpose asks for that.
         """
+        record = self.stage(project_id, stream, filename, purpose, expires_after_s)
+        with self._database.write() as session:
+            session.add(record)
+        return record
+
+    def stage(
+        self,
+        project_id: str,
+        stream: BinaryIO | Iterable[bytes],
+        filename: str,
+        purpose: str,
+        expires_after_s: int | None = None,
+    ) -> File:
+        """Store a file's bytes for good; the caller adds the row in a transaction of its own."""
         _check_request(purpose, expires_after_s)
         filename = safe_name(filename)
         with self._staged(stream) as (path, size, digest):
@@ -75,19 +89,16 @@ class FileStore:
             file_id = new_id("file-")
             blob = f"{project_id}/{file_id}"
             self._publish(path, blob)
-            record = File(
-                id=file_id,
-                project_id=project_id,
-                filename=filename,
-                purpose=purpose,
-                bytes=size,
-                sha256=digest,
-                blob=blob,
-                expires_at=now() + expires_after_s if expires_after_s else None,
-            )
-            with self._database.write() as session:
-                session.add(record)
-        return record
+        return File(
+            id=file_id,
+            project_id=project_id,
+            filename=filename,
+            purpose=purpose,
+            bytes=size,
+            sha256=digest,
+            blob=blob,
+            expires_at=now() + expires_after_s if expires_after_s else None,
+        )
 
     def get(self, project_id: str, file_id: str) -> File:
         """Return a file's row.
@@ -179,11 +190,23 @@ class FileStore:
         return record.report
 
     def sweep(self, min_age_s: float = ORPHAN_AGE_S) -> Sequence[str]:
-        """Remove blobs and staging files that no row names; returns their names.
+        """Delete expired files, then blobs and staging files that no row names.
 
         Args:
-            min_age_s: Younger ones may belong to an upload under way.
+            min_age_s: Younger blobs may belong to an upload under way.
+
+        Returns:
+            The names of the blobs removed.
         """
+        with self._database.write() as session:
+            in_use = select(Job.id).where(
+                or_(Job.training_file == File.id, Job.validation_file == File.id),
+                Job.status.in_(LIVE_JOBS),
+            )
+            expired = update(File).where(
+                File.deleted_at.is_(None), File.expires_at <= now(), ~in_use.exists()
+            )
+            session.execute(expired.values(deleted_at=now()))
         with self._database.read() as session:
             known = set(session.scalars(select(File.blob).where(File.deleted_at.is_(None))))
         removed = []
@@ -231,6 +254,7 @@ class FileStore:
         if self._is_local:
             os.rename(path, target)
             sync_folder(Path(target).parent)
+            sync_folder(Path(self._root))
         else:
             self._blobs.put_file(str(path), target)
 

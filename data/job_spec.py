@@ -29,7 +29,6 @@ OPTIONS: dict[str, tuple[type, float | None, float]] = {
     "max_seq_length": (int, 8, 1 << 20),
     "n_checkpoints": (int, 1, 100),
     "n_evals": (int, 1, 1000),
-    "prompt_loss_weight": (float, 0, 1),
 }
 SECTIONS: dict[str, dict[str, tuple[type, float | None, float]]] = {
     "lora": {"r": (int, 1, 256), "alpha": (float, None, 1024), "dropout": (float, 0, 0.9)},
@@ -64,6 +63,8 @@ class JobSpec:
                 _check_number(name, value, OPTIONS[name])
             else:
                 raise _unknown(name, name, [*OPTIONS, *SECTIONS, "on_long"])
+        self._check_evaluations()
+        self._check_integrations()
 
     @property
     def method_type(self) -> str:
@@ -87,6 +88,29 @@ class JobSpec:
             if value is not None and value != AUTO:
                 _check_number(f"{place}.{name}", value, HYPERPARAMETERS[name])
         return {name: AUTO if asked.get(name) is None else asked[name] for name in HYPERPARAMETERS}
+
+    def _check_evaluations(self) -> None:
+        if self.validation_file is not None:
+            return
+        stopping = self.options.get("early_stopping")
+        wanted = ["n_evals"] if "n_evals" in self.options else []
+        wanted += ["early_stopping"] if stopping and stopping.get("enabled", True) else []
+        if wanted:
+            raise InvalidInput(
+                f"Invalid '{wanted[0]}': it needs a `validation_file` to evaluate on.",
+                param=wanted[0],
+            )
+
+    def _check_integrations(self) -> None:
+        for index, item in enumerate(self.integrations):
+            for name in (item.get("wandb") or {}).keys() - {"project", "name"}:
+                if item["wandb"][name]:
+                    raise InvalidInput(
+                        f"Unsupported parameter: 'integrations[{index}].wandb.{name}'. A run is "
+                        "logged with `project` and `name` only.",
+                        param=f"integrations[{index}].wandb.{name}",
+                        code="unsupported_parameter",
+                    )
 
     def _check_names(self) -> None:
         if self.suffix is not None and not SUFFIX.fullmatch(self.suffix):

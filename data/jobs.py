@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Any
 
-from sqlalchemy import func, or_, select
+from sqlalchemy import Select, func, or_, select
 from sqlalchemy.orm import Session
 
 from data.db import Database
@@ -24,13 +24,14 @@ from data.job_spec import JobSpec
 from data.tables import AdapterVersion, Checkpoint, File, Job, JobEvent, new_id, now
 
 FINAL = ("succeeded", "failed", "cancelled")
-# Where each state may lead. "running" to itself is a job taken over after a crash.
+# Where each state may lead. A job taken over after a crash stays in its state.
 TRANSITIONS: dict[str, tuple[str, ...]] = {
     "validating_files": ("queued", "failed", "cancelled"),
     "queued": ("running", "failed", "cancelled"),
     "running": ("queued", "paused", "succeeded", "failed", "cancelled"),
     "paused": ("queued", "cancelled"),
 }
+CLAIMABLE = ("validating_files", "queued", "running")
 TRAINING_PURPOSE = "fine-tune"
 
 
@@ -176,17 +177,22 @@ def request_cancel(database: Database, project_id: str, job_id: str) -> Job:
     return job
 
 
-def claim(database: Database, worker_id: str, lease_s: float) -> Job | None:
+def claim(
+    database: Database, worker_id: str, lease_s: float, states: Sequence[str] = CLAIMABLE
+) -> Job | None:
     """Take the next job that nobody works on, or None.
 
     Accounts take turns: the one with the fewest jobs held comes first, then the oldest job.
+
+    Args:
+        states: Only jobs in one of these.
     """
+    with database.read() as session:  # an idle worker takes no write lock
+        if session.scalar(_unheld(states).limit(1)) is None:
+            return None
     with database.write() as session:
         held = _held_by_project(session)
-        free = or_(Job.worker_id.is_(None), Job.lease_expires_at < time.time())
-        states = ("validating_files", "queued", "running")
-        query = select(Job).where(Job.status.in_(states), free)
-        waiting = session.scalars(query.order_by(Job.created_at, Job.id)).all()
+        waiting = session.scalars(_unheld(states).with_for_update(skip_locked=True)).all()
         if not waiting:
             return None
         job = min(waiting, key=lambda job: (held.get(job.project_id, 0), job.created_at, job.id))
@@ -239,7 +245,7 @@ def move(session: Session, job: Job, status: str, **fields: Any) -> None:
     if status in FINAL:
         job.finished_at = now()
         job.estimated_finish = None
-        job.worker_id = job.lease_expires_at = job.trainer_pid = job.trainer_started_at = None
+        job.worker_id = job.lease_expires_at = None
     if status == "cancelled":
         record_event(session, job.id, "Fine-tuning job cancelled")
 
@@ -261,9 +267,8 @@ def record_event(
     source: str | None = None,
 ) -> None:
     """Append to a job's history; `source` names the trainer's line, so that none is told twice."""
-    if source is not None and session.scalar(
-        select(JobEvent.seq).where(JobEvent.job_id == job_id, JobEvent.source == source)
-    ):
+    told = select(JobEvent.seq).where(JobEvent.job_id == job_id, JobEvent.source == source)
+    if source is not None and session.scalar(told) is not None:
         return
     session.add(
         JobEvent(
@@ -305,6 +310,11 @@ def _is_held(job: Job) -> bool:
     return job.worker_id is not None and (job.lease_expires_at or 0) >= time.time()
 
 
+def _unheld(states: Sequence[str]) -> Select[Job]:
+    free = or_(Job.worker_id.is_(None), Job.lease_expires_at < time.time())
+    return select(Job).where(Job.status.in_(states), free).order_by(Job.created_at, Job.id)
+
+
 def _held_by_project(session: Session) -> dict[str, int]:
     query = select(Job.project_id, func.count()).where(Job.lease_expires_at >= time.time())
     return dict(row.tuple() for row in session.execute(query.group_by(Job.project_id)))
@@ -323,7 +333,7 @@ def _check_file(session: Session, project_id: str, name: str, file_id: str) -> N
             File.id == file_id, File.project_id == project_id, File.deleted_at.is_(None)
         )
     )
-    if file is None:
+    if file is None or (file.expires_at is not None and file.expires_at <= now()):
         raise InvalidInput(f"No such File object: {file_id}", param=name)
     if file.purpose != TRAINING_PURPOSE:
         raise InvalidInput(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -52,6 +53,7 @@ def stage(adapters_dir: Path, source: Path, base_fingerprint: str | None) -> Sta
     adapters_dir.mkdir(parents=True, exist_ok=True)
     try:
         shutil.copytree(source, staging)
+        os.utime(staging)  # the copy took the source's time, which `sweep` could find old
         facts = check_adapter(staging, base_fingerprint)
         for path in files_of(staging):
             with path.open("rb") as stream:
@@ -257,12 +259,18 @@ def export(version: AdapterVersion, adapters_dir: Path, destination: Path) -> Pa
         )
     verify(version, adapters_dir)
     destination.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(adapters_dir / version.path, destination)
+    partial = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
+    try:
+        shutil.copytree(adapters_dir / version.path, partial, dirs_exist_ok=True)
+        os.rename(partial, destination)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     return destination
 
 
 def delete(database: Database, project_id: str, name: str) -> AdapterVersion:
-    """Take a version out of use; its alias falls away, or back to an earlier version.
+    """Take a version out of use; an alias that points at it falls away.
 
     Raises:
         ModelNotFound: There is no such version of this account.

@@ -115,18 +115,20 @@ class Job(Record):
     result_files: Mapped[list[Any]]
     error: Mapped[dict[str, Any] | None]
     cancel_requested: Mapped[bool] = mapped_column(default=False)
-    attempts: Mapped[int] = mapped_column(default=0)
+    attempts: Mapped[int] = mapped_column(default=0)  # crashes in a row without progress
+    progress_step: Mapped[int] = mapped_column(default=0)  # checkpoint that the last start found
     worker_id: Mapped[str | None] = mapped_column(String(64))
     lease_expires_at: Mapped[float | None] = mapped_column(Float)
-    trainer_pid: Mapped[int | None]
-    trainer_started_at: Mapped[float | None] = mapped_column(Float)  # guards against pid reuse
 
 
 class JobEvent(Record):
     """One line of a job's history; `seq` orders events exactly."""
 
     __tablename__ = "job_events"
-    __table_args__ = (Index("ix_job_events_job_seq", "job_id", "seq"),)
+    __table_args__ = (
+        Index("ix_job_events_job_seq", "job_id", "seq"),
+        Index("ix_job_events_job_source", "job_id", "source", unique=True),
+    )
 
     seq: Mapped[int] = mapped_column(Sequence64, primary_key=True, autoincrement=True)
     id: Mapped[str] = mapped_column(String(64), unique=True)

@@ -96,10 +96,9 @@ def upgrade() -> None:
         sa.Column("error", sa.JSON(), nullable=True),
         sa.Column("cancel_requested", sa.Boolean(), nullable=False),
         sa.Column("attempts", sa.Integer(), nullable=False),
+        sa.Column("progress_step", sa.Integer(), nullable=False),
         sa.Column("worker_id", sa.String(length=64), nullable=True),
         sa.Column("lease_expires_at", sa.Float(), nullable=True),
-        sa.Column("trainer_pid", sa.Integer(), nullable=True),
-        sa.Column("trainer_started_at", sa.Float(), nullable=True),
         sa.ForeignKeyConstraint(
             ["project_id"],
             ["projects.id"],
@@ -168,6 +167,7 @@ def upgrade() -> None:
     )
     with op.batch_alter_table("job_events", schema=None) as batch_op:
         batch_op.create_index("ix_job_events_job_seq", ["job_id", "seq"], unique=False)
+        batch_op.create_index("ix_job_events_job_source", ["job_id", "source"], unique=True)
 
     op.create_table(
         "alias_moves",
@@ -245,6 +245,7 @@ def downgrade() -> None:
 
     op.drop_table("alias_moves")
     with op.batch_alter_table("job_events", schema=None) as batch_op:
+        batch_op.drop_index("ix_job_events_job_source")
         batch_op.drop_index("ix_job_events_job_seq")
 
     op.drop_table("job_events")
