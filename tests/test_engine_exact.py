@@ -1,7 +1,7 @@
 """The engine says what transformers and PEFT say: same tokens, log-probabilities within 1e-4.
 
-Base and adapters, alone and mixed, for every architecture, any chunk of the prompt a step. The truth
-is `model.generate` and a plain forward pass of an untouched copy of the model.
+Base and adapters, alone and mixed, for every architecture, any chunk of the prompt a step. The
+truth is `model.generate` and a plain forward pass of an untouched copy of the model.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def test_long_and_short_blocks_together() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to True")
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to")
 @pytest.mark.parametrize(
     ("arch", "targets"),
     [

@@ -26,7 +26,11 @@ class Block:
 
 
 class BlockPool:
-    """Hands out blocks of an arena of `num_tokens`, lowest address first."""
+    """Hands out blocks of an arena of `num_tokens`.
+
+    The lowest address comes first: short sequences lie densely at the low end, where a batch of
+    them is one view, and the high end stays whole for long ones.
+    """
 
     def __init__(self, num_tokens: int):
         self.num_tokens = num_tokens // SMALLEST * SMALLEST
@@ -42,11 +46,14 @@ class BlockPool:
     def allocate(self, num_tokens: int) -> Block | None:
         """Return a block that holds `num_tokens`, or None while there is no room."""
         wanted = block_size(num_tokens)
-        sizes = [size for size, offsets in self._free.items() if size >= wanted and offsets]
-        if not sizes:
+        candidates = [
+            (min(offsets), size)
+            for size, offsets in self._free.items()
+            if size >= wanted and offsets
+        ]
+        if not candidates:
             return None
-        size = min(sizes)
-        offset = min(self._free[size])
+        offset, size = min(candidates)
         self._free[size].remove(offset)
         while size > wanted:
             size //= 2
