@@ -9,6 +9,10 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
 
 from data.db import Database
 from data.files import FileStore
@@ -18,6 +22,7 @@ from serve.api.adapters import ModelCatalog
 from serve.api.generation import Generator
 from serve.engine import base_model
 from serve.engine.base import Engine, GenerationRequest, SamplingParams
+from serve.engine.base_spec import ModelSpec
 from serve.engine.local import EngineConfig, LocalEngine
 from serve.metrics import Metrics
 
@@ -63,26 +68,15 @@ def open_runtime(settings: Settings) -> Runtime:
     settings.home.mkdir(parents=True, exist_ok=True)
     database = Database(settings.effective_database_url)
     database.migrate()
+    max_upload_bytes = settings.max_upload_mb * MIB
     spec = base_model.find_spec(settings.model)
     folder = base_model.fetch(spec, settings.models_dir)
-    dtype = spec.dtype if settings.dtype == "auto" else settings.dtype
-    model, tokenizer = base_model.load(folder, dtype, settings.device)
-    config = EngineConfig(
-        max_batch=settings.max_batch,
-        max_context=settings.max_context or spec.context_length,
-        kv_budget_bytes=settings.kv_cache_mb * MIB,
-        queue_size=settings.queue_size,
-        max_resident_adapters=settings.max_resident_adapters,
-    )
     fingerprint = base_model.fingerprint(folder)
-    engine = LocalEngine(model, tokenizer, config, fingerprint)
-    engine.start()
+    engine, tokenizer = _open_engine(settings, spec, folder, fingerprint)
     runtime = Runtime(
         settings=settings,
         database=database,
-        files=FileStore(
-            database, settings.effective_blob_url, settings.max_upload_mb * MIB
-        ),
+        files=FileStore(database, settings.effective_blob_url, max_upload_bytes),
         engine=engine,
         models=ModelCatalog(
             database, settings.adapters_dir, spec.name, fingerprint, engine, tokenizer
@@ -92,3 +86,20 @@ def open_runtime(settings: Settings) -> Runtime:
     engine.generate([runtime.probe()])
     runtime.generator.last_answer_s = time.monotonic()
     return runtime
+
+
+def _open_engine(
+    settings: Settings, spec: ModelSpec, folder: Path, fingerprint: str
+) -> tuple[LocalEngine, Any]:
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    dtype = spec.dtype if settings.dtype == "auto" else settings.dtype
+    model, tokenizer = base_model.load(folder, dtype, settings.device)
+    config = EngineConfig(
+        max_batch=settings.max_batch,
+        max_context=settings.max_context or spec.context_length,
+        kv_budget_bytes=settings.kv_cache_mb * MIB,
+        queue_size=settings.queue_size,
+        max_resident_adapters=settings.max_resident_adapters,
+    )
+    return LocalEngine(model, tokenizer, config, fingerprint).start(), tokenizer

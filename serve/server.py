@@ -21,8 +21,6 @@ from data.errors import InvalidInput, ToolkitError
 from data.settings import Settings
 from data.tables import new_id
 from serve.api.errors import envelope
-from serve.app import create_app
-from serve.runtime import open_runtime
 
 DRAIN_S = 10
 KEEP_ALIVE_S = 75
@@ -42,6 +40,9 @@ def run(settings: Settings) -> None:
         level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s"
     )
     listener = _bind(settings.host, settings.port)
+    from serve.app import create_app  # seconds of imports, which a port in use need not wait for
+    from serve.runtime import open_runtime
+
     try:
         runtime = open_runtime(settings)
         config = uvicorn.Config(

@@ -311,6 +311,6 @@ def test_a_client_that_leaves_frees_the_engine(server: Server) -> None:
     with server.http() as http, http.stream("POST", "/v1/completions", json=body) as response:
         next(response.iter_bytes())
     deadline = time.monotonic() + 10
-    while server.runtime.engine.stats()["running"]:
+    while server.runtime.engine.stats()["requests_running"]:
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -49,7 +49,7 @@ def started(settings: Settings, *words: str) -> Iterator[tuple[subprocess.Popen[
         yield process, match[1]
     finally:
         process.kill()
-        process.wait()
+        process.communicate()
 
 
 def key_of(settings: Settings, name: str) -> str:
@@ -60,9 +60,21 @@ def key_of(settings: Settings, name: str) -> str:
     return key
 
 
+def check_bytes_that_are_not_http(url: str) -> None:
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(b"\x16\x03\x01 not http\r\n\r\n")
+        answer = b""
+        while piece := connection.recv(4096):
+            answer += piece
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert b'"type": "invalid_request_error"' in answer
+
+
 def test_from_start_to_graceful_stop(settings: Settings) -> None:
     key = key_of(settings, "caller")
     with started(settings) as (process, url):
+        check_bytes_that_are_not_http(url)
         client = openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0)
         options = {"model": MODEL, "prompt": "a", "temperature": 0, "max_tokens": 400}
         stream = client.completions.create(  # type: ignore[call-overload]
@@ -73,18 +85,6 @@ def test_from_start_to_graceful_stop(settings: Settings) -> None:
         text += "".join(chunk.choices[0].text for chunk in stream)
         assert len(text) > 100
         assert process.wait(timeout=30) == 0
-
-
-def test_bytes_that_are_not_http(settings: Settings) -> None:
-    with started(settings) as (_, url):
-        host, port = url.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port))) as connection:
-            connection.sendall(b"\x16\x03\x01 not http\r\n\r\n")
-            answer = b""
-            while piece := connection.recv(4096):
-                answer += piece
-        assert answer.startswith(b"HTTP/1.1 400 ")
-        assert b'"type": "invalid_request_error"' in answer
 
 
 def test_port_in_use_is_told_before_the_model_is_loaded(settings: Settings) -> None:
