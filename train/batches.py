@@ -134,8 +134,8 @@ def name_lines(lines: Sequence[int]) -> str:
 class LengthGroupedSampler(Sampler[int]):
     """A random order in which neighbours have similar lengths.
 
-    Rows are shuffled, cut into pools of POOL_BATCHES batches, sorted by length inside a pool and cut
-    into batches, which are shuffled again; the last batch of an epoch is the only one that may be
+    Rows are shuffled, cut into pools of POOL_BATCHES batches, sorted by length within a pool, cut
+    into batches, and those shuffled again; the last batch of an epoch is the only one that may be
     short.
     """
 

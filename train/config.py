@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
 from data.settings import StrictModel
 
 Auto = Literal["auto"]
+Number = TypeVar("Number", int, float)
 MAX_AUTO_LENGTH = 4096  # tokens; longer rows are truncated unless max_length says otherwise
 MICRO_BATCH_TOKENS = 4096  # tokens that go through the model at once
 
@@ -174,7 +175,7 @@ def resolve(
     )
 
 
-def _by_size(size: int, table: tuple[tuple[int, float], ...], above: float) -> int | float:
+def _by_size(size: int, table: tuple[tuple[int, Number], ...], above: Number) -> Number:
     return next((value for limit, value in table if size < limit), above)
 
 

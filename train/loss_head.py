@@ -25,7 +25,7 @@ SCALED = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scal
 
 @dataclass
 class TokenScores(ModelOutput):
-    """Per-token fields [B, T-1], zero where there is no loss; the names that TRL's trainer reads."""
+    """Per-token fields [B, T-1], zero where there is no loss; named as TRL's trainer reads them."""
 
     log_probs: torch.Tensor | None = None
     entropy: torch.Tensor | None = None

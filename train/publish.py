@@ -1,0 +1,156 @@
+"""The last part of a run: the adapter's folder, proven by loading it the way serving does.
+
+The folder is written as `adapter.tmp`: weights, which base they belong to, model card, loss curve.
+Then the serving engine loads it on a fresh base and scores a few rows; its log-probabilities must
+be the trainer's. Only then is the folder renamed to `adapter`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from data.errors import TrainingFailed
+from data.render import Example
+from serve.engine import base_model
+from serve.engine.base import AdapterRef, GenerationRequest, SamplingParams
+from serve.engine.local import EngineConfig, LocalEngine
+from train.base_model import Base
+from train.config import SftConfig
+from train.run import RunFolder, write_json
+
+ORIGIN = "hone.json"
+PROBE_ROWS = 3
+PROBE_TOKENS = 192
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}  # of a log-probability
+
+
+def write_adapter(
+    run: RunFolder,
+    model: PeftModel,
+    base: Base,
+    config: SftConfig,
+    examples: Sequence[Example],
+    summary: Mapping[str, Any],
+) -> None:
+    """Save the adapter, check it through the engine, and put it in place.
+
+    Args:
+        examples: Rows to score; the first few are used.
+        summary: What the model card tells of the run.
+
+    Raises:
+        TrainingFailed: The engine's log-probabilities are not the trainer's.
+    """
+    folder = run.path / "adapter.tmp"
+    shutil.rmtree(folder, ignore_errors=True)
+    model.save_pretrained(str(folder), safe_serialization=True)
+    write_json(folder / ORIGIN, {"base_model": base.name, "base_fingerprint": base.fingerprint})
+    (folder / "README.md").write_text(model_card(base, summary), encoding="utf-8")
+    plot_losses(run.metrics, folder / "loss.png")
+    rows = [example.input_ids[:PROBE_TOKENS] for example in examples[:PROBE_ROWS]]
+    probe = {"token_ids": rows, "logprobs": _score(model, rows)}
+    tolerance = TOLERANCE[base.model.dtype]
+    write_json(folder / "probe.json", {**probe, "tolerance": tolerance})
+    _check_served(folder, base, config, probe, tolerance)
+    shutil.rmtree(run.adapter, ignore_errors=True)
+    folder.rename(run.adapter)
+
+
+def model_card(base: Base, summary: Mapping[str, Any]) -> str:
+    """Return the adapter's README in the hub's model-card form."""
+    facts = "\n".join(f"| {name} | {value} |" for name, value in summary.items())
+    return f"""---
+base_model: {base.name}
+library_name: peft
+pipeline_tag: text-generation
+tags: [lora, hone]
+---
+
+# A LoRA adapter of {base.name}
+
+Trained by supervised fine-tuning with hone. Load it with PEFT:
+
+```python
+from peft import PeftModel
+model = PeftModel.from_pretrained(base, "this/folder")
+```
+
+| | |
+|---|---|
+{facts}
+
+![Loss by step](loss.png)
+
+It does what its training data show, and was not checked beyond that: evaluate it on rows that it
+has not seen before you rely on it.
+"""
+
+
+def plot_losses(metrics: Path, picture: Path) -> None:
+    """Draw training and validation loss by step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    records = [json.loads(line) for line in metrics.read_text("utf-8").splitlines()]
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for name, label in (("train_loss", "training"), ("valid_loss", "validation")):
+        points = [(record["step"], record[name]) for record in records if name in record]
+        if points:
+            marker = "o" if len(points) < 30 else None
+            axes.plot(*zip(*points, strict=True), label=label, marker=marker, markersize=3)
+    axes.set(xlabel="step", ylabel="loss (nats a token)", title="Loss")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(picture, dpi=110, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+@torch.inference_mode()
+def _score(model: PeftModel, rows: Sequence[Sequence[int]]) -> list[list[float]]:
+    """Return the log-probability of every token but the first, by the trainer's model."""
+    model.eval()
+    scores = []
+    for row in rows:
+        ids = torch.tensor([row], device=model.device)
+        log_probs = model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
+        scores.append(log_probs.gather(-1, ids[0, 1:, None]).squeeze(-1).tolist())
+    return scores
+
+
+def _check_served(
+    folder: Path, base: Base, config: SftConfig, probe: Mapping[str, Any], tolerance: float
+) -> None:
+    dtype = str(base.model.dtype).removeprefix("torch.")
+    fresh, tokenizer = base_model.load(base.folder, dtype, config.device)
+    longest = max(map(len, probe["token_ids"]))
+    engine_config = EngineConfig(max_batch=PROBE_ROWS, max_context=longest + 1)
+    requests = [
+        GenerationRequest(
+            id=f"probe-{index}",
+            prompt_ids=tuple(row),
+            params=SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0),
+            adapter=AdapterRef(digest="probe", path=str(folder)),
+        )
+        for index, row in enumerate(probe["token_ids"])
+    ]
+    with LocalEngine(fresh, tokenizer, engine_config, base.fingerprint) as engine:
+        completions = engine.generate(requests)
+    worst = 0.0
+    for completion, wanted in zip(completions, probe["logprobs"], strict=True):
+        served = [entry.logprob for entry in (completion.prompt_logprobs or ()) if entry]
+        worst = max(worst, *(abs(a - b) for a, b in zip(served, wanted, strict=True)))
+    if not worst <= tolerance:  # NaN fails too
+        raise TrainingFailed(
+            f"The serving engine's log-probabilities differ from the trainer's by {worst:.2g} "
+            f"(allowed {tolerance}): the adapter would answer differently from what was trained",
+            code="probe_mismatch",
+        )
