@@ -64,9 +64,9 @@ class Settings(StrictModel):
     embedded_worker: bool = Field(True, description="Start a training worker with the server.")
     job_concurrency: int = Field(1, ge=1, description="Jobs that one worker trains at a time.")
     lease_s: float = Field(30.0, gt=0, description="A worker silent for this long loses its job.")
-    heartbeat_s: float = Field(2.0, gt=0, description="Seconds between a worker's signs of life.")
+    heartbeat_s: float = Field(1.0, gt=0, description="Seconds between a worker's signs of life.")
     cancel_grace_s: float = Field(
-        8.0, gt=0, description="Seconds a trainer has to stop when its job is cancelled."
+        7.0, gt=0, description="Seconds a trainer has to stop when its job is cancelled."
     )
     wandb_project: str | None = Field(None, description="Log training runs to this wandb project.")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
