@@ -57,7 +57,11 @@ class WorkerProcess:
         delay_s = FIRST_DELAY_S
         while True:
             started = time.monotonic()
-            self._process = await asyncio.create_subprocess_exec(*self._command, stdin=PIPE)
+            self._process = await asyncio.create_subprocess_exec(
+                *self._command,
+                stdin=PIPE,
+                start_new_session=True,  # the terminal's Ctrl-C is for the server alone
+            )
             status = await self._process.wait()
             if time.monotonic() - started > HEALTHY_AFTER_S:
                 delay_s = FIRST_DELAY_S

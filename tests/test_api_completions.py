@@ -258,6 +258,12 @@ def test_a_stream_says_the_same_in_pieces(client: openai.OpenAI, fields: Any) ->
                 assert joined == getattr(choice.logprobs, column), column
 
 
+def test_a_stream_has_no_empty_chunks(client: openai.OpenAI) -> None:
+    half = str(encode("é")[0])  # a byte that begins a character: nothing to tell yet
+    chunks = stream_of(client, logit_bias={half: 100})
+    assert all(chunk.choices[0].text or chunk.choices[0].finish_reason for chunk in chunks[1:])
+
+
 def test_stream_without_usage_has_no_usage(server: Server) -> None:
     body = {"model": MODEL, "prompt": "x", "max_tokens": 2, "stream": True}
     text = server.http().post("/v1/completions", json=body).text

@@ -92,7 +92,6 @@ def test_port_in_use_is_told_before_the_model_is_loaded(settings: Settings) -> N
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        begun = time.monotonic()
         done = subprocess.run(
             command(settings, f"port={port}", "model=no-such-model"),
             capture_output=True,
@@ -103,7 +102,6 @@ def test_port_in_use_is_told_before_the_model_is_loaded(settings: Settings) -> N
     assert f"hone: Cannot listen on 127.0.0.1:{port}: the port is in use" in done.stderr
     assert "--port" in done.stderr
     assert "Traceback" not in done.stderr
-    assert time.monotonic() - begun < 60
 
 
 def test_an_unknown_model_is_told_without_a_traceback(settings: Settings) -> None:

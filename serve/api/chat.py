@@ -116,7 +116,7 @@ async def _frames(plan: _Plan, generator: Generator) -> Frames:
             if index not in begun:
                 begun.add(index)
                 yield {**head, "choices": [_piece(index, {"role": "assistant", "content": ""})]}
-            if delta.text or delta.logprobs or delta.token_ids:
+            if delta.text or delta.logprobs or plan.body.return_token_ids:
                 yield {**head, "choices": [_content(plan, index, delta)]}
             if delta.finish_reason is not None:
                 last = _piece(index, {}) | {"finish_reason": delta.finish_reason}

@@ -83,7 +83,7 @@ def _plan(body: CompletionRequest, served: ServedModel, max_context: int, accoun
 
 
 def _whole(plan: _Plan, answers: Sequence[Answer]) -> dict[str, Any]:
-    choices = []
+    choices: list[dict[str, Any]] = []
     for i, prompt in enumerate(plan.prompts):
         candidates = list(answers[i * plan.samples : (i + 1) * plan.samples])
         if plan.samples > plan.body.n:
@@ -110,6 +110,8 @@ async def _frames(plan: _Plan, generator: Generator) -> Frames:
                 continue
             index, delta = event
             total += len(delta.token_ids)
+            if not writers[index].has_news(delta):
+                continue
             chunk = {**plan.head(), "choices": [writers[index].write(delta)]}
             yield chunk | {"usage": None} if with_usage else chunk
     if with_usage:
@@ -126,6 +128,11 @@ class _ChoiceWriter:
         self.index = index
         self.begun = False
         self.logprobs = CompletionLogprobs(self.tokens, prompt, self.body.logprobs or 0)
+
+    def has_news(self, delta: Delta) -> bool:
+        """Tell whether a client would see anything: half a character is not text yet."""
+        shown = delta.text or delta.logprobs or delta.finish_reason or self.body.return_token_ids
+        return bool(shown) or not self.begun
 
     def write(self, piece: Answer | Delta) -> dict[str, Any]:
         """Return the choice for the next piece."""
