@@ -83,7 +83,11 @@ def open_runtime(settings: Settings) -> Runtime:
         ),
         created=int((folder / "config.json").stat().st_mtime),
     )
-    engine.generate([runtime.probe()])
+    try:
+        engine.generate([runtime.probe()])
+    except BaseException:
+        runtime.close()
+        raise
     runtime.generator.last_answer_s = time.monotonic()
     return runtime
 

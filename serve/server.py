@@ -39,6 +39,7 @@ def run(settings: Settings) -> None:
     logging.basicConfig(
         level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s"
     )
+    logging.getLogger("alembic").setLevel(logging.WARNING)
     listener = _bind(settings.host, settings.port)
     from serve.app import create_app  # seconds of imports, which a port in use need not wait for
     from serve.runtime import open_runtime
