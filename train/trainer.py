@@ -217,7 +217,7 @@ def _training_arguments(job: TrainingJob, run: RunFolder) -> SFTConfig:
         data_seed=config.seed,
         max_length=None,  # rows are cut already
         packing=False,
-        gradient_checkpointing=False,
+        activation_checkpointing=False,
         bf16=False,  # the base has its dtype; adapters are float32 over it
         use_cpu=job.base.model.device.type == "cpu",
         eval_strategy="steps" if job.valid else "no",
