@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -173,10 +172,15 @@ class FileStore:
             self._blobs.get_file(self._path(record.blob), str(path))
             yield path
 
-    def copy_to(self, project_id: str, file_id: str, destination: Path) -> None:
-        """Write a file's bytes to a path."""
-        with self.open(project_id, file_id) as source, destination.open("wb") as target:
-            shutil.copyfileobj(source, target, CHUNK_BYTES)
+    def place(self, project_id: str, file_id: str, folder: Path) -> Path:
+        """Put a file below a folder under its own name, for as long as that folder lives."""
+        record = self.get(project_id, file_id)
+        folder.mkdir(parents=True, exist_ok=True)
+        target, partial = folder / record.filename, folder / f".{file_id}"
+        partial.unlink(missing_ok=True)
+        self._link_or_copy(self._path(record.blob), partial)
+        os.replace(partial, target)
+        return target
 
     def report(self, project_id: str, file_id: str) -> dict[str, Any]:
         """Check every row of a dataset; the outcome is kept, as a file never changes."""
@@ -216,6 +220,15 @@ class FileStore:
                 self._blobs.rm(path)
                 removed.append(blob)
         return removed
+
+    def _link_or_copy(self, source: str, target: Path) -> None:
+        if self._is_local:
+            try:
+                os.link(source, target)  # bytes never change, so both names may share them
+                return
+            except OSError:
+                pass  # another disk
+        self._blobs.get_file(source, str(target))
 
     def _path(self, blob: str) -> str:
         return f"{self._root}/{blob}"

@@ -8,6 +8,7 @@ was thought dead cannot undo what its successor did.
 
 from __future__ import annotations
 
+import logging
 import secrets
 import time
 from collections.abc import Mapping, Sequence
@@ -33,6 +34,9 @@ TRANSITIONS: dict[str, tuple[str, ...]] = {
 }
 CLAIMABLE = ("validating_files", "queued", "running")
 TRAINING_PURPOSE = "fine-tune"
+LOG_LEVELS = {"info": logging.INFO, "warn": logging.WARNING, "error": logging.ERROR}
+
+log = logging.getLogger("hone.jobs")
 
 
 class Standing(Enum):
@@ -205,10 +209,16 @@ def heartbeat(database: Database, job_id: str, worker_id: str, lease_s: float) -
     """Renew a lease and learn whether to go on."""
     with database.write() as session:
         job = session.get_one(Job, job_id)
-        if job.worker_id != worker_id or job.status in FINAL:
-            return Standing.LOST
-        job.lease_expires_at = time.time() + lease_s
-        return Standing.CANCEL if job.cancel_requested else Standing.KEEP
+        found = _standing(job, worker_id)
+        if found is not Standing.LOST:
+            job.lease_expires_at = time.time() + lease_s
+        return found
+
+
+def standing(database: Database, job_id: str, worker_id: str) -> Standing:
+    """Learn whether to go on, without renewing the lease."""
+    with database.read() as session:
+        return _standing(session.get_one(Job, job_id), worker_id)
 
 
 def release(database: Database, job_id: str, worker_id: str) -> None:
@@ -250,10 +260,29 @@ def move(session: Session, job: Job, status: str, **fields: Any) -> None:
         record_event(session, job.id, "Fine-tuning job cancelled")
 
 
-def fail(session: Session, job: Job, code: str, message: str, param: str | None = None) -> None:
+def enqueue(session: Session, job: Job, data: Mapping[str, Any]) -> None:
+    """Queue a validated job and let go of it."""
+    move(session, job, "queued")
+    message = "Files validated, moving job to queued state"
+    record_event(session, job.id, message, data=data)
+    position = queue_position(session, job)
+    message = f"Job enqueued. Waiting for jobs ahead to complete. Queue number: {position}."
+    record_event(session, job.id, message, data={"queue_position": position})
+    job.worker_id = job.lease_expires_at = None
+
+
+def fail(
+    session: Session,
+    job: Job,
+    code: str,
+    message: str,
+    param: str | None = None,
+    data: Mapping[str, Any] | None = None,
+) -> None:
     """End a job with its cause."""
     move(session, job, "failed", error={"code": code, "message": message, "param": param})
-    record_event(session, job.id, f"Fine-tuning job failed: {message}", level="error")
+    told = f"Fine-tuning job failed: {message}"
+    record_event(session, job.id, told, level="error", data=data)
 
 
 def record_event(
@@ -270,6 +299,7 @@ def record_event(
     told = select(JobEvent.seq).where(JobEvent.job_id == job_id, JobEvent.source == source)
     if source is not None and session.scalar(told) is not None:
         return
+    log.log(LOG_LEVELS[level], "%s: %s", job_id, message)
     session.add(
         JobEvent(
             id=new_id("ftevent-"),
@@ -304,6 +334,12 @@ def live_jobs(database: Database, project_id: str) -> int:
     query = select(func.count()).where(Job.project_id == project_id, Job.status.in_(LIVE_JOBS))
     with database.read() as session:
         return int(session.scalar(query) or 0)
+
+
+def _standing(job: Job, worker_id: str) -> Standing:
+    if job.worker_id != worker_id or job.status in FINAL:
+        return Standing.LOST
+    return Standing.CANCEL if job.cancel_requested else Standing.KEEP
 
 
 def _is_held(job: Job) -> bool:

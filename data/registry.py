@@ -48,6 +48,8 @@ def stage(adapters_dir: Path, source: Path, base_fingerprint: str | None) -> Sta
     Raises:
         AdapterRefused: It failed a check; nothing is left behind.
     """
+    if not source.is_dir():
+        raise AdapterRefused(f"There is no adapter folder {source}", code="adapter_incomplete")
     version_id = new_id("advr_")
     staging = adapters_dir / f"{STAGING}{version_id}"
     adapters_dir.mkdir(parents=True, exist_ok=True)
@@ -97,6 +99,11 @@ def record(
     session.add(version)
     session.flush()
     return version
+
+
+def discard(adapters_dir: Path, staged: StagedAdapter) -> None:
+    """Remove a staged adapter that will not get its row."""
+    shutil.rmtree(adapters_dir / staged.path)
 
 
 def publish(

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,6 @@ CSV_COLUMNS = (
     "valid_loss",
     "valid_mean_token_accuracy",
 )
-READ_BYTES = 1 << 20
 LEVELS = ("info", "warn", "error")
 
 log = logging.getLogger("hone.worker")
@@ -60,11 +60,11 @@ class LineTail:
             return []
 
     def _new_lines(self, stream: io.BufferedReader) -> list[bytes]:
-        state = self._path.stat()
+        state = os.fstat(stream.fileno())
         if state.st_ino != self._inode or state.st_size < self._offset:
             self._inode, self._offset = state.st_ino, 0
         stream.seek(self._offset)
-        whole, newline, _ = stream.read(READ_BYTES).rpartition(b"\n")
+        whole, newline, _ = stream.read().rpartition(b"\n")
         self._offset += len(whole) + len(newline)
         return whole.split(b"\n") if newline else []
 
@@ -100,11 +100,9 @@ def trainer_event(record: Mapping[str, Any]) -> EventLine | None:
 def step_metrics_csv(metrics: Path) -> bytes:
     """Return metrics.jsonl as the table that clients download: one row a step."""
     steps: dict[int, dict[str, Any]] = {}
-    tail = LineTail(metrics)
-    while records := tail.read():
-        for record in records:
-            if isinstance(record.get("step"), int):
-                steps.setdefault(record["step"], {}).update(record)
+    for record in LineTail(metrics).read():
+        if isinstance(record.get("step"), int):
+            steps.setdefault(record["step"], {}).update(record)
     text = io.StringIO()
     table = csv.DictWriter(text, CSV_COLUMNS, extrasaction="ignore", lineterminator="\n")
     table.writeheader()

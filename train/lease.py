@@ -18,6 +18,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from data import jobs
 from data.db import Database
 
+LOOK_S = 0.5  # how often a request to cancel is looked for
+
 log = logging.getLogger("hone.worker")
 
 
@@ -57,21 +59,27 @@ class Lease:
 
     def _beat(self) -> None:
         renewed = time.monotonic()
-        while not self._done.wait(self._heartbeat_s):
+        while not self._done.wait(min(LOOK_S, self._heartbeat_s)):
             begun = time.monotonic()
+            due = begun - renewed >= self._heartbeat_s
             try:
-                standing = jobs.heartbeat(
-                    self._database, self._job_id, self._worker_id, self._lease_s
-                )
+                standing = self._renew() if due else self._look()
             except SQLAlchemyError as error:
                 log.warning("%s: the lease could not be renewed: %s", self._job_id, error)
                 if time.monotonic() - renewed > self._lease_s:
                     self.lost.set()
                     return
                 continue
-            renewed = begun
+            if due:
+                renewed = begun
             if standing is jobs.Standing.LOST:
                 self.lost.set()
                 return
             if standing is jobs.Standing.CANCEL:
                 self.cancel.set()
+
+    def _renew(self) -> jobs.Standing:
+        return jobs.heartbeat(self._database, self._job_id, self._worker_id, self._lease_s)
+
+    def _look(self) -> jobs.Standing:
+        return jobs.standing(self._database, self._job_id, self._worker_id)

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -55,10 +56,8 @@ class TrainerProcess:
 
     def stop(self, grace_s: float) -> None:
         """Ask all processes to end, and end them after the grace."""
-        try:
+        with suppress(ProcessLookupError):  # all of the group have ended
             os.killpg(self._leader.pid, signal.SIGTERM)
-        except ProcessLookupError:
-            pass  # all of the group have ended
         deadline = time.monotonic() + grace_s
         while time.monotonic() < deadline and _marked(self._marks):
             time.sleep(POLL_S)
@@ -92,10 +91,8 @@ def _end(marks: dict[str, str]) -> int:
             raise TimeoutError(f"process {found[0].pid} does not end, even by SIGKILL")
         for process in found:
             ended.add(process.pid)
-            try:
+            with suppress(psutil.NoSuchProcess):  # it has ended meanwhile
                 process.kill()
-            except psutil.NoSuchProcess:
-                pass  # it has ended meanwhile
         time.sleep(POLL_S)
     return len(ended)
 

@@ -1,0 +1,114 @@
+"""A test double of a trainer: a process that writes the files of a run folder, and misbehaves.
+
+    python tests/fake_trainer.py [--launch] --config FILE
+
+What it does is told by the JSON in the environment variable FAKE_TRAINER: `steps`, `step_s`,
+`checkpoint_every`, and a `fault` with the step `at` which it happens. `--launch` runs it the way
+`accelerate launch` does, as the child of a launcher that dies of SIGTERM at once.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from safetensors.numpy import save_file
+
+from train.run import RunFolder, step_of, write_json
+
+FINGERPRINT = "base-fake"
+DEFAULTS = {"steps": 6, "step_s": 0.02, "checkpoint_every": 2, "fault": None, "at": 3}
+
+
+def write_adapter(folder: Path, rank: int = 4, fingerprint: str = FINGERPRINT) -> None:
+    """Write a small PEFT folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    prefix = "base_model.model.model.layers.0.self_attn.q_proj"
+    tensors = {
+        f"{prefix}.lora_A.weight": rng.normal(size=(rank, 8)).astype(np.float32),
+        f"{prefix}.lora_B.weight": rng.normal(size=(8, rank)).astype(np.float32),
+    }
+    save_file(tensors, str(folder / "adapter_model.safetensors"))
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    origin = {"base_model": "tiny", "base_fingerprint": fingerprint}
+    (folder / "hone.json").write_text(json.dumps(origin))
+
+
+def main() -> int:
+    if sys.argv[1] == "--launch":
+        command = [sys.executable, __file__, *sys.argv[2:]]
+        status = subprocess.Popen(command).wait()
+        if status:
+            raise subprocess.CalledProcessError(status, command)
+        return 0
+    plan = DEFAULTS | json.loads(os.environ.get("FAKE_TRAINER", "{}"))
+    config = yaml.safe_load(Path(sys.argv[2]).read_text("utf-8"))
+    run = RunFolder(Path(config["output_dir"]))
+    lock = (run.path / "lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        (run.path / "two-trainers-at-once").touch()
+        raise
+    if plan["fault"] == "deaf":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    else:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    with (run.path / "starts").open("a") as stream:
+        stream.write(f"{os.getpid()}\n")
+    run.prepare()
+    return train(run, plan, config)
+
+
+def train(run: RunFolder, plan: dict[str, Any], config: dict[str, Any]) -> int:
+    newest = run.newest_checkpoint()
+    first = step_of(newest) if newest else 0
+    run.trim_logs(first if newest else -1)
+    numbers = {"num_epochs": 3, "batch_size": 4, "learning_rate_multiplier": 1.0}
+    write_json(run.resolved, {"plan": numbers})
+    run.tell("2 examples truncated to 16 tokens: lines 4, 9", level="warn")
+    for step in range(first + 1, plan["steps"] + 1):
+        time.sleep(plan["step_s"])
+        loss = {"train_loss": 1 / step, "train_mean_token_accuracy": 0.5}
+        run.append(run.metrics, {"step": step, "total_steps": plan["steps"], **loss})
+        if step % plan["checkpoint_every"] == 0:
+            (run.checkpoints / f"checkpoint-{step}").mkdir(parents=True, exist_ok=True)
+            run.mark_complete(step)
+            run.tell(f"Checkpoint created at step {step}", step=step)
+        if step == plan["at"]:
+            misbehave(run, plan["fault"], first)
+    write_adapter(run.adapter, fingerprint="base-other" if plan["fault"] == "base" else FINGERPRINT)
+    if plan["fault"] != "no_result":
+        write_json(
+            run.result, {"status": "succeeded", "trained_tokens": 123, "seed": config["seed"]}
+        )
+    return 0
+
+
+def misbehave(run: RunFolder, fault: str | None, first: int) -> None:
+    if fault == "killed_once" and first == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if fault == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if fault == "told":
+        write_json(run.error, {"code": "loss_not_finite", "message": "The loss is nan at step 3"})
+        sys.exit(1)
+    if fault == "traceback":
+        raise ZeroDivisionError("something odd")
+    if fault == "disk":
+        raise OSError(28, "No space left on device")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,384 @@
+"""The worker: what becomes of a job, whatever dies; with a fake trainer as a real process."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import fake_worker
+import psutil
+import pytest
+from sqlalchemy import select
+
+from data import accounts, jobs, registry
+from data.job_spec import JobSpec
+from data.settings import read_config
+from data.tables import AdapterVersion, File, Job, JobEvent, Project
+from train.config import SftConfig
+from train.job_training import MAX_CRASHES
+from train.trainer_process import RUN_MARK
+from train.worker import Worker
+from train.workshop import Workshop
+
+MODEL = "smollm2-135m-instruct"
+WORKER = [sys.executable, str(Path(fake_worker.__file__))]
+ROWS = [json.dumps({"prompt": f"question {i}", "completion": f"answer {i}"}) for i in range(12)]
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Iterator[Workshop]:
+    shop = fake_worker.make_shop(tmp_path / "home")
+    yield shop
+    shop.stopping.set()
+    shop.database.close()
+
+
+@pytest.fixture
+def project(shop: Workshop) -> Project:
+    return accounts.create_account(shop.database, "acme")[0]
+
+
+@pytest.fixture
+def behave(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    return lambda **plan: monkeypatch.setenv("FAKE_TRAINER", json.dumps(plan))
+
+
+def add_job(shop: Workshop, project: Project, rows: list[str] = ROWS, **spec: Any) -> Job:
+    text = "\n".join(rows).encode() + b"\n"
+    file = shop.files.create(project.id, [text], "train.jsonl", "fine-tune")
+    return jobs.create(shop.database, project.id, JobSpec(MODEL, file.id, **spec), [MODEL])
+
+
+def status_of(shop: Workshop, job: Job) -> str:
+    return jobs.get(shop.database, job.project_id, job.id).status
+
+
+def messages_of(shop: Workshop, job: Job) -> list[str]:
+    found, _ = jobs.list_events(shop.database, job.project_id, job.id, limit=1000)
+    return [event.message for event in reversed(found)]
+
+
+def wait_for(condition: Callable[[], Any], timeout_s: float = 30) -> Any:
+    deadline = time.monotonic() + timeout_s
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.02)
+    return value
+
+
+def trainers_of(shop: Workshop, job: Job) -> list[psutil.Process]:
+    folder, found = str(shop.run_of(job).path.resolve()), []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(RUN_MARK) == folder:
+                found.append(process)
+        except psutil.Error:
+            pass
+    return found
+
+
+@contextmanager
+def worker_process(
+    shop: Workshop, *words: str, die_at: str = ""
+) -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen(
+        [*WORKER, str(shop.settings.home), *words],
+        env={**os.environ, "DIE_AT": die_at},
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+@contextmanager
+def worker_thread(shop: Workshop) -> Iterator[threading.Thread]:
+    thread = threading.Thread(target=Worker(shop).run)
+    thread.start()
+    try:
+        yield thread
+    finally:
+        shop.stopping.set()
+        thread.join()
+
+
+def check_succeeded(shop: Workshop, job: Job) -> None:
+    """One adapter, one table, one story, and nothing left running or half-done."""
+    job = jobs.get(shop.database, job.project_id, job.id)
+    assert job.status == "succeeded", job.error
+    with shop.database.read() as session:
+        (version,) = session.scalars(select(AdapterVersion)).all()
+        (table,) = session.scalars(select(File).where(File.purpose == "fine-tune-results")).all()
+        seqs = session.scalars(select(JobEvent.seq).where(JobEvent.job_id == job.id)).all()
+    assert job.fine_tuned_model == version.name
+    assert job.result_files == [table.id]
+    registry.verify(version, shop.settings.adapters_dir)
+    alias = registry.alias_of(version.name)
+    assert registry.resolve(shop.database, job.project_id, alias).id == version.id
+    assert len(registry.history(shop.database, job.project_id, alias)) == 1
+    told = Counter(messages_of(shop, job))
+    for step in range(1, 7):
+        assert told[f"Step {step}/6: training loss={1 / step:.4g}"] == 1
+    for step in (2, 4, 6):
+        assert told[f"Checkpoint created at step {step}"] == 1
+    for message in ("Fine-tuning job started", "The job has successfully completed"):
+        assert told[message] == 1
+    assert len(seqs) == len(set(seqs))
+    assert not trainers_of(shop, job)
+    assert not (shop.run_of(job).path / "two-trainers-at-once").exists()
+    registry.sweep(shop.database, shop.settings.adapters_dir, min_age_s=0)
+    shop.files.sweep(min_age_s=0)
+    assert [path.name for path in shop.settings.adapters_dir.iterdir()] == [version.path]
+    registry.verify(version, shop.settings.adapters_dir)
+    with shop.files.open(job.project_id, table.id) as stream:
+        assert len(stream.read().splitlines()) == 7
+
+
+def test_a_job_from_file_to_model(shop: Workshop, project: Project) -> None:
+    job = add_job(shop, project, suffix="intents", seed=7)
+    Worker(shop).run(once=True)
+    check_succeeded(shop, job)
+    job = jobs.get(shop.database, project.id, job.id)
+    assert job.fine_tuned_model is not None
+    assert job.fine_tuned_model.startswith(f"ft:{MODEL}:acme:intents:")
+    assert job.hyperparameters == {
+        "n_epochs": 3,
+        "batch_size": 4,
+        "learning_rate_multiplier": 1.0,
+    }
+    assert (job.trained_tokens, job.error, job.worker_id) == (123, None, None)
+    assert job.created_at <= job.started_at <= job.finished_at  # type: ignore[operator]
+    assert messages_of(shop, job) == [
+        f"Created fine-tuning job: {job.id}",
+        f"Validating training file: {job.training_file}",
+        "Files validated, moving job to queued state",
+        "Job enqueued. Waiting for jobs ahead to complete. Queue number: 0.",
+        "Fine-tuning job started",
+        *messages_of(shop, job)[5:-3],
+        f"Uploaded result files: {job.result_files[0]}",
+        f"New fine-tuned model created: {job.fine_tuned_model}",
+        "The job has successfully completed",
+    ]
+    assert not (shop.run_of(job).path / "data").exists()
+
+
+def test_the_configuration_says_all_that_was_asked(shop: Workshop, project: Project) -> None:
+    asked = {
+        "lora": {"r": 8, "alpha": 16, "target_modules": ["q_proj"]},
+        "max_seq_length": 99,
+        "n_checkpoints": 2,
+        "on_long": "error",
+    }
+    numbers = {"n_epochs": 2, "batch_size": 4, "learning_rate_multiplier": 0.5}
+    job = add_job(shop, project, seed=5, hyperparameters=numbers, options=asked)
+    Worker(shop).run(once=True)
+    text = (shop.run_of(job).path / "config.yaml").read_text("utf-8")
+
+    config = read_config(SftConfig, shop.run_of(job).path / "config.yaml")
+    assert (config.num_epochs, config.batch_size, config.learning_rate_multiplier) == (2, 4, 0.5)
+    assert (config.lora.r, config.lora.alpha, config.lora.target_modules) == (8, 16, ["q_proj"])
+    assert (config.max_length, config.n_checkpoints, config.on_long) == (99, 2, "error")
+    assert (config.seed, config.min_examples, config.base_model) == (5, 10, MODEL)
+    assert "train.jsonl" in text
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (ROWS[:9], "the file has 9 examples; at least 10 are needed"),
+        ([*ROWS, '{"prompt": "a"}', *ROWS, '{"prompt": 1, "completion": "b"}'], ":26:"),
+        (
+            [json.dumps({"prompt": "p", "chosen": str(i), "rejected": "r"}) for i in range(12)],
+            "kind",
+        ),
+    ],
+)
+def test_unusable_files_fail_the_job(
+    shop: Workshop, project: Project, rows: list[str], said: str
+) -> None:
+    job = add_job(shop, project, rows)
+    Worker(shop).run(once=True)
+    job = jobs.get(shop.database, project.id, job.id)
+    assert job.status == "failed"
+    assert job.error is not None
+    assert (job.error["code"], job.error["param"]) == ("invalid_training_file", "training_file")
+    assert said in job.error["message"]
+    assert "failed" in messages_of(shop, job)[-1]
+
+
+def test_every_problem_is_in_the_event(shop: Workshop, project: Project) -> None:
+    job = add_job(shop, project, [*ROWS, *['{"prompt": "a"}'] * 30])
+    Worker(shop).run(once=True)
+    (last, *_), _ = jobs.list_events(shop.database, project.id, job.id)
+    assert last.level == "error"
+    assert last.data is not None
+    assert [error["line"] for error in last.data["errors"]] == list(range(13, 43))
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "said"),
+    [
+        ("told", "loss_not_finite", "The loss is nan at step 3"),
+        ("traceback", "training_failed", "ZeroDivisionError: something odd"),
+        ("disk", "disk_full", "is full"),
+        ("no_result", "training_failed", "left no result"),
+        ("base", "adapter_wrong_base", "was trained on the base base-other"),
+    ],
+)
+def test_failures_tell_their_cause(
+    shop: Workshop, project: Project, behave: Callable[..., None], fault: str, code: str, said: str
+) -> None:
+    behave(fault=fault)
+    job = add_job(shop, project)
+    Worker(shop).run(once=True)
+    job = jobs.get(shop.database, project.id, job.id)
+    assert job.status == "failed"
+    assert job.error is not None
+    assert job.error["code"] == code
+    assert said in job.error["message"]
+    assert registry.list_versions(shop.database, project.id) == []
+    assert list(shop.settings.adapters_dir.glob("*")) == []
+
+
+def test_a_killed_trainer_goes_on_from_its_checkpoint(
+    shop: Workshop, project: Project, behave: Callable[..., None]
+) -> None:
+    behave(fault="killed_once")
+    job = add_job(shop, project)
+    Worker(shop).run(once=True)
+    check_succeeded(shop, job)
+    assert any(
+        "killed by SIGKILL" in text and "goes on from the checkpoint of step 2" in text
+        for text in messages_of(shop, job)
+    )
+
+
+def test_a_trainer_that_always_dies_is_given_up(
+    shop: Workshop, project: Project, behave: Callable[..., None]
+) -> None:
+    behave(fault="killed", at=1)
+    job = add_job(shop, project)
+    Worker(shop).run(once=True)
+    job = jobs.get(shop.database, project.id, job.id)
+    assert job.error is not None
+    assert job.error["code"] == "trainer_killed"
+    assert "when memory runs out" in job.error["message"]
+    starts = (shop.run_of(job).path / "starts").read_text().split()
+    assert len(starts) == MAX_CRASHES
+
+
+@pytest.mark.parametrize("fault", [None, "deaf"])
+def test_cancelling_stops_the_trainer_and_keeps_checkpoints(
+    shop: Workshop, project: Project, behave: Callable[..., None], fault: str | None
+) -> None:
+    behave(steps=10_000, fault=fault)
+    job = add_job(shop, project)
+    with worker_thread(shop):
+        wait_for(lambda: "Checkpoint created at step 4" in messages_of(shop, job))
+        assert jobs.request_cancel(shop.database, project.id, job.id).status == "running"
+        asked = time.monotonic()
+        wait_for(lambda: status_of(shop, job) == "cancelled")
+        assert time.monotonic() - asked < 10
+        assert not trainers_of(shop, job)
+    assert shop.run_of(job).newest_checkpoint() is not None
+    assert messages_of(shop, job)[-1] == "Fine-tuning job cancelled"
+
+
+def test_a_worker_that_lost_its_lease_stops_and_writes_nothing(
+    shop: Workshop, project: Project, behave: Callable[..., None]
+) -> None:
+    behave(steps=10_000)
+    job = add_job(shop, project)
+    with worker_thread(shop):
+        wait_for(lambda: "Checkpoint created at step 2" in messages_of(shop, job))
+        with shop.database.write() as session:
+            record = session.get_one(Job, job.id)
+            record.worker_id, record.lease_expires_at = "another", time.time() + 100
+        told = messages_of(shop, job)
+        wait_for(lambda: not trainers_of(shop, job))
+        time.sleep(0.3)
+        assert messages_of(shop, job) == told
+        assert status_of(shop, job) == "running"
+
+
+def test_sigterm_gives_the_job_back(
+    shop: Workshop, project: Project, behave: Callable[..., None]
+) -> None:
+    behave(step_s=0.3)
+    job = add_job(shop, project)
+    with worker_process(shop) as process:
+        wait_for(lambda: "Checkpoint created at step 2" in messages_of(shop, job))
+        process.terminate()
+        assert process.wait(10) == 0
+    left = jobs.get(shop.database, project.id, job.id)
+    assert (left.status, left.worker_id, left.attempts) == ("running", None, 0)
+    assert not trainers_of(shop, job)
+    Worker(shop).run(once=True)
+    check_succeeded(shop, job)
+
+
+@pytest.mark.parametrize("moment", fake_worker.MOMENTS)
+def test_kill_9_of_the_worker_at_a_moment(shop: Workshop, project: Project, moment: str) -> None:
+    job = add_job(shop, project)
+    with worker_process(shop, "--once", die_at=moment) as process:
+        assert process.wait(60) == -signal.SIGKILL
+    wait_for(lambda: not trainers_of(shop, job), timeout_s=5)
+    wait_for(lambda: finish(shop, job))
+    check_succeeded(shop, job)
+
+
+def finish(shop: Workshop, job: Job) -> bool:
+    """Work once; False while the lease of a dead worker still runs."""
+    Worker(shop).run(once=True)
+    return status_of(shop, job) in jobs.FINAL
+
+
+def test_kill_9_of_any_process_at_random_moments(
+    shop: Workshop, project: Project, behave: Callable[..., None]
+) -> None:
+    behave(step_s=0.4)
+    job = add_job(shop, project)
+    rng = random.Random(3)
+    for victim in ("worker", "launcher", "trainer", "leader", "all"):
+        with worker_process(shop) as process:
+            wait_for(lambda: trainers_of(shop, job) or status_of(shop, job) in jobs.FINAL)
+            time.sleep(rng.uniform(0, 1.2))
+            marked = sorted(trainers_of(shop, job), key=lambda found: found.create_time())
+            if victim in ("worker", "all"):
+                process.kill()
+            order = {"leader": 0, "launcher": 1, "trainer": 2}
+            for place, found in enumerate(marked):
+                if victim == "all" or order.get(victim) == place:
+                    found.kill()
+            time.sleep(0.5)
+        wait_for(lambda: not trainers_of(shop, job), timeout_s=5)
+    behave(step_s=0.02)
+    wait_for(lambda: finish(shop, job))
+    check_succeeded(shop, job)
+
+
+def test_two_workers_do_every_job_once(
+    shop: Workshop, project: Project, behave: Callable[..., None]
+) -> None:
+    behave(steps=1, step_s=0)
+    made = [add_job(shop, project) for _ in range(6)]
+    with worker_process(shop, "--once") as first, worker_process(shop, "--once") as second:
+        assert first.wait(60) == 0
+        assert second.wait(60) == 0
+    assert {status_of(shop, job) for job in made} == {"succeeded"}
+    for job in made:
+        assert len((shop.run_of(job).path / "starts").read_text().split()) == 1
+    assert len(registry.list_versions(shop.database, project.id)) == len(made)

@@ -1,0 +1,79 @@
+"""A job's row as the configuration of `train.sft`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data.settings import Settings, read_config
+from data.tables import Job
+from serve.engine.base_spec import find_spec
+from train.config import SftConfig
+from train.run import RunFolder, replace_text
+
+# hyperparameters and options of the API -> fields of the trainer's configuration
+FIELDS = {
+    "n_epochs": "num_epochs",
+    "batch_size": "batch_size",
+    "learning_rate_multiplier": "learning_rate_multiplier",
+    "max_seq_length": "max_length",
+    "on_long": "on_long",
+    "n_evals": "n_evals",
+    "n_checkpoints": "n_checkpoints",
+    "lora": "lora",
+}
+RESOLVED = ("n_epochs", "batch_size", "learning_rate_multiplier")
+
+
+def write_config(
+    job: Job, settings: Settings, run: RunFolder, train_file: Path, validation_file: Path | None
+) -> Path:
+    """Write the configuration of a job's run and check it.
+
+    Raises:
+        ConfigError: What the job asks is impossible together.
+    """
+    asked = {**job.hyperparameters, **job.options}
+    values: dict[str, Any] = {
+        "base_model": base_of(job, settings),
+        "models_dir": str(settings.models_dir.resolve()),
+        "train_file": str(train_file.resolve()),
+        "output_dir": str(run.path.resolve()),
+        "min_examples": settings.min_examples,
+        "device": settings.device,
+        "seed": job.seed,
+        **{ours: asked[name] for name, ours in FIELDS.items() if name in asked},
+    }
+    if validation_file is not None:
+        values["validation_file"] = str(validation_file.resolve())
+    if "early_stopping" in asked:
+        values["early_stopping"] = {"enabled": True, **asked["early_stopping"]}
+    wandb = _wandb(job, settings)
+    if wandb:
+        values["wandb"] = wandb
+    path = run.path / "config.yaml"
+    replace_text(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    read_config(SftConfig, path)
+    return path
+
+
+def base_of(job: Job, settings: Settings) -> str:
+    """Return the base model by a name that the trainer finds: the server's may be a path."""
+    return settings.model if find_spec(settings.model).name == job.model else job.model
+
+
+def resolved_hyperparameters(resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the API's hyperparameters as numbers, from the trainer's resolved_config.json."""
+    return {name: resolved["plan"][FIELDS[name]] for name in RESOLVED}
+
+
+def _wandb(job: Job, settings: Settings) -> dict[str, str]:
+    for item in job.integrations:
+        asked = item["wandb"]
+        return {"project": asked["project"], "name": asked.get("name") or job.id}
+    if settings.wandb_project:
+        return {"project": settings.wandb_project, "name": job.id}
+    return {}

@@ -1,0 +1,88 @@
+"""The last part of a job: its adapter, its table of metrics and its success, all or nothing.
+
+The adapter's folder and the table's bytes are put in place first; then one transaction adds their
+rows, moves the alias and ends the job. A crash before it leaves files that no row names, which the
+sweeps remove, and a run folder with a result, with which the next worker does the same again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from data import jobs, registry
+from data.files import RESULTS
+from data.tables import Job, Project
+from train.job_config import resolved_hyperparameters
+from train.job_log import read_object, step_metrics_csv
+from train.lease import Lease
+from train.run import RunFolder
+from train.workshop import Workshop
+
+TABLE = "step_metrics.csv"
+
+
+def publish_outcome(shop: Workshop, job: Job, lease: Lease, run: RunFolder) -> None:
+    """Publish a finished run and end its job.
+
+    Raises:
+        AdapterRefused: The adapter failed a check.
+        StateConflict: The lease was lost; nothing was published.
+    """
+    result = json.loads(run.result.read_text("utf-8"))
+    resolved = read_object(run.resolved)
+    fingerprint = shop.base_fingerprint(job.model)
+    adapters_dir = shop.settings.adapters_dir
+    table = shop.files.stage(job.project_id, [step_metrics_csv(run.metrics)], TABLE, RESULTS)
+    staged = registry.stage(adapters_dir, run.adapter, fingerprint)
+    published = False
+    try:
+        with shop.holding(job.id, lease) as (session, job):
+            if job.cancel_requested:
+                jobs.move(session, job, "cancelled")
+            else:
+                version = registry.record(
+                    session,
+                    session.get_one(Project, job.project_id),
+                    staged,
+                    job.model,
+                    fingerprint,
+                    suffix=job.suffix,
+                    job_id=job.id,
+                    lineage={"result": result, "resolved": resolved},
+                )
+                registry.point_alias(session, version)
+                session.add(table)
+                _succeed(session, job, result, resolved, table.id, version.name)
+                published = True
+    finally:
+        if not published:
+            registry.discard(adapters_dir, staged)
+
+
+def _succeed(
+    session: Session,
+    job: Job,
+    result: Mapping[str, Any],
+    resolved: Mapping[str, Any] | None,
+    table_id: str,
+    model: str,
+) -> None:
+    fields: dict[str, Any] = {}
+    if resolved is not None:
+        fields["hyperparameters"] = resolved_hyperparameters(resolved)
+    jobs.record_event(session, job.id, f"Uploaded result files: {table_id}")
+    jobs.record_event(session, job.id, f"New fine-tuned model created: {model}")
+    jobs.move(
+        session,
+        job,
+        "succeeded",
+        fine_tuned_model=model,
+        result_files=[table_id],
+        trained_tokens=result.get("trained_tokens"),
+        **fields,
+    )
+    jobs.record_event(session, job.id, "The job has successfully completed")

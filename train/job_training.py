@@ -1,0 +1,222 @@
+"""The main part of a job: its trainer is started, followed, stopped, started again, and ended.
+
+A claimed job is `queued`, or `running` when an earlier worker left it. Either way what that worker
+started is ended first, for certain; then the same command on the same run folder goes on from the
+newest whole checkpoint. A trainer that is killed is started again, unless that happened
+`MAX_CRASHES` times without a new checkpoint.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from data import jobs
+from data.errors import NotFound, ToolkitError
+from data.tables import Job, now
+from train.exit_cause import Cause, cause_of_exit
+from train.job_config import resolved_hyperparameters, write_config
+from train.job_log import EventLine, LineTail, metrics_event, read_object, trainer_event
+from train.job_outcome import publish_outcome
+from train.lease import Lease
+from train.run import RunFolder, is_disk_full, step_of
+from train.trainer_process import TrainerProcess, end_trainers
+from train.workshop import Workshop
+
+POLL_S = 0.2
+MAX_CRASHES = 5
+
+
+def train_job(shop: Workshop, job: Job, lease: Lease) -> None:
+    """Bring a claimed job to its end, or give it back when the worker is to stop.
+
+    Raises:
+        StateConflict: The lease was lost; the trainer is ended, nothing more was written.
+        ToolkitError: The job cannot go on; the caller fails it.
+    """
+    training = _Training(shop, job, lease)
+    end_trainers(training.run.path)
+    if training.run.result.exists():  # an earlier worker died between training and publishing
+        publish_outcome(shop, job, lease, training.run)
+        return
+    command = training.prepare()
+    while training.begin_attempt():
+        cause = training.attempt(command)
+        if cause is None:
+            return
+        if not cause.killed:
+            training.fail(cause)
+            return
+        training.last_cause = cause
+
+
+class _Training:
+    """One claimed job and its trainer."""
+
+    def __init__(self, shop: Workshop, job: Job, lease: Lease):
+        self.shop, self.job, self.lease = shop, job, lease
+        self.run = shop.run_of(job)
+        self.last_cause: Cause | None = None
+
+    def prepare(self) -> list[str]:
+        """Lay out the run folder; returns the trainer's command."""
+        job = self.job
+        self.run.path.mkdir(parents=True, exist_ok=True)
+        try:
+            train_file = self.shop.place(job, job.training_file, "training_file")
+            validation_file = (
+                self.shop.place(job, job.validation_file, "validation_file")
+                if job.validation_file
+                else None
+            )
+        except (NotFound, FileNotFoundError) as error:
+            raise NotFound(
+                "A file of the job was deleted or has expired.", code="invalid_training_file"
+            ) from error
+        config = write_config(job, self.shop.settings, self.run, train_file, validation_file)
+        return [*self.shop.trainer, "--config", str(config.resolve())]
+
+    def begin_attempt(self) -> bool:
+        """Note that the trainer is started; False when the job ended instead."""
+        newest = self.run.newest_checkpoint()
+        step = step_of(newest) if newest else 0
+        with self.shop.holding(self.job.id, self.lease) as (session, job):
+            if job.cancel_requested:
+                jobs.move(session, job, "cancelled")
+                return False
+            if step > job.progress_step:
+                job.progress_step, job.attempts = step, 0
+            if job.attempts >= MAX_CRASHES:
+                jobs.fail(session, job, *self._too_many_crashes(job.attempts))
+                return False
+            job.attempts += 1
+            if job.status == "queued":
+                jobs.move(session, job, "running", started_at=now())
+                jobs.record_event(session, job.id, "Fine-tuning job started")
+            else:
+                why = self.last_cause.message if self.last_cause else "The worker stopped"
+                place = f"from the checkpoint of step {step}" if step else "from the start"
+                message = f"{why}. Training goes on {place}."
+                jobs.record_event(session, job.id, message, level="warn")
+        return True
+
+    def attempt(self, command: Sequence[str]) -> Cause | None:
+        """Run the trainer once; returns what ended it too early, or None when all is settled."""
+        self.run.error.unlink(missing_ok=True)
+        log_start = self.run.log.stat().st_size if self.run.log.exists() else 0
+        follower = _Follower(self.shop, self.job, self.lease, self.run)
+        trainer = TrainerProcess(command, self.run.path, self.run.log)
+        try:
+            while (status := trainer.poll()) is None:
+                if self.lease.lost.is_set():
+                    break
+                if self.lease.cancel.is_set() or self.shop.stopping.is_set():
+                    trainer.stop(self.shop.settings.cancel_grace_s)
+                    break
+                follower.look()
+                time.sleep(POLL_S)
+        finally:
+            trainer.end()
+        follower.look()
+        if self.run.result.exists():
+            publish_outcome(self.shop, self.job, self.lease, self.run)
+            return None
+        if status is None:
+            self._settle_stop()
+            return None
+        return cause_of_exit(self.run, status, log_start)
+
+    def fail(self, cause: Cause) -> None:
+        """End the job with its cause."""
+        with self.shop.holding(self.job.id, self.lease) as (session, job):
+            jobs.fail(session, job, cause.code, cause.message)
+
+    def _settle_stop(self) -> None:
+        """The trainer was stopped on purpose: the job is cancelled, or given back as it stands."""
+        with self.shop.holding(self.job.id, self.lease) as (session, job):
+            if job.cancel_requested:
+                jobs.move(session, job, "cancelled")
+                return
+            job.attempts -= 1  # that was no crash
+            jobs.record_event(session, job.id, "The worker stops; training will go on later")
+            job.worker_id = job.lease_expires_at = None
+
+    def _too_many_crashes(self, crashes: int) -> tuple[str, str]:
+        if self.last_cause is None:
+            return "server_restart", (
+                f"The worker stopped {crashes} times before training reached a new checkpoint."
+            )
+        return self.last_cause.code, (
+            f"{self.last_cause.message}. It was the crash number {crashes} without a new "
+            "checkpoint, so the job was given up"
+        )
+
+
+class _Follower:
+    """Turns what the trainer writes into the job's events, numbers and expected end."""
+
+    def __init__(self, shop: Workshop, job: Job, lease: Lease, run: RunFolder):
+        self._shop, self._job, self._lease, self._run = shop, job, lease, run
+        self._metrics, self._told = LineTail(run.metrics), LineTail(run.events)
+        self._first: tuple[float, int] | None = None  # time and step at which this start began
+        self._resolved = False
+
+    def look(self) -> None:
+        """Record what is new; writes nothing when nothing is."""
+        metrics = self._metrics.read()
+        lines = [
+            *map(metrics_event, metrics),
+            *map(trainer_event, self._told.read()),
+        ]
+        fields = self._fields(metrics)
+        if fields or any(lines):
+            self._record([line for line in lines if line is not None], fields)
+
+    def _record(self, lines: Sequence[EventLine], fields: Mapping[str, Any]) -> None:
+        with self._shop.holding(self._job.id, self._lease) as (session, job):
+            for name, value in fields.items():
+                setattr(job, name, value)
+            for line in lines:
+                jobs.record_event(
+                    session,
+                    job.id,
+                    line.message,
+                    level=line.level,
+                    type=line.type,
+                    data=line.data,
+                    source=line.source,
+                )
+
+    def _fields(self, metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        fields: dict[str, Any] = {}
+        resolved = None if self._resolved else read_object(self._run.resolved)
+        if resolved is not None:
+            self._resolved = True
+            fields["hyperparameters"] = resolved_hyperparameters(resolved)
+        steps = [(line.get("step"), line.get("total_steps")) for line in metrics]
+        for step, total_steps in steps[-1:]:
+            if isinstance(step, int) and isinstance(total_steps, int):
+                fields |= self._estimate(step, total_steps)
+        return fields
+
+    def _estimate(self, step: int, total_steps: int) -> dict[str, int]:
+        """Tell when the last step will be done, if this start goes on as it began."""
+        moment = time.time()
+        begun, first_step = self._first = self._first or (moment, step)
+        if step <= first_step:
+            return {}
+        step_s = (moment - begun) / (step - first_step)
+        return {"estimated_finish": int(moment + (total_steps - step) * step_s)}
+
+
+def fail_job(shop: Workshop, job: Job, lease: Lease, error: Exception) -> None:
+    """End a job with an error that stopped the worker from going on with it."""
+    code, message, param = "internal_error", f"{type(error).__name__}: {error}", None
+    if isinstance(error, ToolkitError):
+        code, message, param = error.code or "training_failed", error.message, error.param
+    elif is_disk_full(error, shop.settings.home):
+        code = "disk_full"
+        message = f"The disk of {shop.settings.home.resolve()} is full ({error}); free some space"
+    with shop.holding(job.id, lease) as (session, held):
+        jobs.fail(session, held, code, message, param)

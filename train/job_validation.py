@@ -1,0 +1,108 @@
+"""The first thing that happens to a job: its files are checked, all problems in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data import jobs
+from data.errors import NotFound
+from data.overlap import find_overlap
+from data.report import Problem, Report
+from data.rows import Format
+from data.tables import Job
+from data.validate import validate
+from train.lease import Lease
+from train.workshop import Workshop
+
+TRAINABLE = (Format.PROMPT_COMPLETION, Format.CHAT, Format.TEXT)
+LISTED = 20
+
+
+@dataclass(frozen=True, slots=True)
+class _Fault:
+    """Why a job's files cannot be used."""
+
+    param: str
+    message: str
+    data: dict[str, Any] | None = None
+
+
+def validate_job(shop: Workshop, job: Job, lease: Lease) -> None:
+    """Check a claimed job's files and queue it, or fail it with every problem found."""
+    warnings: list[tuple[str, dict[str, Any]]] = []
+    fault, examples = _check_files(shop, job, warnings)
+    with shop.holding(job.id, lease) as (session, job):
+        if job.cancel_requested:
+            jobs.move(session, job, "cancelled")
+            return
+        for message, data in warnings:
+            jobs.record_event(session, job.id, message, level="warn", data=data)
+        if fault is not None:
+            code = f"invalid_{fault.param}"
+            jobs.fail(session, job, code, fault.message, fault.param, data=fault.data)
+            return
+        jobs.enqueue(session, job, {"examples": examples})
+
+
+def _check_files(
+    shop: Workshop, job: Job, warnings: list[tuple[str, dict[str, Any]]]
+) -> tuple[_Fault | None, int]:
+    files = {"training_file": job.training_file, "validation_file": job.validation_file}
+    least = {"training_file": shop.settings.min_examples, "validation_file": 1}
+    paths: dict[str, Path] = {}
+    reports: dict[str, Report] = {}
+    for param, file_id in files.items():
+        if file_id is None:
+            continue
+        try:
+            paths[param] = shop.place(job, file_id, param)
+        except (NotFound, FileNotFoundError):
+            return _Fault(param, f"The file {file_id} was deleted or has expired."), 0
+        report = validate(paths[param], min_examples=least[param], name=paths[param].name)
+        if not report.ok:
+            return _invalid(param, file_id, report), 0
+        if report.format not in TRAINABLE:
+            return _wrong_format(param, file_id, report), 0
+        reports[param] = report
+        _note(warnings, f"{file_id}: ", report.warnings, report.warning_counts)
+    formats = {report.format for report in reports.values()}
+    if len(formats) > 1:
+        told = " and ".join(sorted(str(kind) for kind in formats))
+        return _Fault("validation_file", f"The two files hold different kinds of row: {told}."), 0
+    if len(paths) == 2:
+        total, shared = find_overlap(paths["training_file"], paths["validation_file"])
+        _note(warnings, f"{job.validation_file}: ", shared, {"train_valid_overlap": total})
+    return None, reports["training_file"].num_examples
+
+
+def _invalid(param: str, file_id: str, report: Report) -> _Fault:
+    errors = [problem.to_dict() for problem in report.problems]
+    message = f"The file {file_id} cannot be used.\n{report.summary(LISTED)}"
+    return _Fault(param, message, {"errors": errors, "counts": report.counts})
+
+
+def _wrong_format(param: str, file_id: str, report: Report) -> _Fault:
+    wanted = ", ".join(TRAINABLE)
+    message = (
+        f"The rows of {file_id} are of the kind {report.format}; supervised fine-tuning takes "
+        f"{wanted}."
+    )
+    return _Fault(param, message)
+
+
+def _note(
+    warnings: list[tuple[str, dict[str, Any]]],
+    prefix: str,
+    problems: Sequence[Problem],
+    counts: dict[str, int],
+) -> None:
+    for code, count in counts.items():
+        if not count:
+            continue
+        of_code = [problem for problem in problems if problem.code == code]
+        first = f"; the first: line {of_code[0].line}, {of_code[0].message}" if of_code else ""
+        data = {"warnings": [problem.to_dict() for problem in of_code], "count": count}
+        warnings.append((f"{prefix}{code}: {count}{first}", data))

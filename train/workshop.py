@@ -1,0 +1,77 @@
+"""What the jobs of one worker share, and the rule that a worker writes only what it holds."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from data import jobs
+from data.db import Database
+from data.errors import StateConflict
+from data.files import FileStore
+from data.settings import Settings
+from data.tables import Job
+from train.lease import Lease
+from train.run import RunFolder
+
+ACCELERATE = Path(__file__).parents[1] / "configs" / "accelerate" / "one_process.yaml"
+INPUTS = "data"  # folder of a run for the job's files
+TRAINER = (
+    sys.executable,
+    *("-m", "accelerate.commands.launch", "--config_file", str(ACCELERATE)),
+    *("-m", "train.sft"),
+)
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """A worker's surroundings.
+
+    Attributes:
+        stopping: Set when the worker is to end; its jobs are given back.
+        base_fingerprint: Returns the fingerprint of a base model that was fetched.
+        trainer: The command that trains; `--config FILE` is added.
+    """
+
+    settings: Settings
+    database: Database
+    files: FileStore
+    worker_id: str
+    base_fingerprint: Callable[[str], str]
+    trainer: Sequence[str] = TRAINER
+    stopping: threading.Event = field(default_factory=threading.Event)
+
+    def run_of(self, job: Job) -> RunFolder:
+        """Return a job's run folder."""
+        return RunFolder(self.settings.runs_dir / job.id)
+
+    def place(self, job: Job, file_id: str, param: str) -> Path:
+        """Put one of a job's files into its run folder."""
+        return self.files.place(job.project_id, file_id, self.run_of(job).path / INPUTS / param)
+
+    def forget_inputs(self, job_ids: Sequence[str]) -> None:
+        """Remove what `place` put there from the runs of jobs that have ended."""
+        with self.database.read() as session:
+            ended = select(Job.id).where(Job.id.in_(job_ids), Job.status.in_(jobs.FINAL))
+            for job_id in session.scalars(ended):
+                shutil.rmtree(self.settings.runs_dir / job_id / INPUTS, ignore_errors=True)
+
+    @contextmanager
+    def holding(self, job_id: str, lease: Lease) -> Iterator[tuple[Session, Job]]:
+        """Write to a job, in one transaction, while it is this worker's.
+
+        Raises:
+            StateConflict: The lease was lost; nothing was written.
+        """
+        if lease.lost.is_set():
+            raise StateConflict(f"The worker {self.worker_id} no longer holds the job {job_id}")
+        with self.database.write() as session:
+            yield session, jobs.held(session, job_id, self.worker_id)
