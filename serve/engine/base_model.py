@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from data.errors import ModelUnavailable
@@ -82,13 +83,16 @@ def load(
     device = resolve_device(device)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=resolve_dtype(dtype, device),
             local_files_only=True,
             use_safetensors=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        if report["missing_keys"]:  # transformers would go on with random numbers
+            raise ValueError(f"its weights lack {', '.join(sorted(report['missing_keys'])[:5])}")
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ModelUnavailable(
             f"{folder}: cannot be loaded as a causal language model ({error}). Delete the folder "
             f"to fetch it anew, or give another model.",
