@@ -1,10 +1,9 @@
 """A test double of a trainer: a process that writes the files of a run folder, and misbehaves.
 
-    python tests/fake_trainer.py [--launch] --config FILE
+    python tests/fake_trainer.py --config FILE
 
 What it does is told by the JSON in the environment variable FAKE_TRAINER: `steps`, `step_s`,
-`checkpoint_every`, and a `fault` with the step `at` which it happens. `--launch` runs it the way
-`accelerate launch` does, as the child of a launcher that dies of SIGTERM at once.
+`checkpoint_every`, and a `fault` with the step `at` which it happens.
 """
 
 from __future__ import annotations
@@ -13,15 +12,12 @@ import fcntl
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
-from safetensors.numpy import save_file
 
 from train.run import RunFolder, step_of, write_json
 
@@ -31,6 +27,9 @@ DEFAULTS = {"steps": 6, "step_s": 0.02, "checkpoint_every": 2, "fault": None, "a
 
 def write_adapter(folder: Path, rank: int = 4, fingerprint: str = FINGERPRINT) -> None:
     """Write a small PEFT folder."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     prefix = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -46,12 +45,6 @@ def write_adapter(folder: Path, rank: int = 4, fingerprint: str = FINGERPRINT) -
 
 
 def main() -> int:
-    if sys.argv[1] == "--launch":
-        command = [sys.executable, __file__, *sys.argv[2:]]
-        status = subprocess.Popen(command).wait()
-        if status:
-            raise subprocess.CalledProcessError(status, command)
-        return 0
     plan = DEFAULTS | json.loads(os.environ.get("FAKE_TRAINER", "{}"))
     config = yaml.safe_load(Path(sys.argv[2]).read_text("utf-8"))
     run = RunFolder(Path(config["output_dir"]))

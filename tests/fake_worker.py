@@ -23,7 +23,14 @@ from data.settings import Settings
 from train import job_training, job_validation, worker
 from train.workshop import Workshop
 
-TRAINER = (sys.executable, str(Path(fake_trainer.__file__)), "--launch")
+# What `accelerate launch` is for one process: a parent that dies of SIGTERM at once.
+LAUNCHER = """
+import subprocess, sys
+status = subprocess.Popen(sys.argv[1:]).wait()
+if status:
+    raise subprocess.CalledProcessError(status, sys.argv[1:])
+"""
+TRAINER = (sys.executable, "-c", LAUNCHER, sys.executable, str(Path(fake_trainer.__file__)))
 # moment: (where the function is looked up, its name, whether it is done before the kill)
 MOMENTS: dict[str, tuple[Any, str, bool]] = {
     "claimed": (jobs, "claim", True),

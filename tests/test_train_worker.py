@@ -85,7 +85,7 @@ def trainers_of(shop: Workshop, job: Job) -> list[psutil.Process]:
                 found.append(process)
         except psutil.Error:
             pass
-    return found
+    return sorted(found, key=lambda process: process.create_time())
 
 
 @contextmanager
@@ -336,7 +336,11 @@ def test_kill_9_of_the_worker_at_a_moment(shop: Workshop, project: Project, mome
     with worker_process(shop, "--once", die_at=moment) as process:
         assert process.wait(60) == -signal.SIGKILL
     wait_for(lambda: not trainers_of(shop, job), timeout_s=5)
-    wait_for(lambda: finish(shop, job))
+    with shop.database.write() as session:
+        record = session.get_one(Job, job.id)
+        if record.worker_id is not None:
+            record.lease_expires_at = 0.0
+    assert finish(shop, job)
     check_succeeded(shop, job)
 
 
@@ -346,28 +350,40 @@ def finish(shop: Workshop, job: Job) -> bool:
     return status_of(shop, job) in jobs.FINAL
 
 
+@pytest.mark.parametrize(
+    "victims",
+    [
+        ("worker", "trainer", "launcher", "worker and leader"),
+        ("leader", "worker and leader and launcher and trainer", "worker"),
+    ],
+    ids=["one by one", "together"],
+)
 def test_kill_9_of_any_process_at_random_moments(
-    shop: Workshop, project: Project, behave: Callable[..., None]
+    shop: Workshop, project: Project, behave: Callable[..., None], victims: tuple[str, ...]
 ) -> None:
     behave(step_s=0.4)
     job = add_job(shop, project)
     rng = random.Random(3)
-    for victim in ("worker", "launcher", "trainer", "leader", "all"):
+    for victim in victims:
         with worker_process(shop) as process:
             wait_for(lambda: trainers_of(shop, job) or status_of(shop, job) in jobs.FINAL)
-            time.sleep(rng.uniform(0, 1.2))
-            marked = sorted(trainers_of(shop, job), key=lambda found: found.create_time())
-            if victim in ("worker", "all"):
-                process.kill()
-            order = {"leader": 0, "launcher": 1, "trainer": 2}
-            for place, found in enumerate(marked):
-                if victim == "all" or order.get(victim) == place:
-                    found.kill()
-            time.sleep(0.5)
-        wait_for(lambda: not trainers_of(shop, job), timeout_s=5)
+            time.sleep(rng.uniform(0, 2))
+            kill(victim, process, trainers_of(shop, job))
+            time.sleep(0.3)
+            process.terminate()
+            process.wait(10)
     behave(step_s=0.02)
     wait_for(lambda: finish(shop, job))
     check_succeeded(shop, job)
+
+
+def kill(victim: str, worker: subprocess.Popen[bytes], trainers: list[psutil.Process]) -> None:
+    """Kill at once: the worker, the session's leader, the launcher or the trainer itself."""
+    if "worker" in victim:
+        worker.kill()
+    for process, name in zip(trainers, ("leader", "launcher", "trainer"), strict=False):
+        if name in victim:
+            process.kill()
 
 
 def test_two_workers_do_every_job_once(

@@ -38,7 +38,7 @@ def train_job(shop: Workshop, job: Job, lease: Lease) -> None:
     training = _Training(shop, job, lease)
     end_trainers(training.run.path)
     if training.run.result.exists():  # an earlier worker died between training and publishing
-        publish_outcome(shop, job, lease, training.run)
+        training.publish(_Follower(shop, job, lease, training.run))
         return
     command = training.prepare()
     while training.begin_attempt():
@@ -118,14 +118,19 @@ class _Training:
                 time.sleep(POLL_S)
         finally:
             trainer.end()
-        follower.look()
         if self.run.result.exists():
-            publish_outcome(self.shop, self.job, self.lease, self.run)
+            self.publish(follower)
             return None
+        follower.look()
         if status is None:
             self._settle_stop()
             return None
         return cause_of_exit(self.run, status, log_start)
+
+    def publish(self, follower: _Follower) -> None:
+        """Tell the rest of the story, and end the job with its adapter."""
+        follower.look()
+        publish_outcome(self.shop, self.job, self.lease, self.run)
 
     def fail(self, cause: Cause) -> None:
         """End the job with its cause."""

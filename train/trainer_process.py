@@ -10,6 +10,7 @@ left of a run even where the leader was killed too, or a process made a session 
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -20,8 +21,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
-
-from data.tables import new_id
 
 RUN_MARK = "TRAINER_RUN_FOLDER"
 START_MARK = "TRAINER_START"
@@ -38,7 +37,7 @@ class TrainerProcess:
     """
 
     def __init__(self, command: Sequence[str], run_folder: Path, log: Path):
-        self._marks = {RUN_MARK: str(run_folder.resolve()), START_MARK: new_id("start-")}
+        self._marks = {RUN_MARK: str(run_folder.resolve()), START_MARK: secrets.token_hex(8)}
         with log.open("ab") as stream:
             self._leader = subprocess.Popen(
                 [sys.executable, "-m", "train.trainer_process", *command],
