@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jinja2
+
 from data.errors import DataError, InvalidInput
 from data.rows import Chat, Message, PromptCompletion, Row, Text
 
@@ -49,8 +51,7 @@ def render(tokenizer: Any, row: Row) -> Example:
     if isinstance(row, Chat):
         return _render_chat(tokenizer, row.messages, row.tools)
     if isinstance(row, Text):
-        ids = _special(tokenizer, row.text)
-        return _with_end(tokenizer, (), ids)
+        return _render_pair(tokenizer, "", row.text)  # learned from its first token on
     raise DataError(
         f"Supervised fine-tuning takes prompt/completion, chat or text rows, not "
         f"{type(row).__name__}; preference and feedback rows are for other methods",
@@ -89,7 +90,7 @@ def truncate(example: Example, max_length: int) -> Example:
 
 
 def _render_pair(tokenizer: Any, prompt: str, completion: str) -> Example:
-    return _with_end(tokenizer, prompt_ids(tokenizer, prompt), _plain(tokenizer, completion))
+    return _with_end(tokenizer, prompt_ids(tokenizer, prompt), _continuation(tokenizer, completion))
 
 
 def _with_end(tokenizer: Any, context: Sequence[int], learned: Sequence[int]) -> Example:
@@ -152,9 +153,15 @@ def _template(
             "use prompt/completion rows, or set chat_template in the model's YAML",
             code="chat_template_missing",
         )
-    text = tokenizer.apply_chat_template(
-        messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
-    )
+    try:
+        text = tokenizer.apply_chat_template(
+            messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except (jinja2.TemplateError, TypeError) as error:
+        raise DataError(
+            f"The base model's chat template refuses the messages: {error}",
+            code="chat_template_refused",
+        ) from error
     return _plain(tokenizer, text)
 
 
@@ -179,6 +186,17 @@ def _turns(content: str | tuple[Message, ...]) -> int:
 
 def _plain(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _continuation(tokenizer: Any, text: str) -> list[int]:
+    """Tokenize text that follows other text.
+
+    Tokenizers of the SentencePiece kind put a space before any text they are given; a character
+    set before it, and cut off again, takes that space, so a completion gains none.
+    """
+    if tokenizer.decode([*_plain(tokenizer, "a"), *_plain(tokenizer, "b")]) == "ab":
+        return _plain(tokenizer, text)
+    return _plain(tokenizer, "\n" + text)[len(_plain(tokenizer, "\n")) :]
 
 
 def _special(tokenizer: Any, text: str) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -16,6 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from train.run import RunFolder
 
 STOPPED = 143  # the exit status of a run that was told to stop: 128 + SIGTERM
+GRACE_S = 7.0  # a step that takes longer is given up; the last whole checkpoint stands
 TRAIN_NAMES = {
     "loss": "train_loss",
     "mean_token_accuracy": "train_mean_token_accuracy",
@@ -30,7 +32,10 @@ VALID_NAMES = {
 
 
 class Stopper(TrainerCallback):
-    """Turns SIGTERM and SIGINT into a checkpoint and an orderly end after the step at hand."""
+    """Turns SIGTERM and SIGINT into a checkpoint and an orderly end after the step at hand.
+
+    A step, evaluation or save that lasts beyond GRACE_S is given up.
+    """
 
     def __init__(self) -> None:
         self.asked = threading.Event()
@@ -45,6 +50,8 @@ class Stopper(TrainerCallback):
         self.asked.set()
         if not self.training:
             sys.exit(STOPPED)
+        signal.signal(signal.SIGALRM, lambda *_: os._exit(STOPPED))
+        signal.setitimer(signal.ITIMER_REAL, GRACE_S)
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         self.training = True

@@ -50,7 +50,8 @@ def write_adapter(
     """
     folder = run.path / "adapter.tmp"
     shutil.rmtree(folder, ignore_errors=True)
-    model.save_pretrained(str(folder), safe_serialization=True)
+    model.peft_config["default"].base_model_name_or_path = base.name  # no path of this machine
+    model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
     write_json(folder / ORIGIN, {"base_model": base.name, "base_fingerprint": base.fingerprint})
     (folder / "README.md").write_text(model_card(base, summary), encoding="utf-8")
     plot_losses(run.metrics, folder / "loss.png")

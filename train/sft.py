@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
@@ -23,12 +24,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data.errors import InvalidInput, ModelUnavailable, ToolkitError, TrainingFailed
+from data.errors import ConfigError, InvalidInput, ModelUnavailable, ToolkitError, TrainingFailed
 from data.settings import read_config
 from train.config import Plan, SftConfig
 from train.run import RunFolder, is_disk_full, step_of, write_json
 
 STOPPED, DISK_FULL = 143, 74
+FREE_TO_CHANGE = {"output_dir", "models_dir", "threads", "wandb", "keep_checkpoints"}
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets")
 
 
@@ -79,6 +81,8 @@ def _run(config: SftConfig, run: RunFolder, options: argparse.Namespace) -> int:
     if run.result.exists():
         print(f"{run.path} holds a finished run; give another output_dir", file=sys.stderr)
         return 0
+    if not (options.show_tokens or options.dry_run):
+        _refuse_other_settings(config, run)
     stopper = trainer.take_signals()
     job = trainer.prepare(config)
     if options.show_tokens:
@@ -110,6 +114,21 @@ def _run(config: SftConfig, run: RunFolder, options: argparse.Namespace) -> int:
     )
     print(f"the adapter is {run.adapter}", file=sys.stderr)
     return 0
+
+
+def _refuse_other_settings(config: SftConfig, run: RunFolder) -> None:
+    """Resuming must not mix two runs: what decides the result has to be as it was."""
+    if run.newest_checkpoint() is None or not run.resolved.exists():
+        return
+    began = json.loads(run.resolved.read_text("utf-8"))["config"]
+    problems = [
+        f"{name} is {value!r}, but the unfinished run in {run.path} began with "
+        f"{began.get(name)!r}; keep it, or give another output_dir"
+        for name, value in config.model_dump(mode="json").items()
+        if name not in FREE_TO_CHANGE and began.get(name) != value
+    ]
+    if problems:
+        raise ConfigError(problems)
 
 
 def _resolved(config: SftConfig, plan: Plan, facts: dict[str, Any]) -> dict[str, Any]:

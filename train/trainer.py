@@ -95,7 +95,9 @@ def prepare(config: SftConfig) -> TrainingJob:
         "train_data": _describe(train),
         "validation_data": _describe(valid) if valid else None,
     }
-    return TrainingJob(config, base, train, valid, plan, list(_warn(train, plan)), facts)
+    return TrainingJob(
+        config, base, train, valid, plan, list(_warn(train, plan, config.on_long)), facts
+    )
 
 
 def train(
@@ -110,10 +112,17 @@ def train(
     outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stopper.asked.is_set():
         return None
+    if trainer.state.global_step < trainer.state.max_steps:
+        run.tell(
+            f"Early stopping: no improvement in {job.config.early_stopping.patience} evaluations; "
+            f"best step {_best_step(trainer)}",
+            level="warn",
+            step=trainer.state.global_step,
+        )
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     valid_losses = [e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e]
     result = {
-        "trained_tokens": job.train.num_tokens * job.plan.num_epochs,
+        "trained_tokens": round(job.train.num_tokens * (trainer.state.epoch or 0)),
         "steps": trainer.state.global_step,
         "train_loss": losses[-1] if losses else outcome.training_loss,
         "valid_loss": min(valid_losses, default=None),
@@ -148,6 +157,24 @@ class _Trainer(SFTTrainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return self._order
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Validate token by token: each counts alike, however the rows fall into batches."""
+        self.model.eval()
+        totals = torch.zeros(3, dtype=torch.float64, device=self.args.device)
+        for batch in self.get_eval_dataloader():
+            inputs = self._prepare_inputs(batch)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                scores = self.model(**inputs, fused_lm_head=True)
+            parts = (-scores.log_probs.sum(), scores.is_top1.sum(), scores.label_mask.sum())
+            totals += torch.stack([part.double() for part in parts])
+        loss, correct, count = self.accelerator.reduce(totals).tolist()
+        metrics = {"eval_loss": loss / count, "eval_mean_token_accuracy": correct / count}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
@@ -249,13 +276,12 @@ def _describe(rendered: Rendered) -> dict[str, Any]:
     }
 
 
-def _warn(train: Rendered, plan: Plan) -> list[str]:
+def _warn(train: Rendered, plan: Plan, on_long: str) -> list[str]:
     if not train.long:
         return []
     what = "example" if len(train.long) == 1 else "examples"
-    return [
-        f"{len(train.long)} {what} truncated to {plan.max_length} tokens: {name_lines(train.long)}"
-    ]
+    fate = "dropped, longer than" if on_long == "drop" else "truncated to"
+    return [f"{len(train.long)} {what} {fate} {plan.max_length} tokens: {name_lines(train.long)}"]
 
 
 def _best_step(trainer: SFTTrainer) -> int | None:
