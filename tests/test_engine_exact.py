@@ -21,6 +21,7 @@ from serve.engine.local import EngineConfig, LocalEngine
 
 TOLERANCE = 1e-4
 MIB = 2**20
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def engine_for(arch: str, **config: int) -> LocalEngine:
@@ -181,6 +182,30 @@ def test_more_adapters_than_rows_and_places(tmp_path: Path) -> None:
         stats = engine.stats()
     assert stats["adapters_resident"] <= 2
     assert stats["adapter_evictions_total"] > 0
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "tolerance"),
+    [
+        ("cpu", torch.bfloat16, 0.2),
+        pytest.param("cuda", torch.float32, 1e-3, marks=NEEDS_GPU),
+        pytest.param("cuda", torch.bfloat16, 0.2, marks=NEEDS_GPU),
+    ],
+)
+def test_other_devices_and_precisions(
+    device: str, dtype: torch.dtype, tolerance: float, tmp_path: Path
+) -> None:
+    """Log-probabilities of the engine's own choice stay near those of float32."""
+    adapter = random_adapter(tiny_model("llama"), tmp_path / "a", std=0.1)
+    model = tiny_model("llama").to(device, dtype)
+    requests = [greedy(n, p, adapter if n % 2 else None) for n, p in enumerate(prompts(6))]
+    with LocalEngine(model, tiny_tokenizer(), EngineConfig(kv_budget_bytes=MIB)) as engine:
+        for request, got in zip(requests, engine.generate(requests), strict=True):
+            exact = reference("llama", adapter if request.adapter else None)
+            ids = torch.tensor([[*request.prompt_ids, *got.token_ids]])
+            expected = torch.log_softmax(exact(input_ids=ids).logits[0], -1)
+            for place, entry in enumerate(got.logprobs, len(request.prompt_ids) - 1):
+                assert abs(entry.logprob - expected[place, entry.token_id].item()) < tolerance
 
 
 def test_model_is_given_back(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ class EngineConfig:
     Attributes:
         max_batch: Sequences that run together.
         max_context: Longest prompt plus completion; None: what model and KV budget allow.
-        kv_budget_bytes: Memory for keys and values, taken at start.
+        kv_budget_bytes: Memory for keys and values, taken at start; it bounds how many tokens may
+            run together, and the longest context.
         prefill_chunk: Prompt tokens computed in one step: more reads prompts faster, fewer
             keeps running streams smoother.
         queue_size: Requests that may wait beyond those that run; more get Overloaded.
@@ -31,7 +32,7 @@ class EngineConfig:
     prefill_chunk: int = 128
     queue_size: int = 256
     max_resident_adapters: int = 64
-    max_lora_rows: int = 512
+    max_lora_rows: int = 256
     watchdog_s: float = 120.0
 
     def __post_init__(self) -> None:

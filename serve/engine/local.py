@@ -54,6 +54,7 @@ class LocalEngine:
         self._tokenizer = tokenizer
         self._runner = ModelRunner(
             model.eval(),
+            self.config.max_batch,
             self.config.max_context,
             self.config.kv_budget_bytes,
             self.config.max_lora_rows,

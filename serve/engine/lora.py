@@ -13,7 +13,6 @@ into B. A step of base tokens only pays one comparison a site.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -71,32 +70,32 @@ def site_shape(module: nn.Module) -> tuple[int, int]:
 class _Site:
     """The stacked matrices of one module, and the hook that adds their product."""
 
-    def __init__(self, bank: LoraBank, module: nn.Module, is_head: bool):
+    def __init__(self, bank: LoraBank, module: nn.Module, is_head: bool, num_claimed: int):
         self.bank = bank
         self.is_head = is_head
         self.shape = site_shape(module)
         self.scale = float(getattr(module, "embed_scale", 1.0))  # Gemma scales its embeddings
         self.users: set[str] = set()
         weight: torch.Tensor = module.weight  # type: ignore[assignment]
-        self.a = weight.new_empty(0, self.shape[0])
-        self.b = weight.new_empty(0, self.shape[1])
+        # Only rows that were claimed are ever read; the others need not even be memory yet.
+        self.a = weight.new_empty(bank.max_rows, self.shape[0])
+        self.b = weight.new_empty(bank.max_rows, self.shape[1])
+        self.a[:num_claimed] = 0
+        self.b[:num_claimed] = 0
         lookup = isinstance(module, nn.Embedding)
         self.handle = module.register_forward_hook(self._embed if lookup else self._multiply)
 
-    def resize(self, num_rows: int) -> None:
-        for name in ("a", "b"):
-            old = getattr(self, name)
-            new = old.new_zeros(num_rows, old.shape[1])
-            new[: len(old)] = old
-            setattr(self, name, new)
-
     def put(self, digest: str, rows: torch.Tensor, weights: Weights | None) -> None:
-        self.a[rows] = 0
-        self.b[rows] = 0
+        """Write an adapter's share into its rows, zeros where it has none."""
+        rank = 0
         if weights is not None:
             self.users.add(digest)
-            self.a[rows[: len(weights.a)]] = weights.a.to(self.a)
-            self.b[rows[: len(weights.b)]] = (weights.b * self.scale).to(self.b)
+            rank = len(weights.a)
+            self.a[rows[:rank]] = weights.a.to(self.a)
+            self.b[rows[:rank]] = (weights.b * self.scale).to(self.b)
+        if rank < len(rows):
+            self.a[rows[rank:]] = 0
+            self.b[rows[rank:]] = 0
 
     def _multiply(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
         step = self.bank.step
@@ -124,12 +123,16 @@ class _Step:
         self, output: torch.Tensor, products: torch.Tensor, b: torch.Tensor, is_head: bool
     ) -> None:
         """Add the masked products [N, rows] times B to the output in place."""
-        products = products.masked_fill(self.foreign_head if is_head else self.foreign, 0)
+        products.masked_fill_(self.foreign_head if is_head else self.foreign, 0)
         output.view(-1, output.shape[-1]).addmm_(products, b[self.rows])
 
 
 class LoraBank:
-    """The active adapters of a model, at most `max_rows` ranks together."""
+    """The active adapters of a model, at most `max_rows` ranks together.
+
+    Rows are claimed from the lowest on, so those between the rows of a step's adapters were all
+    written once.
+    """
 
     def __init__(self, model: PreTrainedModel, max_rows: int):
         self.max_rows = max_rows
@@ -140,11 +143,9 @@ class LoraBank:
         self._owned: dict[str, torch.Tensor] = {}  # digest -> rows, least recently used first
         self._numbers: dict[str, int] = {}
         self._next_number = 0
-        self._owner = torch.empty(0, dtype=torch.long, device=self._device)
-
-    @property
-    def _device(self) -> torch.device:
-        return next(self._model.parameters()).device
+        self._num_claimed = 0  # rows that some adapter had, so that they hold finite numbers
+        self._device: torch.device = model.device
+        self._owner = torch.full((max_rows,), NOBODY, dtype=torch.long, device=self._device)
 
     def activate(self, adapter: LoadedAdapter, in_use: Iterable[str]) -> bool:
         """Give an adapter rows, taking those of unused ones if need be; False if none are left."""
@@ -152,9 +153,10 @@ class LoraBank:
             self._owned[adapter.digest] = self._owned.pop(adapter.digest)
             return True
         while (free := (self._owner == NOBODY).nonzero().flatten()).numel() < adapter.rank:
-            if not self._grow(adapter.rank - free.numel()) and not self._evict(set(in_use)):
+            if not self._evict(set(in_use)):
                 return False
         rows = free[: adapter.rank]
+        self._num_claimed = max(self._num_claimed, int(rows[-1]) + 1)
         for name in adapter.weights.keys() - self._sites.keys():
             self._add_site(name)
         for name, site in self._sites.items():
@@ -202,22 +204,8 @@ class LoraBank:
 
     def _add_site(self, name: str) -> None:
         module = self._modules[name]
-        site = _Site(self, module, is_head=module is self._model.get_output_embeddings())
-        site.resize(len(self._owner))
-        self._sites[name] = site
-
-    def _grow(self, missing: int) -> bool:
-        """Double the buffers, or more if need be, up to `max_rows`."""
-        old = len(self._owner)
-        new = min(self.max_rows, max(2 * old, 1 << math.ceil(math.log2(old + missing))))
-        if new - old < 1:
-            return False
-        for site in self._sites.values():
-            site.resize(new)
-        owner = torch.full((new,), NOBODY, dtype=torch.long, device=self._device)
-        owner[:old] = self._owner
-        self._owner = owner
-        return True
+        is_head = module is self._model.get_output_embeddings()
+        self._sites[name] = _Site(self, module, is_head, self._num_claimed)
 
     def _evict(self, in_use: set[str]) -> bool:
         unused = [digest for digest in self._owned if digest not in in_use]

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from data.errors import AdapterRefused, EngineFailure, InvalidInput, ModelUnavailable
 from serve.engine.attention import IMPLEMENTATION, Group, ProbeStep, Step
-from serve.engine.blocks import SMALLEST, Block, BlockPool
+from serve.engine.blocks import SMALLEST, Block, BlockPool, block_size
 from serve.engine.kv_cache import KVCache, bytes_per_token
 from serve.engine.lora import LoadedAdapter, LoraBank
 from serve.engine.scheduler import Work
@@ -39,13 +39,17 @@ class ModelRunner:
     """Runs steps of many sequences.
 
     Args:
-        kv_budget_bytes: Memory for keys and values of all sequences together.
+        max_batch: Sequences of a step at most.
+        max_context: Longest sequence; None leaves it to the model and the budget.
+        kv_budget_bytes: Memory for keys and values of all sequences together; less is taken
+            where `max_batch` sequences of `max_context` need less.
         max_lora_rows: Ranks of all adapters of a step together.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
+        max_batch: int,
         max_context: int | None,
         kv_budget_bytes: int,
         max_lora_rows: int,
@@ -60,7 +64,9 @@ class ModelRunner:
             model.set_attn_implementation(self._previous_attention)
             raise
         self.bytes_per_token = bytes_per_token(shapes, model.dtype)
-        self.pool = BlockPool(kv_budget_bytes // self.bytes_per_token)
+        longest = min(max_context or 2**62, _max_positions(model))
+        useful = max_batch * block_size(longest)
+        self.pool = BlockPool(min(kv_budget_bytes // self.bytes_per_token, useful))
         if not self.pool.largest:
             model.set_attn_implementation(self._previous_attention)
             raise InvalidInput(
@@ -68,7 +74,7 @@ class ModelRunner:
                 f"{SMALLEST * self.bytes_per_token} bytes. Raise `kv_cache_mb`.",
                 param="kv_cache_mb",
             )
-        self.max_context = min(max_context or 2**62, self.pool.largest, _max_positions(model))
+        self.max_context = min(longest, self.pool.largest)
         self.cache = KVCache(shapes, self.pool.num_tokens, model.dtype, self.device)
         self.bank = LoraBank(model, max_lora_rows)
 
