@@ -124,11 +124,12 @@ def as_dataset(examples: Sequence[Example]) -> Dataset:
     )
 
 
-def name_lines(lines: Sequence[int]) -> str:
-    """Return "lines 4, 90, 107 and 12 more"."""
-    shown = ", ".join(map(str, lines[:LISTED]))
-    more = f" and {len(lines) - LISTED} more" if len(lines) > LISTED else ""
-    return f"line{'s' if len(lines) > 1 else ''} {shown}{more}"
+def name_lines(lines: Sequence[int], count: int | None = None) -> str:
+    """Return "lines 4, 90, 107 and 12 more"; `count` where `lines` are only the first of them."""
+    count = len(lines) if count is None else count
+    shown = lines[:LISTED]
+    more = f" and {count - len(shown)} more" if count > len(shown) else ""
+    return f"line{'s' if count > 1 else ''} {', '.join(map(str, shown))}{more}"
 
 
 class LengthGroupedSampler(Sampler[int]):

@@ -13,12 +13,15 @@ from typing import Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
+from data.errors import ConfigError
 from data.settings import StrictModel
 
 Auto = Literal["auto"]
 Number = TypeVar("Number", int, float)
 MAX_AUTO_LENGTH = 4096  # tokens; longer rows are truncated unless max_length says otherwise
-MICRO_BATCH_TOKENS = 4096  # tokens that go through the model at once
+# Activations of a 135M model take 3 MB a token in float32; a CPU gains nothing beyond this.
+CPU_MICRO_BATCH_TOKENS = 1024
+GPU_MICRO_BATCH_TOKENS = 8192
 
 
 class LoraSettings(StrictModel):
@@ -61,7 +64,11 @@ class SftConfig(StrictModel):
 
     num_epochs: int | Auto = "auto"
     batch_size: int | Auto = Field("auto", description="Rows per optimizer step, all processes.")
-    micro_batch_size: int | Auto = Field("auto", description="Rows at once on one device.")
+    micro_batch_size: int | Auto = Field("auto", description="Most rows at once on a device.")
+    micro_batch_tokens: int | Auto = Field("auto", description="Most tokens at once on a device.")
+    gradient_checkpointing: bool = Field(
+        False, description="Compute activations twice rather than keep them: slower, smaller."
+    )
     learning_rate: float | Auto = "auto"
     learning_rate_multiplier: float | Auto = Field("auto", description="Times learning_rate.")
     lr_scheduler: Literal["linear", "cosine", "constant"] = "cosine"
@@ -98,12 +105,13 @@ class SftConfig(StrictModel):
         if self.n_evals is not None and not has_validation:
             problems.append("n_evals needs validation_file or validation_fraction")
         batch, micro = self.batch_size, self.micro_batch_size
-        if isinstance(batch, int) and isinstance(micro, int) and batch % micro:
-            problems.append(f"batch_size {batch} is not a multiple of micro_batch_size {micro}")
+        if isinstance(batch, int) and isinstance(micro, int) and micro > batch:
+            problems.append(f"micro_batch_size {micro} is more than batch_size {batch}")
         for name, low, high in (
             ("num_epochs", 1, 50),
             ("batch_size", 1, 256),
             ("micro_batch_size", 1, 256),
+            ("micro_batch_tokens", 8, 1 << 20),
             ("max_length", 8, 1 << 20),
         ):
             value = getattr(self, name)
@@ -122,7 +130,7 @@ class Plan(StrictModel):
     num_epochs: int
     batch_size: int
     micro_batch_size: int
-    accumulation_steps: int
+    micro_batch_tokens: int
     learning_rate: float
     learning_rate_multiplier: float
     max_length: int
@@ -130,12 +138,32 @@ class Plan(StrictModel):
     total_steps: int
 
 
+def resolve_length(config: SftConfig, longest: int, context_length: int) -> int:
+    """Return the tokens that a row may have: by `auto` those of the longest row, within
+    MAX_AUTO_LENGTH and the base's context.
+
+    Raises:
+        ConfigError: `max_length` exceeds the base's context.
+    """
+    if config.max_length == "auto":
+        return min(longest, MAX_AUTO_LENGTH, context_length)
+    if config.max_length > context_length:
+        raise ConfigError(
+            [
+                f"max_length is {config.max_length}, but {config.base_model} reads at most "
+                f"{context_length} tokens; give that or less, or auto"
+            ]
+        )
+    return config.max_length
+
+
 def resolve(
     config: SftConfig,
+    *,
     num_rows: int,
-    longest: int,
-    context_length: int,
+    max_length: int,
     num_parameters: int,
+    on_gpu: bool = False,
     num_processes: int = 1,
 ) -> Plan:
     """Turn every `auto` into a number.
@@ -143,45 +171,48 @@ def resolve(
     Rules: epochs fall with the number of rows (8 under 100, 5 under 500, 3 under 2,000, 2 under
     20,000, then 1); 8 rows a step under 2,000 rows, 16 under 20,000, then 32; the learning rate
     falls with the model's size (1e-3 to 0.3 billion parameters, 5e-4 to 1.5, then 2e-4: what LoRA
-    at alpha = 2 r bears); rows keep up to 4,096 tokens or the model's context.
+    at alpha = 2 r bears); a device takes a step's rows in parts of up to 1,024 tokens on a CPU,
+    8,192 on a GPU.
 
     Args:
         num_rows: Training rows.
-        longest: Tokens of the longest training row.
-        context_length: The model's context, tokens.
+        max_length: From `resolve_length`.
         num_parameters: Of the base model.
+        num_processes: That share a step's rows.
+
+    Raises:
+        ConfigError: The processes cannot share a step's rows evenly.
     """
     epochs = _by_size(num_rows, ((100, 8), (500, 5), (2000, 3), (20_000, 2)), 1)
     batch = _by_size(num_rows, ((2000, 8), (20_000, 16)), 32)
     rate = _by_size(num_parameters, ((300_000_000, 1e-3), (1_500_000_000, 5e-4)), 2e-4)
-    num_epochs = epochs if config.num_epochs == "auto" else config.num_epochs
-    batch_size = min(batch, num_rows) if config.batch_size == "auto" else config.batch_size
-    multiplier = config.learning_rate_multiplier
-    multiplier = 1.0 if multiplier == "auto" else float(multiplier)
-    max_length = min(longest, MAX_AUTO_LENGTH) if config.max_length == "auto" else config.max_length
-    max_length = min(max_length, context_length)
-    micro = _micro_batch(config, batch_size, min(longest, max_length), num_processes)
+    tokens = GPU_MICRO_BATCH_TOKENS if on_gpu else CPU_MICRO_BATCH_TOKENS
+    num_epochs = _number(config.num_epochs, epochs)
+    batch_size = _number(config.batch_size, max(batch, num_processes))
+    if batch_size % num_processes:
+        raise ConfigError(
+            [
+                f"batch_size is {batch_size}, which {num_processes} processes cannot share; give a "
+                f"multiple of {num_processes}"
+            ]
+        )
     steps = math.ceil(num_rows / batch_size)
     return Plan(
         num_epochs=num_epochs,
         batch_size=batch_size,
-        micro_batch_size=micro,
-        accumulation_steps=max(1, batch_size // (micro * num_processes)),
-        learning_rate=rate if config.learning_rate == "auto" else config.learning_rate,
-        learning_rate_multiplier=multiplier,
+        micro_batch_size=_number(config.micro_batch_size, batch_size // num_processes),
+        micro_batch_tokens=_number(config.micro_batch_tokens, tokens),
+        learning_rate=_number(config.learning_rate, rate),
+        learning_rate_multiplier=_number(config.learning_rate_multiplier, 1.0),
         max_length=max_length,
         steps_per_epoch=steps,
         total_steps=steps * num_epochs,
     )
 
 
+def _number(asked: Number | Auto, by_rule: Number) -> Number:
+    return by_rule if isinstance(asked, str) else asked
+
+
 def _by_size(size: int, table: tuple[tuple[int, Number], ...], above: Number) -> Number:
     return next((value for limit, value in table if size < limit), above)
-
-
-def _micro_batch(config: SftConfig, batch_size: int, longest: int, num_processes: int) -> int:
-    share = max(1, batch_size // num_processes)
-    if config.micro_batch_size != "auto":
-        return min(config.micro_batch_size, share)
-    fitting = max(1, MICRO_BATCH_TOKENS // max(1, longest))
-    return max(size for size in range(1, share + 1) if share % size == 0 and size <= fitting)

@@ -76,7 +76,7 @@ def _settings_help() -> list[str]:
 
 
 def _run(config: SftConfig, run: RunFolder, options: argparse.Namespace) -> int:
-    from train import trainer  # torch, transformers and TRL take seconds to import
+    from train import prepare, trainer  # torch, transformers and TRL take seconds to import
 
     if run.result.exists():
         print(f"{run.path} holds a finished run; give another output_dir", file=sys.stderr)
@@ -84,9 +84,9 @@ def _run(config: SftConfig, run: RunFolder, options: argparse.Namespace) -> int:
     if not (options.show_tokens or options.dry_run):
         _refuse_other_settings(config, run)
     stopper = trainer.take_signals()
-    job = trainer.prepare(config)
+    job = prepare.prepare(config)
     if options.show_tokens:
-        trainer.show_tokens(job, options.show_tokens)
+        prepare.show_tokens(job, options.show_tokens)
         return 0
     resolved = _resolved(config, job.plan, job.facts)
     if options.dry_run:
@@ -123,9 +123,9 @@ def _refuse_other_settings(config: SftConfig, run: RunFolder) -> None:
     began = json.loads(run.resolved.read_text("utf-8"))["config"]
     problems = [
         f"{name} is {value!r}, but the unfinished run in {run.path} began with "
-        f"{began.get(name)!r}; keep it, or give another output_dir"
+        f"{began[name]!r}; keep it, or give another output_dir"
         for name, value in config.model_dump(mode="json").items()
-        if name not in FREE_TO_CHANGE and began.get(name) != value
+        if name not in FREE_TO_CHANGE and began.get(name, value) != value
     ]
     if problems:
         raise ConfigError(problems)

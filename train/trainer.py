@@ -5,52 +5,26 @@ from __future__ import annotations
 import math
 import os
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import LoraConfig
 from rich.console import Console
-from torch.utils.data import Sampler
 from transformers import EarlyStoppingCallback, PrinterCallback, set_seed
 from transformers.trainer_callback import ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
-from data.errors import TrainingFailed
-from data.render import IGNORED
-from train.base_model import Base, load_base
-from train.batches import (
-    LengthGroupedSampler,
-    Rendered,
-    as_dataset,
-    limit_length,
-    load_file,
-    name_lines,
-    split,
-)
+from train.batches import LengthGroupedSampler, as_dataset
 from train.callbacks import ProgressBar, RunLog, Stopper
-from train.config import Plan, SftConfig, resolve
-from train.loss_head import use_compact_head
+from train.prepare import TrainingJob
 from train.publish import write_adapter
 from train.run import RunFolder
+from train.sft_trainer import LoraTrainer
 
 LOG_RECORDS = 200  # about so many metrics records a run
 DEFAULT_EVALS = 4
 DEFAULT_CHECKPOINTS = 4
-
-
-@dataclass
-class TrainingJob:
-    """Everything that a run needs before its first step."""
-
-    config: SftConfig
-    base: Base
-    train: Rendered
-    valid: Rendered | None
-    plan: Plan
-    warnings: list[str]
-    facts: dict[str, Any]
+EVAL_ROWS = 64  # of one validation batch, which is cut up as a step is
 
 
 def take_signals() -> Stopper:
@@ -58,46 +32,6 @@ def take_signals() -> Stopper:
     stopper = Stopper()
     stopper.install()
     return stopper
-
-
-def prepare(config: SftConfig) -> TrainingJob:
-    """Load the base, check and render the data, and resolve the plan.
-
-    Raises:
-        ToolkitError: The base is unavailable or the data unusable.
-    """
-    set_seed(config.seed)
-    base = load_base(config)
-    train = load_file(config.train_file, base.tokenizer, config.min_examples)
-    valid = None
-    if config.validation_file is not None:
-        valid = load_file(config.validation_file, base.tokenizer, 1)
-    elif config.validation_fraction:
-        train, valid = split(train, config.validation_fraction, config.seed)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    plan = resolve(
-        config,
-        len(train.examples),
-        train.longest,
-        base.context_length,
-        base.num_parameters,
-        processes,
-    )
-    limit_length(train, plan.max_length, config.on_long)
-    if valid is not None:
-        limit_length(valid, plan.max_length, "truncate")
-    facts = {
-        "base": {
-            "name": base.name,
-            "fingerprint": base.fingerprint,
-            "dtype": str(base.model.dtype),
-        },
-        "train_data": _describe(train),
-        "validation_data": _describe(valid) if valid else None,
-    }
-    return TrainingJob(
-        config, base, train, valid, plan, list(_warn(train, plan, config.on_long)), facts
-    )
 
 
 def train(
@@ -135,59 +69,7 @@ def train(
     return result
 
 
-def show_tokens(job: TrainingJob, count: int) -> None:
-    """Print rows as the model sees them: learned tokens are green, the context is dim."""
-    console = Console()
-    for line, example in zip(job.train.lines[:count], job.train.examples, strict=False):
-        console.print(f"line {line}: {len(example)} tokens, {example.num_trained} learned")
-        for token_id, label in zip(example.input_ids, example.labels, strict=True):
-            style = "dim" if label == IGNORED else "green"
-            mark = " " if label == IGNORED else "*"
-            text = repr(job.base.tokenizer.decode([token_id]))
-            console.print(f"  {mark} {token_id:>7} {text}", style=style, markup=False)
-
-
-class _Trainer(SFTTrainer):
-    """SFTTrainer in length-grouped order, with a head that skips prompts, refusing a lost loss."""
-
-    def __init__(self, lengths: list[int], batch_rows: int, order_seed: int, **kwargs: Any):
-        self._order = LengthGroupedSampler(lengths, batch_rows, order_seed)
-        super().__init__(**kwargs)
-        use_compact_head(self.model.get_base_model())
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        return self._order
-
-    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Validate token by token: each counts alike, however the rows fall into batches."""
-        self.model.eval()
-        totals = torch.zeros(3, dtype=torch.float64, device=self.args.device)
-        for batch in self.get_eval_dataloader():
-            inputs = self._prepare_inputs(batch)
-            with torch.no_grad(), self.compute_loss_context_manager():
-                scores = self.model(**inputs, fused_lm_head=True)
-            parts = (-scores.log_probs.sum(), scores.is_top1.sum(), scores.label_mask.sum())
-            totals += torch.stack([part.double() for part in parts])
-        loss, correct, count = self.accelerator.reduce(totals).tolist()
-        metrics = {"eval_loss": loss / count, "eval_mean_token_accuracy": correct / count}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(
-            self.args, self.state, self.control, metrics
-        )
-        return metrics
-
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)
-        if not torch.isfinite(loss):
-            raise TrainingFailed(
-                f"The loss is {loss.item()} at step {self.state.global_step + 1}; the last whole "
-                "checkpoint is kept. Lower learning_rate, or look for broken rows",
-                code="loss_not_finite",
-            )
-        return loss
-
-
-def _make_trainer(job: TrainingJob, run: RunFolder, stopper: Stopper) -> _Trainer:
+def _make_trainer(job: TrainingJob, run: RunFolder, stopper: Stopper) -> LoraTrainer:
     config, plan, base = job.config, job.plan, job.base
     lora = config.lora
     set_seed(config.seed)  # so that the adapter starts the same however the data were read
@@ -199,10 +81,11 @@ def _make_trainer(job: TrainingJob, run: RunFolder, stopper: Stopper) -> _Traine
         use_rslora=lora.use_rslora,
         task_type="CAUSAL_LM",
     )
-    trainer = _Trainer(
-        lengths=[len(example) for example in job.train.examples],
-        batch_rows=plan.batch_size,
-        order_seed=config.seed,
+    lengths = [len(example) for example in job.train.examples]
+    trainer = LoraTrainer(
+        order=LengthGroupedSampler(lengths, plan.batch_size, config.seed),
+        max_rows=plan.micro_batch_size,
+        max_tokens=plan.micro_batch_tokens,
         model=base.model,
         args=_training_arguments(job, run),
         train_dataset=as_dataset(job.train.examples),
@@ -232,9 +115,8 @@ def _training_arguments(job: TrainingJob, run: RunFolder) -> SFTConfig:
     return SFTConfig(
         output_dir=str(run.checkpoints),
         num_train_epochs=plan.num_epochs,
-        per_device_train_batch_size=plan.micro_batch_size,
-        per_device_eval_batch_size=plan.micro_batch_size,
-        gradient_accumulation_steps=plan.accumulation_steps,
+        per_device_train_batch_size=plan.batch_size // job.num_processes,  # cut up in each step
+        per_device_eval_batch_size=EVAL_ROWS,
         learning_rate=plan.learning_rate * plan.learning_rate_multiplier,
         lr_scheduler_type=config.lr_scheduler,
         warmup_steps=math.ceil(config.warmup_fraction * plan.total_steps),
@@ -244,7 +126,7 @@ def _training_arguments(job: TrainingJob, run: RunFolder) -> SFTConfig:
         data_seed=config.seed,
         max_length=None,  # rows are cut already
         packing=False,
-        activation_checkpointing=False,
+        activation_checkpointing=config.gradient_checkpointing,
         bf16=False,  # the base has its dtype; adapters are float32 over it
         use_cpu=job.base.model.device.type == "cpu",
         eval_strategy="steps" if job.valid else "no",
@@ -263,25 +145,6 @@ def _training_arguments(job: TrainingJob, run: RunFolder) -> SFTConfig:
         dataloader_pin_memory=job.base.model.device.type != "cpu",
         disable_tqdm=True,
     )
-
-
-def _describe(rendered: Rendered) -> dict[str, Any]:
-    return {
-        "file": rendered.path.name,
-        "sha256": rendered.digest,
-        "examples": len(rendered.examples),
-        "tokens": rendered.num_tokens,
-        "longest": rendered.longest,
-        "truncated_lines": rendered.long,
-    }
-
-
-def _warn(train: Rendered, plan: Plan, on_long: str) -> list[str]:
-    if not train.long:
-        return []
-    what = "example" if len(train.long) == 1 else "examples"
-    fate = "dropped, longer than" if on_long == "drop" else "truncated to"
-    return [f"{len(train.long)} {what} {fate} {plan.max_length} tokens: {name_lines(train.long)}"]
 
 
 def _best_step(trainer: SFTTrainer) -> int | None:

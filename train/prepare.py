@@ -1,0 +1,139 @@
+"""Everything that a run needs before its first step: base, rendered data, and a plan.
+
+Also the two ways to look at that without training: the tokens of some rows, and how long the run
+would take.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import set_seed
+
+from data.errors import DataError
+from data.overlap import find_overlap
+from data.render import IGNORED
+from train.base_model import Base, load_base
+from train.batches import Rendered, limit_length, load_file, name_lines, split
+from train.config import Plan, SftConfig, resolve, resolve_length
+
+
+@dataclass
+class TrainingJob:
+    """Everything that a run needs before its first step."""
+
+    config: SftConfig
+    base: Base
+    train: Rendered
+    valid: Rendered | None
+    plan: Plan
+    num_processes: int
+    warnings: list[str]
+    facts: dict[str, Any]
+
+
+def prepare(config: SftConfig) -> TrainingJob:
+    """Load the base, check and render the data, and resolve the plan.
+
+    Raises:
+        ToolkitError: The base is unavailable, the data unusable, or the settings do not fit them.
+    """
+    _require_files(config)
+    set_seed(config.seed)
+    base = load_base(config)
+    train = load_file(config.train_file, base.tokenizer, config.min_examples)
+    valid = None
+    if config.validation_file is not None:
+        valid = load_file(config.validation_file, base.tokenizer, 1)
+    elif config.validation_fraction:
+        train, valid = split(train, config.validation_fraction, config.seed)
+    max_length = resolve_length(config, train.longest, base.context_length)
+    for rendered in (train, valid):
+        if rendered is not None:
+            limit_length(rendered, max_length, config.on_long)
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    plan = resolve(
+        config,
+        num_rows=len(train.examples),
+        max_length=max_length,
+        num_parameters=base.num_parameters,
+        on_gpu=base.model.device.type != "cpu",
+        num_processes=num_processes,
+    )
+    facts = {
+        "base": {
+            "name": base.name,
+            "fingerprint": base.fingerprint,
+            "dtype": str(base.model.dtype),
+        },
+        "train_data": _describe(train),
+        "validation_data": _describe(valid) if valid else None,
+    }
+    warnings = [
+        *_warn_of_length(train, max_length, config.on_long),
+        *(_warn_of_length(valid, max_length, config.on_long) if valid else []),
+        *_warn_of_overlap(config),
+    ]
+    return TrainingJob(config, base, train, valid, plan, num_processes, warnings, facts)
+
+
+def show_tokens(job: TrainingJob, count: int) -> None:
+    """Print rows as the model sees them: learned tokens are green, the context is dim."""
+    console = Console()
+    for line, example in zip(job.train.lines[:count], job.train.examples, strict=False):
+        console.print(f"line {line}: {len(example)} tokens, {example.num_trained} learned")
+        for token_id, label in zip(example.input_ids, example.labels, strict=True):
+            style = "dim" if label == IGNORED else "green"
+            mark = " " if label == IGNORED else "*"
+            text = repr(job.base.tokenizer.decode([token_id]))
+            console.print(f"  {mark} {token_id:>7} {text}", style=style, markup=False)
+
+
+def _require_files(config: SftConfig) -> None:
+    """A misspelt path is told before a base model is fetched for it."""
+    for name in ("train_file", "validation_file"):
+        path: Path | None = getattr(config, name)
+        if path is not None and not path.is_file():
+            raise DataError(
+                f"{name} {path} is not a file; give the path of an existing JSONL file",
+                param=name,
+                code="file_not_found",
+            )
+
+
+def _describe(rendered: Rendered) -> dict[str, Any]:
+    return {
+        "file": rendered.path.name,
+        "sha256": rendered.digest,
+        "examples": len(rendered.examples),
+        "tokens": rendered.num_tokens,
+        "longest": rendered.longest,
+        "truncated_lines": rendered.long,
+    }
+
+
+def _warn_of_length(rendered: Rendered, max_length: int, on_long: str) -> list[str]:
+    if not rendered.long:
+        return []
+    what = "example" if len(rendered.long) == 1 else "examples"
+    what = f"{len(rendered.long)} {what}"
+    if on_long == "drop":
+        return [f"{what} dropped, longer than {max_length} tokens: {name_lines(rendered.long)}"]
+    return [f"{what} truncated to {max_length} tokens: {name_lines(rendered.long)}"]
+
+
+def _warn_of_overlap(config: SftConfig) -> list[str]:
+    if config.validation_file is None:
+        return []
+    count, first = find_overlap(config.train_file, config.validation_file)
+    if not count:
+        return []
+    lines = [problem.line for problem in first if problem.line is not None]
+    return [
+        f"{count} validation examples are also training examples, so the validation loss flatters "
+        f"the model: {name_lines(lines, count)}"
+    ]

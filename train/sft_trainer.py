@@ -1,0 +1,108 @@
+"""TRL's SFTTrainer with what hone asks of a step and of a validation.
+
+Rows come in an order of their own (`LengthGroupedSampler`), the head skips positions without loss
+(`loss_head`), a step's rows go through the model in parts that fit in memory, validation counts
+every token alike, and a loss that is not finite ends the run. The loss of a step is a mean over its
+learned tokens, so how it is cut into parts changes nothing but rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler
+from transformers import TrainerControl
+from trl import SFTTrainer
+
+from data.errors import TrainingFailed
+from train.batches import LengthGroupedSampler
+from train.loss_head import use_compact_head
+
+Batch = dict[str, torch.Tensor]
+
+
+class LoraTrainer(SFTTrainer):
+    """Trains an adapter.
+
+    Args:
+        order: The order of the training rows.
+        max_rows: Most rows that go through the model at once.
+        max_tokens: Most tokens, padding included, that do; one row always does.
+        kwargs: Of SFTTrainer.
+    """
+
+    def __init__(
+        self, order: LengthGroupedSampler, max_rows: int, max_tokens: int, **kwargs: Any
+    ) -> None:
+        self._order = order
+        self._max_rows = max_rows
+        self._max_tokens = max_tokens
+        super().__init__(**kwargs)
+        use_compact_head(self.model.get_base_model())
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        return self._order
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: Batch, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """Accumulate the gradients of one step, part by part; returns the step's loss."""
+        parts = list(cut_batch(inputs, self._max_rows, self._max_tokens))
+        losses = []
+        for index, part in enumerate(parts):
+            is_last = index == len(parts) - 1
+            with nullcontext() if is_last else self.accelerator.no_sync(model):
+                losses.append(super().training_step(model, part, num_items_in_batch))
+        loss = torch.stack(losses).sum()
+        if not torch.isfinite(loss):
+            raise TrainingFailed(
+                f"The loss is {loss.item()} at step {self.state.global_step + 1}; the last whole "
+                "checkpoint is kept. Lower learning_rate, or look for broken rows",
+                code="loss_not_finite",
+            )
+        return loss
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Validate token by token: each counts alike, however the rows fall into batches."""
+        self.model.eval()
+        totals = torch.zeros(3, dtype=torch.float64, device=self.args.device)
+        for batch in self.get_eval_dataloader():
+            for part in cut_batch(batch, self._max_rows, self._max_tokens):
+                totals += self._sums(self._prepare_inputs(part))
+        loss, correct, count = self.accelerator.reduce(totals).tolist()
+        metrics = {"eval_loss": loss / count, "eval_mean_token_accuracy": correct / count}
+        self.log(metrics)
+        self.control: TrainerControl = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def _sums(self, inputs: Batch) -> torch.Tensor:
+        """Return a batch's loss, its right tokens, and its learned tokens, each summed: [3]."""
+        with torch.no_grad(), self.compute_loss_context_manager():
+            scores = self.model(**inputs, fused_lm_head=True)
+        parts = (-scores.log_probs.sum(), scores.is_top1.sum(), scores.label_mask.sum())
+        return torch.stack([part.double() for part in parts])
+
+
+def cut_batch(batch: Batch, max_rows: int, max_tokens: int) -> Iterator[Batch]:
+    """Cut a padded batch [B, T] into parts of rows of similar length, each as short as it can be.
+
+    Rows are padded on the right. A part has at most `max_rows` rows and `max_tokens` tokens, but
+    always one row.
+    """
+    lengths = batch["attention_mask"].sum(1)
+    order = torch.argsort(lengths, stable=True).tolist()
+    longest: list[int] = lengths.tolist()
+    start = 0
+    for end in range(1, len(order) + 1):
+        is_full = end < len(order) and (
+            end - start == max_rows or (end - start + 1) * longest[order[end]] > max_tokens
+        )
+        if is_full or end == len(order):
+            rows = order[start:end]
+            yield {name: value[rows, : longest[rows[-1]]] for name, value in batch.items()}
+            start = end
