@@ -23,7 +23,7 @@ MIB = 2**20
 @pytest.fixture(scope="module")
 def engine() -> Iterator[LocalEngine]:
     config = EngineConfig(kv_budget_bytes=MIB, max_lora_rows=32)
-    with LocalEngine(tiny_model("llama"), tiny_tokenizer(), config) as running:
+    with LocalEngine(tiny_model("llama"), tiny_tokenizer(), config, "base-0") as running:
         yield running
 
 
@@ -113,6 +113,10 @@ def lose_everything(path: Path) -> None:
     change_tensors(path, lambda t: t.clear())
 
 
+def name_other_base(path: Path) -> None:
+    (path / "hone.json").write_text('{"base_fingerprint": "base-1"}')
+
+
 def overflow(path: Path) -> None:
     def change(tensors: dict[str, torch.Tensor]) -> None:
         for tensor in tensors.values():
@@ -134,6 +138,8 @@ def overflow(path: Path) -> None:
         (other_rank, "adapter_wrong_shape", "expected [5, 48]"),
         (add_stranger, "adapter_unmatched_tensors", "layers.7.mlp.up_proj.lora_A"),
         (rename_all, "adapter_wrong_base", "belongs to another base"),
+        (name_other_base, "adapter_wrong_base", "trained on base-1; this base is base-0"),
+        (lambda p: (p / "hone.json").write_text("{}"), "adapter_wrong_base", "which base"),
         (lose_everything, "adapter_wrong_base", "holds no tensors"),
         (lose_half, "adapter_missing_tensors", "lacks lora_B"),
         (lose_module, "adapter_missing_tensors", "layers.1.self_attn.q_proj"),

@@ -24,6 +24,7 @@ from serve.engine.lora import LoadedAdapter, Weights, site_shape
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+ORIGIN_FILE = "hone.json"
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")
 PREFIX = "base_model.model."
 TENSOR = re.compile(
@@ -46,13 +47,20 @@ READ = {
 PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # leave the base as it is
 
 
-def read_adapter(ref: AdapterRef, sites: Mapping[str, nn.Module]) -> LoadedAdapter:
+def read_adapter(
+    ref: AdapterRef, sites: Mapping[str, nn.Module], base_fingerprint: str = ""
+) -> LoadedAdapter:
     """Read an adapter and check it against the model's sites.
+
+    Args:
+        base_fingerprint: Refuse an adapter whose `hone.json` names another base; empty skips that,
+            and so does an adapter without the file, as other trainers leave it.
 
     Raises:
         AdapterRefused: `code` names the check that failed.
     """
     folder = Path(ref.path)
+    _check_origin(folder, base_fingerprint)
     config = _read_config(folder)
     tensors = _read_tensors(folder)
     halves = _match(folder, tensors, sites)
@@ -65,6 +73,19 @@ def read_adapter(ref: AdapterRef, sites: Mapping[str, nn.Module]) -> LoadedAdapt
 
 def _refuse(path: Path, reason: str, code: str) -> AdapterRefused:
     return AdapterRefused(f"{path}: {reason}", code=f"adapter_{code}")
+
+
+def _check_origin(folder: Path, base_fingerprint: str) -> None:
+    path = folder / ORIGIN_FILE
+    if not base_fingerprint or not path.exists():
+        return
+    try:
+        found = json.loads(path.read_text("utf-8"))["base_fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _refuse(path, f"does not say which base is meant ({error})", "wrong_base") from error
+    if found != base_fingerprint:
+        reason = f"the adapter was trained on {found}; this base is {base_fingerprint}"
+        raise _refuse(path, reason, "wrong_base")
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -38,6 +38,7 @@ class AdapterStore:
         sites: The model's modules that adapters may change.
         capacity: Adapters kept at most.
         max_rank: Largest rank accepted.
+        base_fingerprint: Of the base that adapters must be trained on; empty accepts any.
         wake: Called from the reading thread when one is ready to be settled.
     """
 
@@ -46,6 +47,7 @@ class AdapterStore:
         sites: Mapping[str, nn.Module],
         capacity: int,
         max_rank: int,
+        base_fingerprint: str,
         wake: Callable[[], None],
     ):
         self.num_loaded = 0
@@ -53,6 +55,7 @@ class AdapterStore:
         self._sites = sites
         self._capacity = capacity
         self._max_rank = max_rank
+        self._base_fingerprint = base_fingerprint
         self._wake = wake
         self._resident: OrderedDict[str, LoadedAdapter] = OrderedDict()
         self._loads: dict[str, _Load] = {}
@@ -146,7 +149,7 @@ class AdapterStore:
             load.done.set_exception(EngineFailure("The engine was closed.", code="engine_closed"))
 
     def _read(self, ref: AdapterRef) -> LoadedAdapter:
-        adapter = read_adapter(ref, self._sites)
+        adapter = read_adapter(ref, self._sites, self._base_fingerprint)
         if adapter.rank > self._max_rank:
             raise AdapterRefused(
                 f"{ref.path}: its rank is {adapter.rank}; this engine serves at most "

@@ -36,7 +36,8 @@ class LocalEngine:
         model: A causal language model of transformers; its dtype and device are the engine's.
         tokenizer: For text and stop strings.
         config: Limits; the defaults suit a small model.
-        fingerprint: Of the base weights (`base_model.fingerprint`).
+        fingerprint: Of the base weights (`base_model.fingerprint`); adapters trained on another
+            base are refused.
 
     Raises:
         ModelUnavailable: The model's architecture cannot be served.
@@ -63,6 +64,7 @@ class LocalEngine:
             lora_sites(model),
             self.config.max_resident_adapters,
             self.config.max_lora_rows,
+            fingerprint,
             wake=lambda: self._loop.rouse(),
         )
         self._loop = EngineLoop(self._runner, self._adapters, self.config)
