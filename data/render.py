@@ -68,6 +68,34 @@ def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
     return ids
 
 
+def question(tokenizer: Any, row: Row) -> tuple[list[int], str]:
+    """Return the prompt that the server would be sent for a row, as ids, and the right answer.
+
+    Of a conversation that is its last learned turn.
+
+    Raises:
+        DataError: The row has no answer, or the chat template cannot render it.
+        InvalidInput: The tokenizer has no chat template.
+    """
+    if not isinstance(row, PromptCompletion | Chat):
+        raise DataError(
+            f"A row of type {type(row).__name__} asks nothing that has a right answer; give "
+            f"prompt/completion or chat rows",
+            code="wrong_format",
+        )
+    if isinstance(row, Chat):
+        messages, tools = row.messages, row.tools
+    elif isinstance(row.prompt, str) and isinstance(row.completion, str):
+        return prompt_ids(tokenizer, row.prompt), row.completion
+    else:
+        messages, tools = _as_messages(row), None
+    last = max((i for i, message in enumerate(messages) if message.trains), default=0)
+    plain = [_as_dict(message) for message in messages[:last]]
+    if not plain:
+        raise DataError("No message asks for the assistant's answer", code="no_prompt")
+    return _template(tokenizer, plain, tools, True), messages[last].content or ""
+
+
 def truncate(example: Example, max_length: int) -> Example:
     """Cut a row to `max_length` tokens where it hurts least.
 
