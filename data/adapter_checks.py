@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,16 @@ class AdapterFacts:
     target_modules: tuple[str, ...]
     digest: str
     bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """What a safetensors header says of a tensor; offsets are from the start of the data."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
 
 
 def check_adapter(folder: Path, base_fingerprint: str | None) -> AdapterFacts:
@@ -79,7 +90,7 @@ def files_of(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def read_header(path: Path) -> tuple[dict[str, Any], int]:
+def read_header(path: Path) -> tuple[dict[str, Tensor], int]:
     """Return the tensors that a safetensors file describes, and where their data start.
 
     Raises:
@@ -90,33 +101,54 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or not 0 < length <= min(MAX_HEADER_BYTES, size - 8):
             raise _truncated(path, f"its header would be {length} bytes long, the file has {size}")
-        try:
-            header = json.loads(stream.read(length))
-            header.pop("__metadata__", None)
-            ends = [int(entry["data_offsets"][1]) for entry in header.values()]
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise _truncated(path, f"its header cannot be read ({error})") from error
+        text = stream.read(length)
+    try:
+        described = json.loads(text, object_pairs_hook=_without_repeats)
+        if not isinstance(described, dict):
+            raise ValueError("it is no JSON object")
+        described.pop("__metadata__", None)
+        tensors = {name: _read_entry(entry) for name, entry in described.items()}
+    except (ValueError, RecursionError) as error:
+        raise _truncated(path, f"its header cannot be read ({error})") from error
+    at = 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if tensor.dtype not in ITEM_BYTES:
+            raise AdapterRefused(
+                f"{path}: the tensor {name} has the type {tensor.dtype}; an adapter holds "
+                f"{', '.join(ITEM_BYTES)} only",
+                code="adapter_unsupported",
+            )
+        num_bytes = math.prod(tensor.shape) * ITEM_BYTES[tensor.dtype]
+        if tensor.begin != at or tensor.end - tensor.begin != num_bytes:
+            place = f"bytes {tensor.begin} to {tensor.end}"
+            raise _truncated(path, f"the tensor {name} of shape {tensor.shape} has {place}")
+        at = tensor.end
     start = 8 + length
-    expected = start + max(ends, default=0)
-    if size != expected:
-        raise _truncated(path, f"its header describes {expected} bytes, the file has {size}")
-    for name, entry in header.items():
-        _check_entry(path, name, entry)
-    return header, start
+    if size != start + at:
+        raise _truncated(path, f"its header describes {start + at} bytes, the file has {size}")
+    return tensors, start
 
 
-def _check_entry(path: Path, name: str, entry: dict[str, Any]) -> None:
-    item_bytes = ITEM_BYTES.get(entry.get("dtype", ""))
-    if item_bytes is None:
-        raise AdapterRefused(
-            f"{path}: the tensor {name} has the type {entry.get('dtype')}; an adapter holds "
-            f"{', '.join(ITEM_BYTES)} only",
-            code="adapter_unsupported",
-        )
-    begin, end = entry["data_offsets"]
-    shape = entry.get("shape", [])
-    if begin < 0 or end - begin != item_bytes * int(np.prod(shape, dtype=np.int64)):
-        raise _truncated(path, f"the tensor {name} of shape {shape} does not fill its bytes")
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    if len(set(names)) != len(names):
+        raise ValueError("a name is given twice")
+    return dict(pairs)
+
+
+def _read_entry(entry: Any) -> Tensor:
+    if not isinstance(entry, dict):
+        raise ValueError("a tensor's entry is no JSON object")
+    if not isinstance(entry.get("dtype"), str):
+        raise ValueError("a tensor has no dtype")
+    begin, end = _sizes(entry.get("data_offsets"))
+    return Tensor(entry["dtype"], _sizes(entry.get("shape")), begin, end)
+
+
+def _sizes(value: Any) -> tuple[int, ...]:
+    if isinstance(value, list) and all(type(size) is int and size >= 0 for size in value):
+        return tuple(value)
+    raise ValueError(f"{value!r} should be a list of sizes")
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -135,17 +167,28 @@ def _read_config(folder: Path) -> dict[str, Any]:
             )
     try:
         config = json.loads((folder / CONFIG).read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise AdapterRefused(
             f"{folder / CONFIG} is not JSON ({error})", code="adapter_incomplete"
         ) from error
     kind = config.get("peft_type") if isinstance(config, dict) else None
-    if kind != "LORA" or not isinstance(config.get("r"), int):
+    if kind != "LORA":
         raise AdapterRefused(
             f"{folder / CONFIG}: peft_type is {kind!r}; only LORA adapters are served",
             code="adapter_unsupported",
         )
+    ranks = [config.get("r"), *_rank_pattern(config).values()]
+    if not all(type(rank) is int and rank > 0 for rank in ranks):
+        raise AdapterRefused(
+            f"{folder / CONFIG}: r and rank_pattern must be whole numbers above 0, got {ranks}",
+            code="adapter_wrong_shape",
+        )
     return dict(config)
+
+
+def _rank_pattern(config: dict[str, Any]) -> dict[str, Any]:
+    pattern = config.get("rank_pattern") or {}
+    return pattern if isinstance(pattern, dict) else {"rank_pattern": pattern}
 
 
 def _check_base(folder: Path, expected: str | None) -> None:
@@ -153,7 +196,7 @@ def _check_base(folder: Path, expected: str | None) -> None:
         return
     try:
         found = json.loads((folder / ORIGIN).read_text("utf-8"))["base_fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise AdapterRefused(
             f"{folder} does not say which base it was trained on ({ORIGIN} is missing or damaged)",
             code="adapter_wrong_base",
@@ -165,15 +208,15 @@ def _check_base(folder: Path, expected: str | None) -> None:
         )
 
 
-def _check_factors(path: Path, header: dict[str, Any], config: dict[str, Any]) -> None:
-    sides: dict[str, dict[str, list[int]]] = {}
-    for name, entry in header.items():
+def _check_factors(path: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+    sides: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, tensor in tensors.items():
         match = FACTOR.fullmatch(name)
         if match:
-            sides.setdefault(match["module"], {})[match["side"]] = entry["shape"]
+            sides.setdefault(match["module"], {})[match["side"]] = tensor.shape
     if not sides:
         raise AdapterRefused(f"{path} holds no LoRA factors", code="adapter_wrong_shape")
-    known = {int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())}
+    known = {config["r"], *_rank_pattern(config).values()}
     for module, shapes in sides.items():
         a, b = shapes.get("A"), shapes.get("B")
         if a is None or b is None:
@@ -189,21 +232,17 @@ def _check_factors(path: Path, header: dict[str, Any], config: dict[str, Any]) -
             )
 
 
-def _check_finite(path: Path, header: dict[str, Any], start: int) -> None:
-    for name, entry in header.items():
-        begin, end = entry["data_offsets"]
-        if begin == end:
-            continue
-        item = (
-            np.uint16 if entry["dtype"] == "BF16" else np.dtype(f"<f{ITEM_BYTES[entry['dtype']]}")
-        )
-        values = np.memmap(
-            path, item, "r", start + begin, ((end - begin) // np.dtype(item).itemsize,)
-        )
-        for at in range(0, len(values), CHUNK_VALUES):
-            part = values[at : at + CHUNK_VALUES]
+def _check_finite(path: Path, tensors: dict[str, Tensor], start: int) -> None:
+    for name, tensor in tensors.items():
+        item_bytes = ITEM_BYTES[tensor.dtype]
+        is_bf16 = tensor.dtype == "BF16"
+        item = np.dtype("<u2") if is_bf16 else np.dtype(f"<f{item_bytes}")
+        count = (tensor.end - tensor.begin) // item_bytes
+        for at in range(0, count, CHUNK_VALUES):
+            offset = start + tensor.begin + at * item_bytes
+            part = np.fromfile(path, item, min(CHUNK_VALUES, count - at), offset=offset)
             # bfloat16 is the upper half of float32: all exponent bits set means infinite or NaN
-            bad = (part & 0x7F80) == 0x7F80 if entry["dtype"] == "BF16" else ~np.isfinite(part)
+            bad = (part & 0x7F80) == 0x7F80 if is_bf16 else ~np.isfinite(part)
             if bad.any():
                 index = at + int(np.argmax(bad))
                 raise AdapterRefused(

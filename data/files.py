@@ -180,6 +180,7 @@ class FileStore:
         partial.unlink(missing_ok=True)
         self._link_or_copy(self._path(record.blob), partial)
         os.replace(partial, target)
+        partial.unlink(missing_ok=True)  # a rename between two names of one file does nothing
         return target
 
     def report(self, project_id: str, file_id: str) -> dict[str, Any]:

@@ -172,12 +172,12 @@ def request_cancel(database: Database, project_id: str, job_id: str) -> Job:
         job = _find(session, project_id, job_id)
         if job.status in FINAL:
             raise StateConflict(
-                f"The job {job_id} has {job.status}, so it cannot be cancelled.", param="id"
+                f"The job {job_id} has ended ({job.status}), so it cannot be cancelled.",
+                param="id",
             )
-        if not job.cancel_requested:
-            job.cancel_requested = True
-            if not _is_held(job):
-                move(session, job, "cancelled")
+        job.cancel_requested = True
+        if not _is_held(job):
+            move(session, job, "cancelled")
     return job
 
 
@@ -326,7 +326,7 @@ def count_by_status(database: Database) -> dict[str, int]:
     """Return the number of jobs in each state."""
     with database.read() as session:
         rows = session.execute(select(Job.status, func.count()).group_by(Job.status))
-        return dict(row.tuple() for row in rows)
+        return {row[0]: row[1] for row in rows}
 
 
 def live_jobs(database: Database, project_id: str) -> int:
@@ -353,7 +353,7 @@ def _unheld(states: Sequence[str]) -> Select[Job]:
 
 def _held_by_project(session: Session) -> dict[str, int]:
     query = select(Job.project_id, func.count()).where(Job.lease_expires_at >= time.time())
-    return dict(row.tuple() for row in session.execute(query.group_by(Job.project_id)))
+    return {row[0]: row[1] for row in session.execute(query.group_by(Job.project_id))}
 
 
 def _find(session: Session, project_id: str, job_id: str) -> Job:

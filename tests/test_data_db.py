@@ -1,0 +1,149 @@
+"""The database: its schema is the records', reads are snapshots, writes wait for each other."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import func, select, text
+from sqlalchemy.exc import IntegrityError
+
+from data.db import Database
+from data.errors import InvalidInput
+from data.tables import Job, Project, Record, new_id
+
+COUNT = """
+import sys
+from sqlalchemy import text
+from data.db import Database
+database = Database(sys.argv[1])
+for _ in range(50):
+    with database.write() as session:
+        (count,) = session.execute(text("select created_at from projects")).one()
+        session.execute(text("update projects set created_at = :count"), {"count": count + 1})
+"""
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Iterator[Database]:
+    database = Database(f"sqlite:///{tmp_path / 'hone.db'}")
+    database.migrate()
+    yield database
+    database.close()
+
+
+def test_the_migrations_make_the_schema_of_the_records(database: Database) -> None:
+    with database.engine.connect() as connection:
+        differences = compare_metadata(MigrationContext.configure(connection), Record.metadata)
+    assert differences == []
+
+
+def test_migrating_twice_changes_nothing(database: Database) -> None:
+    with database.write() as session:
+        session.add(Project(id="proj_1", name="a", slug="a"))
+    database.migrate()
+    with database.read() as session:
+        assert session.scalar(select(func.count()).select_from(Project)) == 1
+
+
+def test_processes_that_start_together_migrate_once(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'new.db'}"
+    code = f"from data.db import Database; Database({url!r}).migrate()"
+    started = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(3)]
+    assert [process.wait() for process in started] == [0, 0, 0]
+
+
+def test_sqlite_survives_a_power_cut(database: Database) -> None:
+    with database.read() as session:
+        assert session.execute(text("PRAGMA journal_mode")).scalar() == "wal"
+        assert session.execute(text("PRAGMA synchronous")).scalar() == 2  # FULL
+        assert session.execute(text("PRAGMA foreign_keys")).scalar() == 1
+
+
+def test_a_write_commits_or_rolls_back(database: Database) -> None:
+    with database.write() as session:
+        session.add(Project(id="proj_1", name="a", slug="a"))
+    with pytest.raises(IntegrityError):
+        add_projects(database, "b", "a")
+    with database.read() as session:
+        assert session.scalars(select(Project.id)).all() == ["proj_1"]
+
+
+def add_projects(database: Database, *slugs: str) -> None:
+    with database.write() as session:
+        for slug in slugs:
+            session.add(Project(id=f"proj_{slug}", name=slug, slug=slug))
+            session.flush()
+
+
+def test_a_read_is_one_snapshot(database: Database) -> None:
+    with database.read() as reader:
+        assert reader.scalar(select(func.count()).select_from(Project)) == 0
+        with database.write() as session:
+            session.add(Project(id="proj_1", name="a", slug="a"))
+        assert reader.scalar(select(func.count()).select_from(Project)) == 0
+    with database.read() as reader:
+        assert reader.scalar(select(func.count()).select_from(Project)) == 1
+
+
+def test_rows_must_belong_to_an_account(database: Database) -> None:
+    with pytest.raises(IntegrityError), database.write() as session:
+        session.add(
+            Job(
+                id="ftjob-1",
+                project_id="proj_missing",
+                model="m",
+                method={},
+                hyperparameters={},
+                options={},
+                training_file="file-1",
+                seed=1,
+                integrations=[],
+                result_files=[],
+            )
+        )
+
+
+def test_no_update_is_lost_between_processes(database: Database) -> None:
+    with database.write() as session:
+        session.add(Project(id="proj_1", name="a", slug="a", created_at=0))
+    url = database.url.render_as_string(hide_password=False)
+    started = [subprocess.Popen([sys.executable, "-c", COUNT, url]) for _ in range(2)]
+    assert [process.wait() for process in started] == [0, 0]
+    with database.read() as session:
+        assert session.get_one(Project, "proj_1").created_at == 100
+
+
+def test_threads_share_a_database(database: Database) -> None:
+    def add(number: int) -> None:
+        for part in range(10):
+            with database.write() as session:
+                session.add(Project(id=f"{number}-{part}", name="a", slug=f"{number}-{part}"))
+
+    threads = [threading.Thread(target=add, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    with database.read() as session:
+        assert session.scalar(select(func.count()).select_from(Project)) == 40
+
+
+@pytest.mark.parametrize("url", ["nonsense", "nosuchdb://x", "oracle+nosuchdriver://x/y"])
+def test_unusable_urls_are_refused(url: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        Database(url)
+    assert caught.value.param == "database_url"
+    assert url in caught.value.message
+
+
+def test_ids_are_unguessable_and_prefixed() -> None:
+    ids = {new_id("file-") for _ in range(1000)}
+    assert len(ids) == 1000
+    assert all(one.startswith("file-") and len(one) == 29 and one[5:].isalnum() for one in ids)
