@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import jinja2
@@ -93,25 +94,25 @@ def question(tokenizer: Any, row: Row) -> tuple[list[int], str]:
     plain = [_as_dict(message) for message in messages[:last]]
     if not plain:
         raise DataError("No message asks for the assistant's answer", code="no_prompt")
-    return _template(tokenizer, plain, tools, True), messages[last].content or ""
+    prompt = _template(tokenizer, plain, tools, add_generation_prompt=True)
+    return _plain(tokenizer, prompt), messages[last].content or ""
 
 
 def truncate(example: Example, max_length: int) -> Example:
     """Cut a row to `max_length` tokens where it hurts least.
 
-    The front of the prompt goes first, as what stands next to the completion matters most; the
-    first token stays, as it may be BOS. A completion that is too long by itself loses its middle,
-    and keeps its start and its end, so that EOS is always learned.
+    What stands next to the last answer matters most, so the front goes first: of the prompt, or of
+    a conversation's older turns. The very first token stays, as it may be BOS. A last answer that
+    is too long by itself loses its end, save the EOS after it, which is always learned.
     """
     if len(example) <= max_length:
         return example
-    first = next((i for i, label in enumerate(example.labels) if label != IGNORED), 0)
     excess = len(example) - max_length
-    if excess < first:
+    start = max(i for i, label in enumerate(example.labels) if label == IGNORED or i == 0) + 1
+    if excess < start:
         keep = [0, *range(1 + excess, len(example))]
-    else:
-        start = max(0, first - 1)  # one token of context: the first label needs a position before
-        keep = [*range(start, start + max_length - 1), len(example) - 1]
+    else:  # one token of context: the first label needs a position before it
+        keep = [*range(start - 1, start - 2 + max_length), len(example) - 1]
     return Example(
         tuple(example.input_ids[i] for i in keep), tuple(example.labels[i] for i in keep)
     )
@@ -134,14 +135,17 @@ def _render_chat(
 ) -> Example:
     """Render turn by turn: what each assistant's turn adds to its generation prompt is learned.
 
-    `num_answers` limits that to the last turns, those of a completion; None means all.
+    `num_answers` limits that to the last turns, those of a completion; None means all. What follows
+    the last learned token is left out, as it would teach nothing.
     """
-    num_answers = len(messages) if num_answers is None else num_answers
+    first = 0 if num_answers is None else len(messages) - num_answers
     plain = [_as_dict(message) for message in messages]
-    ids = _template(tokenizer, plain, tools)
-    labels = [IGNORED] * len(ids)
+    full = _template(tokenizer, plain, tools)
+    ids: list[int] = []
+    labels: list[int] = []
+    length, done = 0, 0  # length: up to the last learned token; done: characters of `full`
     for index, message in enumerate(messages):
-        if not message.trains or index < len(messages) - num_answers:
+        if not message.trains or index < first:
             continue
         if index == 0:
             raise DataError(
@@ -151,22 +155,36 @@ def _render_chat(
             )
         before = _template(tokenizer, plain[:index], tools, add_generation_prompt=True)
         after = _template(tokenizer, plain[: index + 1], tools)
-        if ids[: len(after)] != after or after[: len(before)] != before:
+        if not (full.startswith(after) and after.startswith(before) and done <= len(before)):
             raise DataError(
                 f"The chat template renders messages[{index}] differently when more messages "
-                "follow, so its loss cannot be placed; give the base model another chat_template",
+                'follow, so its loss cannot be placed; learn one answer a row ("weight": 0 for the '
+                "assistant's earlier turns), or give the base model another chat_template",
                 code="chat_template_not_prefix",
             )
-        end = _end_of_turn(tokenizer, after, len(before))
-        labels[len(before) : end] = ids[len(before) : end]
-    return Example(tuple(ids), tuple(labels))
+        context = _part(tokenizer, full[done : len(before)], is_first=done == 0)
+        turn = _part(tokenizer, full[len(before) : len(after)])
+        end = _end_of_turn(tokenizer, turn)
+        ids += [*context, *turn]
+        labels += [*[IGNORED] * len(context), *turn[:end], *[IGNORED] * (len(turn) - end)]
+        length, done = len(ids) - len(turn) + end, len(after)
+    if not length:
+        raise DataError(
+            "No message of the assistant is to be learned; give one without weight 0",
+            code="no_assistant_message",
+        )
+    return Example(tuple(ids[:length]), tuple(labels[:length]))
 
 
-def _end_of_turn(tokenizer: Any, ids: Sequence[int], start: int) -> int:
-    """Return where a turn's loss ends: after its last EOS, or at the end if the turn has none."""
-    end = tokenizer.eos_token_id
-    last = max((i for i in range(start, len(ids)) if ids[i] == end), default=None)
-    return len(ids) if last is None else last + 1
+def _part(tokenizer: Any, text: str, is_first: bool = False) -> list[int]:
+    """Tokenize a part of a rendered conversation, cut where serving cuts prompt from answer."""
+    return _plain(tokenizer, text) if is_first else _continuation(tokenizer, text)
+
+
+def _end_of_turn(tokenizer: Any, turn: Sequence[int]) -> int:
+    """Return where a turn's loss ends: after its last EOS, or at its end if it has none."""
+    ends = [index for index, token in enumerate(turn) if token == tokenizer.eos_token_id]
+    return ends[-1] + 1 if ends else len(turn)
 
 
 def _template(
@@ -174,7 +192,7 @@ def _template(
     messages: list[dict[str, Any]],
     tools: list[dict[str, Any]] | None,
     add_generation_prompt: bool = False,
-) -> list[int]:
+) -> str:
     if not tokenizer.chat_template:
         raise InvalidInput(
             "The base model's tokenizer has no chat template, so chat rows cannot be rendered; "
@@ -190,7 +208,7 @@ def _template(
             f"The base model's chat template refuses the messages: {error}",
             code="chat_template_refused",
         ) from error
-    return _plain(tokenizer, text)
+    return str(text)
 
 
 def _as_dict(message: Message) -> dict[str, Any]:
@@ -222,9 +240,14 @@ def _continuation(tokenizer: Any, text: str) -> list[int]:
     Tokenizers of the SentencePiece kind put a space before any text they are given; a character
     set before it, and cut off again, takes that space, so a completion gains none.
     """
-    if tokenizer.decode([*_plain(tokenizer, "a"), *_plain(tokenizer, "b")]) == "ab":
+    if not _adds_space(tokenizer):
         return _plain(tokenizer, text)
     return _plain(tokenizer, "\n" + text)[len(_plain(tokenizer, "\n")) :]
+
+
+@lru_cache(maxsize=4)
+def _adds_space(tokenizer: Any) -> bool:
+    return bool(tokenizer.decode([*_plain(tokenizer, "a"), *_plain(tokenizer, "b")]) != "ab")
 
 
 def _special(tokenizer: Any, text: str) -> list[int]:
