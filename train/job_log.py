@@ -31,8 +31,9 @@ log = logging.getLogger("hone.worker")
 
 @dataclass(frozen=True, slots=True)
 class EventLine:
-    """One event to record."""
+    """One event to record; `time` is when the trainer wrote it, unix seconds."""
 
+    time: float
     message: str
     level: str
     type: str
@@ -80,6 +81,7 @@ def metrics_event(record: Mapping[str, Any]) -> EventLine | None:
         return None
     step, kind = record.get("step"), "train" if "train_loss" in record else "valid"
     return EventLine(
+        time=_time(record),
         message=f"Step {step}/{record.get('total_steps')}: {', '.join(losses)}",
         level="info",
         type="metrics",
@@ -94,7 +96,7 @@ def trainer_event(record: Mapping[str, Any]) -> EventLine | None:
     if not isinstance(message, str) or level not in LEVELS:
         return None
     named = hashlib.sha256(f"{level}\0{message}".encode()).hexdigest()[:32]
-    return EventLine(message, level, "message", record.get("data"), f"told:{named}")
+    return EventLine(_time(record), message, level, "message", record.get("data"), f"told:{named}")
 
 
 def step_metrics_csv(metrics: Path) -> bytes:
@@ -116,6 +118,11 @@ def read_object(path: Path) -> dict[str, Any] | None:
         return _parse(path.read_bytes())
     except FileNotFoundError:
         return None
+
+
+def _time(record: Mapping[str, Any]) -> float:
+    value = record.get("time")
+    return float(value) if isinstance(value, int | float) else 0.0
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

@@ -170,13 +170,11 @@ class _Follower:
     def look(self) -> None:
         """Record what is new; writes nothing when nothing is."""
         metrics = self._metrics.read()
-        lines = [
-            *map(metrics_event, metrics),
-            *map(trainer_event, self._told.read()),
-        ]
+        found = [*map(metrics_event, metrics), *map(trainer_event, self._told.read())]
+        lines = [line for line in found if line is not None]
         fields = self._fields(metrics)
-        if fields or any(lines):
-            self._record([line for line in lines if line is not None], fields)
+        if fields or lines:
+            self._record(sorted(lines, key=lambda line: line.time), fields)
 
     def _record(self, lines: Sequence[EventLine], fields: Mapping[str, Any]) -> None:
         with self._shop.holding(self._job.id, self._lease) as (session, job):

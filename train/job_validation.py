@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from data import jobs
 from data.errors import NotFound
-from data.overlap import find_overlap
 from data.report import Problem, Report
 from data.rows import Format
 from data.tables import Job
@@ -52,16 +50,15 @@ def _check_files(
 ) -> tuple[_Fault | None, int]:
     files = {"training_file": job.training_file, "validation_file": job.validation_file}
     least = {"training_file": shop.settings.min_examples, "validation_file": 1}
-    paths: dict[str, Path] = {}
     reports: dict[str, Report] = {}
     for param, file_id in files.items():
         if file_id is None:
             continue
         try:
-            paths[param] = shop.place(job, file_id, param)
+            path = shop.place(job, file_id, param)
         except (NotFound, FileNotFoundError):
             return _Fault(param, f"The file {file_id} was deleted or has expired."), 0
-        report = validate(paths[param], min_examples=least[param], name=paths[param].name)
+        report = validate(path, min_examples=least[param], name=path.name)
         if not report.ok:
             return _invalid(param, file_id, report), 0
         if report.format not in TRAINABLE:
@@ -72,9 +69,6 @@ def _check_files(
     if len(formats) > 1:
         told = " and ".join(sorted(str(kind) for kind in formats))
         return _Fault("validation_file", f"The two files hold different kinds of row: {told}."), 0
-    if len(paths) == 2:
-        total, shared = find_overlap(paths["training_file"], paths["validation_file"])
-        _note(warnings, f"{job.validation_file}: ", shared, {"train_valid_overlap": total})
     return None, reports["training_file"].num_examples
 
 
