@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("words", nargs="*", metavar="key=value", help="override settings")
     parser.add_argument("--config", type=Path, help="YAML with settings; see configs/sft")
     parser.add_argument(
-        "--dry-run", action="store_true", help="check data and settings, print the plan, stop"
+        "--dry-run", action="store_true", help="check data and settings, print plan and time, stop"
     )
     parser.add_argument(
         "--show-tokens", type=int, metavar="N", help="print the tokens of N rows as trained, stop"
@@ -90,7 +90,7 @@ def _run(config: SftConfig, run: RunFolder, options: argparse.Namespace) -> int:
         return 0
     resolved = _resolved(config, job.plan, job.facts)
     if options.dry_run:
-        print(_as_text(resolved))
+        print(_as_text({**resolved, "estimate": trainer.estimate(job)}))
         return 0
     run.prepare()
     checkpoint = run.newest_checkpoint()
