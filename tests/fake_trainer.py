@@ -80,7 +80,7 @@ def train(run: RunFolder, plan: dict[str, Any], config: dict[str, Any]) -> int:
             run.mark_complete(step)
             run.tell(f"Checkpoint created at step {step}", step=step)
         if step == plan["at"]:
-            misbehave(run, plan["fault"], first)
+            misbehave(run, plan, first)
     write_adapter(run.adapter, fingerprint="base-other" if plan["fault"] == "base" else FINGERPRINT)
     if plan["fault"] != "no_result":
         write_json(
@@ -89,7 +89,8 @@ def train(run: RunFolder, plan: dict[str, Any], config: dict[str, Any]) -> int:
     return 0
 
 
-def misbehave(run: RunFolder, fault: str | None, first: int) -> None:
+def misbehave(run: RunFolder, plan: dict[str, Any], first: int) -> None:
+    fault = plan["fault"]
     if fault == "killed_once" and first == 0:
         os.kill(os.getpid(), signal.SIGKILL)
     if fault == "killed":
@@ -99,7 +100,11 @@ def misbehave(run: RunFolder, fault: str | None, first: int) -> None:
         sys.exit(1)
     if fault == "traceback":
         raise ZeroDivisionError("something odd")
-    if fault == "disk":
+    if fault == "disk":  # all but what is needed to say so
+        (run.checkpoints / "checkpoint-99").mkdir(parents=True)
+        with (run.checkpoints / "checkpoint-99" / "weights").open("wb", buffering=0) as stream:
+            for _ in range(plan.get("blocks", 1)):
+                stream.write(bytes(1 << 16))
         raise OSError(28, "No space left on device")
 
 

@@ -251,6 +251,7 @@ def test_failures_tell_their_cause(
     assert said in job.error["message"]
     assert registry.list_versions(shop.database, project.id) == []
     assert list(shop.settings.adapters_dir.glob("*")) == []
+    assert not list(shop.run_of(job).checkpoints.glob("checkpoint-99"))
 
 
 def test_a_killed_trainer_goes_on_from_its_checkpoint(

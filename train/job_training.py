@@ -8,6 +8,7 @@ newest whole checkpoint. A trainer that is killed is started again, unless that 
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -134,6 +135,8 @@ class _Training:
 
     def fail(self, cause: Cause) -> None:
         """End the job with its cause."""
+        if cause.code == "disk_full":
+            _make_room(self.run)
         with self.shop.holding(self.job.id, self.lease) as (session, job):
             jobs.fail(session, job, cause.code, cause.message)
 
@@ -219,7 +222,16 @@ def fail_job(shop: Workshop, job: Job, lease: Lease, error: Exception) -> None:
     if isinstance(error, ToolkitError):
         code, message, param = error.code or "training_failed", error.message, error.param
     elif is_disk_full(error, shop.settings.home):
+        if not lease.lost.is_set():
+            _make_room(shop.run_of(job))
+        place = shop.settings.home.resolve()
         code = "disk_full"
-        message = f"The disk of {shop.settings.home.resolve()} is full ({error}); free some space"
+        message = f"The disk of {place} is full; free some space and create the job again"
     with shop.holding(job.id, lease) as (session, held):
         jobs.fail(session, held, code, message, param)
+
+
+def _make_room(run: RunFolder) -> None:
+    """Remove what is half-written, so that a full disk has room for telling the cause."""
+    run.prepare()
+    shutil.rmtree(run.path / "adapter.tmp", ignore_errors=True)
