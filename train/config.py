@@ -29,15 +29,17 @@ class LoraSettings(StrictModel):
 
     r: int = Field(16, ge=1, le=256, description="Rank.")
     alpha: float | None = Field(None, gt=0, description="Scale is alpha / r; default 2 r.")
-    dropout: float = Field(0.0, ge=0, lt=1)
-    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    dropout: float = Field(0.0, ge=0, lt=1, description="Of the adapter's input, in training.")
+    target_modules: Literal["all-linear"] | list[str] = Field(
+        "all-linear", description="Names of the linear layers to adapt."
+    )
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r) (arXiv:2312.03732).")
 
 
 class EarlyStopping(StrictModel):
     """Stop when the validation loss no longer falls; the best checkpoint becomes the adapter."""
 
-    enabled: bool = False
+    enabled: bool = Field(False, description="Needs validation rows.")
     patience: int = Field(2, ge=1, description="Evaluations without improvement.")
     min_delta: float = Field(0.0, ge=0, description="Smallest fall that counts.")
 
@@ -45,8 +47,8 @@ class EarlyStopping(StrictModel):
 class WandbSettings(StrictModel):
     """Logging to Weights & Biases; nothing is sent unless a project is named."""
 
-    project: str | None = None
-    name: str | None = None
+    project: str | None = Field(None, description="The project; without one nothing is sent.")
+    name: str | None = Field(None, description="Of the run; default: the folder's name.")
 
 
 class SftConfig(StrictModel):
@@ -54,37 +56,43 @@ class SftConfig(StrictModel):
 
     base_model: str = Field("smollm2-135m-instruct", description="Name, YAML, folder or hub id.")
     models_dir: Path = Field(Path(".hone/models"), description="Where fetched bases are kept.")
-    train_file: Path
-    validation_file: Path | None = None
+    train_file: Path = Field(description="JSONL: prompt and completion, messages, or text.")
+    validation_file: Path | None = Field(None, description="JSONL of the same kind.")
     validation_fraction: float = Field(0.0, ge=0, le=0.5, description="Held out of train_file.")
     output_dir: Path = Field(description="The run's folder; an unfinished run in it is resumed.")
-    min_examples: int = Field(10, ge=1)
+    min_examples: int = Field(10, ge=1, description="Fewer rows than this are refused.")
     max_length: int | Auto = Field("auto", description="Tokens of the longest row.")
-    on_long: Literal["truncate", "error", "drop"] = "truncate"
+    on_long: Literal["truncate", "error", "drop"] = Field(
+        "truncate", description="What becomes of longer rows: truncate, error or drop."
+    )
 
-    num_epochs: int | Auto = "auto"
+    num_epochs: int | Auto = Field("auto", description="Passes over the rows, 1 to 50.")
     batch_size: int | Auto = Field("auto", description="Rows per optimizer step, all processes.")
     micro_batch_size: int | Auto = Field("auto", description="Most rows at once on a device.")
     micro_batch_tokens: int | Auto = Field("auto", description="Most tokens at once on a device.")
     gradient_checkpointing: bool = Field(
         False, description="Compute activations twice rather than keep them: slower, smaller."
     )
-    learning_rate: float | Auto = "auto"
+    learning_rate: float | Auto = Field("auto", description="At its highest.")
     learning_rate_multiplier: float | Auto = Field("auto", description="Times learning_rate.")
-    lr_scheduler: Literal["linear", "cosine", "constant"] = "cosine"
-    warmup_fraction: float = Field(0.05, ge=0, lt=1)
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-    seed: int = Field(0, ge=0, le=2**31 - 1)
+    lr_scheduler: Literal["linear", "cosine", "constant"] = Field(
+        "cosine", description="How the rate falls: linear, cosine or constant."
+    )
+    warmup_fraction: float = Field(0.05, ge=0, lt=1, description="Of the steps, with rising rate.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Longer gradients are cut to this.")
+    seed: int = Field(0, ge=0, le=2**31 - 1, description="Of the start, the order and dropout.")
 
     lora: LoraSettings = LoraSettings()
     early_stopping: EarlyStopping = EarlyStopping()
     n_evals: int | None = Field(None, ge=1, description="Evaluations in the run; default 4.")
     n_checkpoints: int | None = Field(None, ge=1, description="Checkpoints; default 4.")
-    keep_checkpoints: int = Field(3, ge=1)
+    keep_checkpoints: int = Field(3, ge=1, description="The newest, and the best.")
 
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Of the base; auto is bfloat16 where the hardware multiplies it."
+    )
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     threads: int | None = Field(None, ge=1, description="CPU threads; default: all cores.")
     wandb: WandbSettings = WandbSettings()
 

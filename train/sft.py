@@ -20,12 +20,12 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from data.errors import ConfigError, InvalidInput, ModelUnavailable, ToolkitError, TrainingFailed
-from data.settings import read_config
+from data.settings import StrictModel, read_config
 from train.config import Plan, SftConfig
 from train.run import RunFolder, is_disk_full, step_of, write_json
 
@@ -67,12 +67,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _settings_help() -> list[str]:
-    lines = []
-    for name, field in SftConfig.model_fields.items():
-        default = "required" if field.is_required() else f"default {field.default}"
-        lines.append(f"  {name:26} {field.description or ''} ({default})")
-    return lines
+def _settings_help(model: type[StrictModel] = SftConfig, prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, StrictModel):
+            yield from _settings_help(field.annotation, f"{prefix}{name}.")
+        else:
+            default = "required" if field.is_required() else f"default {field.default}"
+            yield f"  {prefix + name:26} {field.description or ''} ({default})"
 
 
 def _run(config: SftConfig, run: RunFolder, options: argparse.Namespace) -> int:
@@ -96,8 +97,9 @@ def _run(config: SftConfig, run: RunFolder, options: argparse.Namespace) -> int:
     checkpoint = run.newest_checkpoint()
     run.trim_logs(step_of(checkpoint) if checkpoint else -1)
     write_json(run.resolved, resolved)
-    for message in job.warnings:
-        run.tell(message, level="warn")
+    if checkpoint is None:  # a resumed run has told them
+        for message in job.warnings:
+            run.tell(message, level="warn")
     started = time.monotonic()
     outcome = trainer.train(job, run, stopper, checkpoint)
     if outcome is None:
@@ -143,13 +145,12 @@ def _resolved(config: SftConfig, plan: Plan, facts: dict[str, Any]) -> dict[str,
 
 
 def _git_commit() -> str | None:
-    done = subprocess.run(
-        ["git", "rev-parse", "HEAD"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    """Return the commit of hone's own checkout, where there is one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:  # no git here
+        return None
     return done.stdout.strip() or None
 
 
