@@ -33,9 +33,15 @@ def write_config(
 ) -> Path:
     """Write the configuration of a job's run and check it.
 
+    A run keeps the configuration that it began with: the job's row holds numbers by the time it is
+    resumed, where it held "auto".
+
     Raises:
         ConfigError: What the job asks is impossible together.
     """
+    path = run.path / "config.yaml"
+    if path.exists():
+        return path
     asked = {**job.hyperparameters, **job.options}
     values: dict[str, Any] = {
         "base_model": base_of(job, settings),
@@ -54,7 +60,6 @@ def write_config(
     wandb = _wandb(job, settings)
     if wandb:
         values["wandb"] = wandb
-    path = run.path / "config.yaml"
     replace_text(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
     read_config(SftConfig, path)
     return path
