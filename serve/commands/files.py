@@ -126,8 +126,8 @@ def prepare(
     preparation.apply(_accepted(preparation, yes))
     for written in preparation.write(output):
         print(f"wrote {written}")
-    minutes = preparation.estimate_s() / 60
-    print(f"Training three epochs takes about {minutes:.0f} minutes on two CPU cores.")
+    minutes = max(1, round(preparation.estimate_s() / 60))
+    print(f"Training three epochs takes about {minutes} min on two CPU cores.")
 
 
 def _accepted(preparation: Preparation, yes: bool) -> set[str] | None:
