@@ -44,7 +44,7 @@ class TrainerProcess:
                 stdin=subprocess.PIPE,
                 stdout=stream,
                 stderr=stream,
-                env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ, **self._marks},
+                env={**os.environ, **self._marks},
                 start_new_session=True,
             )
 
