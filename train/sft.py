@@ -37,9 +37,6 @@ LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     options = _parser().parse_args(arguments)
-    # OpenMP reads this when torch is loaded, below. Threads that wait for each other by spinning
-    # made training 3.5 times slower beside a busy server on two cores.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         config = read_config(SftConfig, options.config, options.words)
     except ToolkitError as error:
