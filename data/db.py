@@ -7,6 +7,7 @@ same code runs on PostgreSQL, where `write()` is an ordinary transaction.
 
 from __future__ import annotations
 
+import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ from sqlalchemy.orm import Session
 from data.errors import InvalidInput
 
 BUSY_TIMEOUT_S = 30
+MALFORMED = (sqlalchemy.exc.ArgumentError, sqlalchemy.exc.NoSuchModuleError, ValueError)
+PASSWORD = re.compile(r"(://[^:/@]*:).*@")
 
 
 class Database:
@@ -32,23 +35,32 @@ class Database:
             `postgresql+psycopg://user@host/hone`.
 
     Raises:
-        InvalidInput: The URL is malformed or its driver is not installed.
+        InvalidInput: The URL is malformed, its driver is not installed, its folder cannot be made,
+            or it is in memory, which the threads of a server cannot share.
     """
 
     def __init__(self, url: str):
+        shown = PASSWORD.sub(r"\1***@", url)
         try:
             self.url = make_url(url)
             self.is_sqlite = self.url.get_backend_name() == "sqlite"
-            if self.is_sqlite and self.url.database:
-                Path(self.url.database).parent.mkdir(parents=True, exist_ok=True)
+            if self.is_sqlite:
+                _prepare_folder(self.url)
             self.engine = _open(self.url, self.is_sqlite)
-        except (sqlalchemy.exc.ArgumentError, sqlalchemy.exc.NoSuchModuleError) as error:
+        except MALFORMED as error:
             raise InvalidInput(
-                f'database_url "{url}" is not a database URL: {error}', param="database_url"
+                f'database_url "{shown}" is not a usable database URL: {error}',
+                param="database_url",
+            ) from error
+        except OSError as error:
+            raise InvalidInput(
+                f'database_url "{shown}" is in a folder that cannot be made ({error.strerror}); '
+                "give a path that can be written to",
+                param="database_url",
             ) from error
         except ModuleNotFoundError as error:
             raise InvalidInput(
-                f'database_url "{url}" needs the Python package "{error.name}"; for PostgreSQL '
+                f'database_url "{shown}" needs the Python package "{error.name}"; for PostgreSQL '
                 "install hone-toolkit[postgres]",
                 param="database_url",
             ) from error
@@ -77,6 +89,12 @@ class Database:
     def close(self) -> None:
         """Close every connection."""
         self.engine.dispose()
+
+
+def _prepare_folder(url: sqlalchemy.URL) -> None:
+    if url.database in (None, "", ":memory:"):
+        raise ValueError("it is in memory, which threads cannot share; name a file")
+    Path(str(url.database)).parent.mkdir(parents=True, exist_ok=True)
 
 
 def _open(url: sqlalchemy.URL, is_sqlite: bool) -> Engine:

@@ -30,6 +30,11 @@ class ToolkitError(Exception):
         if code is not None:
             self.code = code
 
+    @property
+    def public(self) -> str:
+        """The message for a customer, who must not learn of the server's folders."""
+        return self.message
+
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), self.message, dict(self.__dict__))
 
@@ -124,6 +129,13 @@ class AdapterRefused(ToolkitError, ValueError):
     """An adapter failed a check at publish or load; `code` names the check."""
 
     code = "adapter_refused"
+
+    @property
+    def public(self) -> str:
+        return (
+            f"The files of the adapter failed a check ({self.code}), so it is not served. Train it "
+            "again; the server's operator finds the particulars in the log."
+        )
 
 
 class ModelUnavailable(ToolkitError, RuntimeError):

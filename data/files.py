@@ -35,6 +35,8 @@ LIVE_JOBS = ("validating_files", "queued", "running", "paused")
 EXPIRY_RANGE_S = (3600, 2_592_000)
 ORPHAN_AGE_S = 24 * 3600
 NAME = re.compile(r"[^\w.()@+ -]", re.UNICODE)
+MAX_NAME_BYTES = 200
+OURS = re.compile(r"proj_\w+/file-\w+|\.staging/upload-\w+")  # what a sweep may remove
 
 
 class FileStore:
@@ -44,11 +46,23 @@ class FileStore:
         database: Where the rows are.
         blob_url: fsspec URL of the folder for the bytes.
         max_bytes: Largest accepted upload.
+
+    Raises:
+        InvalidInput: The URL is empty, its protocol unknown, or its driver not installed.
     """
 
     def __init__(self, database: Database, blob_url: str, max_bytes: int = DEFAULT_MAX_BYTES):
         self._database = database
-        self._blobs, self._root = fsspec.core.url_to_fs(blob_url)
+        try:
+            if not blob_url:
+                raise ValueError("it is empty")
+            self._blobs, self._root = fsspec.core.url_to_fs(blob_url)
+        except (ValueError, ImportError) as error:
+            raise InvalidInput(
+                f'blob_url "{blob_url}" cannot be used ({error}); give a folder as file:///PATH, '
+                "or for S3 install hone-toolkit[s3]",
+                param="blob_url",
+            ) from error
         self._is_local = "file" in _protocols(self._blobs)
         self._max_bytes = max_bytes
 
@@ -217,7 +231,9 @@ class FileStore:
         removed = []
         for path in self._blobs.find(self._root) if self._blobs.exists(self._root) else ():
             blob = path[len(self._root) :].lstrip("/")
-            if blob not in known and self._age_s(path) >= min_age_s:
+            if not OURS.fullmatch(blob) or blob in known:
+                continue
+            if self._age_s(path) >= min_age_s:
                 self._blobs.rm(path)
                 removed.append(blob)
         return removed
@@ -276,7 +292,7 @@ class FileStore:
 def safe_name(filename: str) -> str:
     """Return the last part of a client's file name without anything that a path could mean."""
     name = NAME.sub("_", filename.replace("\\", "/").rpartition("/")[2]).strip(". ")
-    return name[:200] or "file"
+    return name.encode()[:MAX_NAME_BYTES].decode(errors="ignore") or "file"
 
 
 def sync_folder(folder: Path) -> None:

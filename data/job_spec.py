@@ -74,6 +74,8 @@ class JobSpec:
         """Return every hyperparameter, "auto" where the client left it open."""
         _check_choice("method.type", self.method_type, METHODS)
         section = (self.method or {}).get(self.method_type) or {}
+        _check_keys("method", self.method or {}, ("type", self.method_type))
+        _check_keys(f"method.{self.method_type}", section, ("hyperparameters",))
         nested = section.get("hyperparameters") or {}
         if nested and self.hyperparameters:
             raise InvalidInput(
@@ -188,6 +190,12 @@ def _check_targets(value: Any) -> None:
             'names such as ["q_proj", "v_proj"].',
             param="lora.target_modules",
         )
+
+
+def _check_keys(name: str, value: Mapping[str, Any], known: tuple[str, ...]) -> None:
+    for key in value:
+        if key not in known:
+            raise _unknown(f"{name}.{key}", key, list(known))
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

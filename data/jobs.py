@@ -13,6 +13,7 @@ import secrets
 import time
 from collections.abc import Mapping, Sequence
 from enum import Enum
+from itertools import islice
 from typing import Any
 
 from sqlalchemy import Select, func, or_, select
@@ -112,11 +113,9 @@ def list_jobs(
 
     Args:
         after: The last id of the page before.
-        metadata: Only jobs that carry all of these pairs.
+        metadata: Only jobs that carry all of these pairs; if empty, only jobs that carry none.
     """
     query = select(Job).where(Job.project_id == project_id)
-    for key, value in (metadata or {}).items():
-        query = query.where(Job.metadata_[key].as_string() == value)
     with database.read() as session:
         if after is not None:
             mark = session.scalar(select(Job).where(Job.id == after, Job.project_id == project_id))
@@ -124,8 +123,11 @@ def list_jobs(
                 raise InvalidInput(f"Invalid 'after': no FineTuningJob {after}", param="after")
             tied = (Job.created_at == mark.created_at) & (Job.id < mark.id)
             query = query.where(or_(Job.created_at < mark.created_at, tied))
-        query = query.order_by(Job.created_at.desc(), Job.id.desc()).limit(limit + 1)
-        found = list(session.scalars(query))
+        query = query.order_by(Job.created_at.desc(), Job.id.desc())
+        newest = session.scalars(query.execution_options(yield_per=limit + 1))
+        # Metadata is matched here: databases disagree about quotes and accents in JSON paths.
+        matching = (job for job in newest if _matches(metadata, job.metadata_ or {}))
+        found = list(islice(matching, limit + 1))
     return found[:limit], len(found) > limit
 
 
@@ -145,6 +147,12 @@ def list_events(
             query = query.where(JobEvent.seq < seq)
         found = list(session.scalars(query.order_by(JobEvent.seq.desc()).limit(limit + 1)))
     return found[:limit], len(found) > limit
+
+
+def _matches(wanted: Mapping[str, str] | None, carried: Mapping[str, str]) -> bool:
+    if wanted is None:
+        return True
+    return wanted.items() <= carried.items() if wanted else not carried
 
 
 def list_checkpoints(

@@ -29,6 +29,7 @@ from data.files import sync_folder
 from data.tables import AdapterVersion, Alias, AliasMove, Project, new_id, now
 
 STAGING = ".staging-"
+VERSION = "advr_"
 DEFAULT_SUFFIX = "default"
 ORPHAN_AGE_S = 3600.0
 
@@ -50,7 +51,7 @@ def stage(adapters_dir: Path, source: Path, base_fingerprint: str | None) -> Sta
     """
     if not source.is_dir():
         raise AdapterRefused(f"There is no adapter folder {source}", code="adapter_incomplete")
-    version_id = new_id("advr_")
+    version_id = new_id(VERSION)
     staging = adapters_dir / f"{STAGING}{version_id}"
     adapters_dir.mkdir(parents=True, exist_ok=True)
     try:
@@ -216,11 +217,17 @@ def rollback(database: Database, project_id: str, alias: str) -> AdapterVersion:
         past: list[str] = []  # the versions in use, as a stack that a rollback pops
         for move in moves:
             if move.action == "rollback":
-                past = past[: past.index(move.version_id) + 1]
+                past.pop()
+                while past[-1] != move.version_id:
+                    past.pop()
             elif not past or past[-1] != move.version_id:
                 past.append(move.version_id)
         earlier = [session.get_one(AdapterVersion, version_id) for version_id in past[:-1]]
-        usable = [version for version in earlier if version.deleted_at is None]
+        usable = [
+            version
+            for version in earlier
+            if version.deleted_at is None and version.id != found.version_id
+        ]
         if not usable:
             raise StateConflict(
                 f"The alias {alias} has no earlier version to go back to; "
@@ -302,6 +309,8 @@ def sweep(database: Database, adapters_dir: Path, min_age_s: float = ORPHAN_AGE_
         known = set(session.scalars(query))
     removed = []
     for folder in adapters_dir.iterdir() if adapters_dir.is_dir() else ():
+        if not folder.name.startswith((VERSION, STAGING)):
+            continue  # not the registry's
         if folder.name not in known and time.time() - folder.stat().st_mtime >= min_age_s:
             shutil.rmtree(folder)
             removed.append(folder.name)

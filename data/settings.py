@@ -12,23 +12,41 @@ import difflib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from data.errors import ConfigError
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 Location = tuple[str | int, ...]
 ENV_PREFIX = "HONE_"
+# Beside its own errors PyYAML raises these, for `2024-13-45`, `0x_` or an alias inside itself.
+YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
 NOT_SETTINGS = {"HONE_CONFIG", "HONE_API_KEY", "HONE_BASE_URL"}  # the file itself; the CLI client's
 
 
 class StrictModel(BaseModel):
-    """A frozen configuration section that refuses unknown keys."""
+    """A frozen configuration section that refuses unknown keys, and truth values as numbers."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        types = get_args(annotation) or (annotation,)
+        if isinstance(value, bool) and bool not in types and {int, float} & set(types):
+            raise ValueError("a number is expected; YAML reads yes, no, on, off as true or false")
+        return value
 
 
 class Settings(StrictModel):
@@ -156,7 +174,8 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[Location, str], list[st
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        places = dict(_key_places(node, path, ()))
+    except YAML_ERRORS as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         raise ConfigError(
@@ -166,7 +185,7 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[Location, str], list[st
         return {}, {}, []
     if not isinstance(values, dict):
         raise ConfigError([f"{path}:1: must be a mapping of keys to values"])
-    return values, dict(_key_places(node, path, ())), list(_repeated_keys(node, path))
+    return values, places, list(_repeated_keys(node, path))
 
 
 def _key_places(node: yaml.Node | None, path: Path, at: Location) -> Iterator[tuple[Location, str]]:
@@ -200,7 +219,7 @@ def _apply_word(
         return
     try:
         value = yaml.safe_load(text) if text else None
-    except yaml.YAMLError:
+    except YAML_ERRORS:
         value = text
     parts = key.split(".")
     section = values

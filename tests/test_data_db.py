@@ -135,12 +135,30 @@ def test_threads_share_a_database(database: Database) -> None:
         assert session.scalar(select(func.count()).select_from(Project)) == 40
 
 
-@pytest.mark.parametrize("url", ["nonsense", "nosuchdb://x", "oracle+nosuchdriver://x/y"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "nonsense",
+        "nosuchdb://x",
+        "oracle+nosuchdriver://x/y",
+        "sqlite://",
+        "sqlite:///:memory:",
+        "sqlite:////proc/no/hone.db",
+        "postgresql://host:port/hone",
+    ],
+)
 def test_unusable_urls_are_refused(url: str) -> None:
     with pytest.raises(InvalidInput) as caught:
         Database(url)
     assert caught.value.param == "database_url"
     assert url in caught.value.message
+
+
+def test_a_password_is_not_repeated() -> None:
+    with pytest.raises(InvalidInput) as caught:
+        Database("postgresql://hone:s3:cr@et@host:port/hone")
+    assert "://hone:***@host:port/hone" in caught.value.message
+    assert "cr@et" not in caught.value.message
 
 
 def test_ids_are_unguessable_and_prefixed() -> None:

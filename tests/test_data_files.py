@@ -173,6 +173,7 @@ def test_wrong_requests_name_the_field(
         ("a\0b\n.jsonl", "a_b_.jsonl"),
         ("Größe 漢字.jsonl", "Größe 漢字.jsonl"),
         ("x" * 300, "x" * 200),
+        ("漢" * 100, "漢" * 66),  # 200 bytes, and no character cut in two
     ],
 )
 def test_filenames_cannot_lead_elsewhere(given: str, kept: str) -> None:
@@ -242,6 +243,24 @@ def test_young_orphans_are_left(store: FileStore, project: Project) -> None:
     with pytest.raises(NotFound):
         store.get(project.id, file.id)
     assert store.sweep(min_age_s=0) == [file.blob]
+
+
+def test_a_sweep_leaves_what_is_not_the_stores(
+    database: Database, project: Project, tmp_path: Path
+) -> None:
+    store = local(database, tmp_path)
+    (tmp_path / "files" / project.id).mkdir(parents=True)
+    for name in ("README", f"{project.id}/notes.txt"):
+        (tmp_path / "files" / name).write_text("keep me")
+    assert store.sweep(min_age_s=0) == []
+    assert (tmp_path / "files" / "README").exists()
+
+
+@pytest.mark.parametrize("url", ["", "nosuch://bucket/x"])
+def test_unusable_places_are_refused(database: Database, url: str) -> None:
+    with pytest.raises(InvalidInput, match="cannot be used") as caught:
+        FileStore(database, url)
+    assert caught.value.param == "blob_url"
 
 
 KILLED = """

@@ -98,6 +98,16 @@ def test_a_new_job(database: Database, project: Project, file_id: str) -> None:
             "unknown_parameter",
         ),
         ({"method": {"type": "dpo"}}, "method.type", "invalid_value"),
+        (
+            {"method": {"type": "supervised", "hyperparameters": {}}},
+            "method.hyperparameters",
+            "unknown_parameter",
+        ),
+        (
+            {"method": {"type": "supervised", "supervised": {"n_epochs": 1}}},
+            "method.supervised.n_epochs",
+            "unknown_parameter",
+        ),
         ({"suffix": ""}, "suffix", "invalid_value"),
         ({"suffix": "x" * 65}, "suffix", "invalid_value"),
         ({"suffix": "a:b"}, "suffix", "invalid_value"),

@@ -136,6 +136,28 @@ def test_rollback_walks_back_through_what_was_in_use(
     ]
 
 
+def test_rollback_after_going_back_and_forth(
+    database: Database, adapters: Path, project: Project, source: Path
+) -> None:
+    first, second = (publish(database, adapters, project, source) for _ in range(2))
+    registry.promote(database, project.id, first.name)
+    third = publish(database, adapters, project, source)
+    alias = "ft:tiny:acme:mail"
+    order = [registry.rollback(database, project.id, alias).id for _ in range(3)]
+    assert order == [first.id, second.id, first.id]
+    assert third.id not in order
+
+
+def test_a_sweep_leaves_what_is_not_the_registrys(
+    database: Database, adapters: Path, project: Project, source: Path
+) -> None:
+    publish(database, adapters, project, source)
+    (adapters / "lost+found").mkdir()
+    (adapters / "advr_orphan").mkdir()
+    assert registry.sweep(database, adapters, min_age_s=0) == ["advr_orphan"]
+    assert (adapters / "lost+found").is_dir()
+
+
 def test_a_deleted_version_is_gone_and_never_rolled_back_to(
     database: Database, adapters: Path, project: Project, source: Path
 ) -> None:

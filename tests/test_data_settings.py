@@ -86,6 +86,8 @@ def test_impossible_combinations_are_told_with_the_value() -> None:
         ("a: [", "is not valid YAML"),
         ("- 1\n- 2\n", "must be a mapping"),
         ("path: a\npath: b\n", '"path" is given twice'),
+        ("path: 2024-13-45\n", "is not valid YAML"),
+        ("path: &a [*a]\n", "is not valid YAML"),
         ("path: !!python/object:os.system x\n", "is not valid YAML"),
     ],
 )
@@ -120,6 +122,12 @@ def test_settings_put_everything_below_home(tmp_path: Path) -> None:
 @pytest.mark.parametrize("word", ["port=70000", "max_batch=0", "lease_s=-1", "log_level=loud"])
 def test_settings_out_of_range_are_refused(word: str) -> None:
     with pytest.raises(ConfigError, match=word.partition("=")[0]):
+        load_settings(overrides=[word], environ={})
+
+
+@pytest.mark.parametrize("word", ["port=no", "lease_s=on", "max_context=false"])
+def test_truth_values_are_not_numbers(word: str) -> None:
+    with pytest.raises(ConfigError, match="a number is expected"):
         load_settings(overrides=[word], environ={})
 
 
