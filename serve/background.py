@@ -33,10 +33,14 @@ def running_server(home: Path, words: Sequence[str] = ()) -> Iterator[str]:
     """
     home.mkdir(parents=True, exist_ok=True)
     port, log = free_port(), home / "server.log"
-    command = [sys.executable, "-m", "serve.cli", "serve", f"home={home}", f"port={port}", *words]
+    words = ["serve", f"home={home}", f"port={port}", *words]
     with log.open("ab") as stream:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, start_new_session=True
+            [sys.executable, "-m", "serve.child", "serve.cli", *words],
+            stdin=subprocess.PIPE,  # held open: the server ends when this process does
+            stdout=stream,
+            stderr=stream,
+            start_new_session=True,
         )
     try:
         _wait_until_ready(process, port, log)
@@ -73,3 +77,5 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+    if process.stdin is not None:
+        process.stdin.close()

@@ -204,6 +204,7 @@ def test_a_tampered_adapter_is_refused_and_harms_nobody(
         with pytest.raises(openai.InternalServerError) as caught:
             complete(client, version.name)
         assert caught.value.code == "adapter_tampered"
+        assert str(server.runtime.settings.home) not in caught.value.message
         assert caught.value.response.headers["x-should-retry"] == "false"
         assert complete(client, MODEL).choices[0].token_ids == truth(None)
     time.sleep(0.02)

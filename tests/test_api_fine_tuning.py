@@ -137,6 +137,9 @@ def test_list_filters_by_metadata(server: Server) -> None:
     page = client.fine_tuning.jobs.list(extra_query={"metadata": {"team": "a", "n": "1"}})
     assert {job.id for job in page.data} == set(made[:2])
     assert client.fine_tuning.jobs.list(metadata={"team": "z"}).data == []
+    plain = create(client).id
+    page = client.fine_tuning.jobs.list(extra_query={"metadata": "null"})
+    assert [job.id for job in page.data] == [plain]
     response = server.http(key).get("/v1/fine_tuning/jobs", params={"metadta": "x"})
     assert response.json()["error"]["code"] == "unknown_parameter"
 

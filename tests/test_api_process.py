@@ -22,6 +22,14 @@ from data import accounts
 from data.db import Database
 from data.settings import Settings
 
+HOST_PROGRAM = """
+import sys
+from pathlib import Path
+from serve.background import running_server
+with running_server(Path(sys.argv[1]), sys.argv[2:]) as base_url:
+    print(base_url, flush=True)
+    sys.stdin.read()
+"""
 READY = re.compile(r"hone is ready on (http://127\.0\.0\.1:(\d+)) \(model (\S+), \d+\.\d s\)")
 
 
@@ -122,3 +130,25 @@ def test_killing_the_server_takes_the_worker_along(settings: Settings) -> None:
         os.kill(process.pid, signal.SIGKILL)
         gone, alive = psutil.wait_procs(children, timeout=20)
         assert (bool(gone), alive) == (True, [])
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_a_server_does_not_outlive_the_program_that_runs_it(
+    settings: Settings, how: signal.Signals
+) -> None:
+    words = [f"model={settings.model}", "dtype=float32", "embedded_worker=false"]
+    program = subprocess.Popen(
+        [sys.executable, "-c", HOST_PROGRAM, str(settings.home), *words],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
+    with program:
+        assert program.stdout is not None
+        assert program.stdout.readline().startswith("http://127.0.0.1:")
+        servers = psutil.Process(program.pid).children()
+        assert len(servers) == 1
+        program.send_signal(how)
+        _, alive = psutil.wait_procs(servers, timeout=30)
+    assert alive == []

@@ -29,7 +29,7 @@ from train.config import SftConfig
 from train.job_training import MAX_CRASHES
 from train.trainer_process import RUN_MARK
 from train.worker import Worker
-from train.workshop import Workshop
+from train.workshop import BULK, Workshop
 
 MODEL = "smollm2-135m-instruct"
 WORKER = [sys.executable, str(Path(fake_worker.__file__))]
@@ -172,7 +172,8 @@ def test_a_job_from_file_to_model(shop: Workshop, project: Project) -> None:
         f"New fine-tuned model created: {job.fine_tuned_model}",
         "The job has successfully completed",
     ]
-    assert not (shop.run_of(job).path / "data").exists()
+    assert not any((shop.run_of(job).path / name).exists() for name in BULK["succeeded"])
+    assert shop.run_of(job).metrics.exists()
 
 
 def test_the_configuration_says_all_that_was_asked(shop: Workshop, project: Project) -> None:
@@ -234,7 +235,7 @@ def test_every_problem_is_in_the_event(shop: Workshop, project: Project) -> None
         ("traceback", "training_failed", "ZeroDivisionError: something odd"),
         ("disk", "disk_full", "is full"),
         ("no_result", "training_failed", "left no result"),
-        ("base", "adapter_wrong_base", "was trained on the base base-other"),
+        ("base", "adapter_wrong_base", "failed a check (adapter_wrong_base)"),
     ],
 )
 def test_failures_tell_their_cause(

@@ -220,7 +220,7 @@ def fail_job(shop: Workshop, job: Job, lease: Lease, error: Exception) -> None:
     """End a job with an error that stopped the worker from going on with it."""
     code, message, param = "internal_error", f"{type(error).__name__}: {error}", None
     if isinstance(error, ToolkitError):
-        code, message, param = error.code or "training_failed", error.message, error.param
+        code, message, param = error.code or "training_failed", error.public, error.param
     elif is_disk_full(error, shop.settings.home):
         if not lease.lost.is_set():
             _make_room(shop.run_of(job))

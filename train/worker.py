@@ -27,7 +27,7 @@ from data.tables import Job, new_id
 from train.job_training import fail_job, train_job
 from train.job_validation import validate_job
 from train.lease import Lease
-from train.workshop import INPUTS, Workshop
+from train.workshop import Workshop
 
 POLL_S = 0.5
 AFTER_ERROR_S = 5.0
@@ -98,10 +98,12 @@ class Worker:
             except StateConflict as error:
                 log.warning("%s: left alone: %s", job.id, error)
             except Exception as error:
-                if not isinstance(error, ToolkitError):
+                if isinstance(error, ToolkitError):
+                    log.warning("%s failed: %s", job.id, error)
+                else:
                     log.exception("%s failed", job.id)
                 fail_job(shop, job, lease, error)
-        shop.forget_inputs([job.id])
+        shop.forget_bulk([job.id])
         return True
 
     def _sweep(self) -> None:
@@ -109,7 +111,7 @@ class Worker:
             removed = [*self._shop.files.sweep()]
             removed += registry.sweep(self._shop.database, self._shop.settings.adapters_dir)
             runs = self._shop.settings.runs_dir
-            self._shop.forget_inputs([path.parent.name for path in runs.glob(f"*/{INPUTS}")])
+            self._shop.forget_bulk([path.name for path in runs.glob("*")])
         except OSError:
             log.exception("what crashes left behind could not be removed")
         else:

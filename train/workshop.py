@@ -24,6 +24,11 @@ from train.run import RunFolder
 
 ACCELERATE = Path(__file__).parents[1] / "configs" / "accelerate" / "one_process.yaml"
 INPUTS = "data"  # folder of a run for the job's files
+BULK = {  # folders of a run that nobody needs once its job has ended so
+    "succeeded": (INPUTS, "adapter.tmp", "checkpoints", "adapter"),  # it is published
+    "failed": (INPUTS, "adapter.tmp", "checkpoints"),
+    "cancelled": (INPUTS, "adapter.tmp"),
+}
 TRAINER = (
     sys.executable,
     *("-m", "accelerate.commands.launch", "--config_file", str(ACCELERATE)),
@@ -57,12 +62,16 @@ class Workshop:
         """Put one of a job's files into its run folder."""
         return self.files.place(job.project_id, file_id, self.run_of(job).path / INPUTS / param)
 
-    def forget_inputs(self, job_ids: Sequence[str]) -> None:
-        """Remove what `place` put there from the runs of jobs that have ended."""
+    def forget_bulk(self, job_ids: Sequence[str]) -> None:
+        """Remove from the runs of jobs that have ended what nobody needs any more.
+
+        Configuration, logs and metrics stay.
+        """
         with self.database.read() as session:
-            ended = select(Job.id).where(Job.id.in_(job_ids), Job.status.in_(jobs.FINAL))
-            for job_id in session.scalars(ended):
-                shutil.rmtree(self.settings.runs_dir / job_id / INPUTS, ignore_errors=True)
+            ended = select(Job).where(Job.id.in_(job_ids), Job.status.in_(jobs.FINAL))
+            for job in session.scalars(ended):
+                for name in BULK[job.status]:
+                    shutil.rmtree(self.settings.runs_dir / job.id / name, ignore_errors=True)
 
     @contextmanager
     def holding(self, job_id: str, lease: Lease) -> Iterator[tuple[Session, Job]]:

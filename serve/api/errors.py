@@ -9,6 +9,7 @@ litellm recognise conditions by phrases in the message.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -55,6 +56,8 @@ EXPECTED = {
     "model": "an object",
 }
 
+log = logging.getLogger("hone.requests")
+
 
 def install(app: FastAPI) -> None:
     """Register the handlers on the application."""
@@ -74,7 +77,7 @@ def envelope(error: errors.ToolkitError) -> dict[str, Any]:
     """Return the body that tells a client of this error."""
     status = status_of(error)
     body: dict[str, Any] = {
-        "message": str(error),
+        "message": error.public,
         "type": _type_of(status),
         "param": error.param,
         "code": error.code,
@@ -167,6 +170,8 @@ def unknown_parameter(
 
 
 async def _on_toolkit_error(_request: Request, error: errors.ToolkitError) -> Response:
+    if error.public != error.message:
+        log.warning("%s", error)
     return error_response(error)
 
 

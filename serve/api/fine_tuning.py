@@ -28,7 +28,7 @@ router = APIRouter(prefix="/v1/fine_tuning/jobs", route_class=StrictJsonRoute)
 
 
 class ListJobs(QueryModel):
-    """Which jobs to list; `metadata[key]=value` filters too and is read apart."""
+    """Which jobs to list; `metadata[key]=value` and `metadata=null` filter too, read apart."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -170,12 +170,15 @@ def _describe_checkpoint(checkpoint: Checkpoint, version: AdapterVersion) -> dic
     }
 
 
-def _metadata_filter(request: Request) -> Mapping[str, str]:
-    wanted = {}
+def _metadata_filter(request: Request) -> Mapping[str, str] | None:
+    """Return the pairs asked for; empty for `metadata=null`, which asks for jobs without any."""
+    wanted: dict[str, str] | None = None
     for name, value in request.query_params.items():
         match = METADATA_FILTER.fullmatch(name)
         if match:
-            wanted[match[1]] = value
+            wanted = {**(wanted or {}), match[1]: value}
+        elif name == "metadata" and value == "null":
+            wanted = wanted or {}
         elif name not in ListJobs.model_fields:
             raise unknown_parameter(name, list(ListJobs.model_fields))
     return wanted

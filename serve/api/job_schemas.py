@@ -21,7 +21,6 @@ OPTIONS = (
     "n_checkpoints",
     "n_evals",
     "on_long",
-    "prompt_loss_weight",
 )
 
 
@@ -75,7 +74,6 @@ class JobRequest(RequestModel):
     n_checkpoints: int | None = None
     n_evals: int | None = None
     on_long: str | None = None
-    prompt_loss_weight: float | None = None
 
     def spec(self) -> JobSpec:
         """Return the checked job; raises InvalidInput that names the field."""
