@@ -77,7 +77,15 @@ def test_what_needs_validation_rows_says_so() -> None:
 
 @pytest.mark.parametrize(
     ("num_rows", "epochs", "batch"),
-    [(10, 8, 8), (99, 8, 8), (240, 5, 8), (1000, 3, 8), (9992, 2, 16), (50_000, 1, 32)],
+    [
+        (10, 8, 8),
+        (99, 8, 8),
+        (240, 5, 8),
+        (1000, 3, 8),
+        (9992, 2, 8),
+        (50_000, 1, 16),
+        (200_000, 1, 32),
+    ],
 )
 def test_auto_follows_the_number_of_rows(num_rows: int, epochs: int, batch: int) -> None:
     found = plan(num_rows)

@@ -177,7 +177,7 @@ def resolve(
     """Turn every `auto` into a number.
 
     Rules: epochs fall with the number of rows (8 under 100, 5 under 500, 3 under 2,000, 2 under
-    20,000, then 1); 8 rows a step under 2,000 rows, 16 under 20,000, then 32; the learning rate
+    20,000, then 1); 8 rows a step under 20,000 rows, 16 under 100,000, then 32; the learning rate
     falls with the model's size (1e-3 to 0.3 billion parameters, 5e-4 to 1.5, then 2e-4: what LoRA
     at alpha = 2 r bears); a device takes a step's rows in parts of up to 1,024 tokens on a CPU,
     8,192 on a GPU.
@@ -192,7 +192,7 @@ def resolve(
         ConfigError: The processes cannot share a step's rows evenly.
     """
     epochs = _by_size(num_rows, ((100, 8), (500, 5), (2000, 3), (20_000, 2)), 1)
-    batch = _by_size(num_rows, ((2000, 8), (20_000, 16)), 32)
+    batch = _by_size(num_rows, ((20_000, 8), (100_000, 16)), 32)
     rate = _by_size(num_parameters, ((300_000_000, 1e-3), (1_500_000_000, 5e-4)), 2e-4)
     tokens = GPU_MICRO_BATCH_TOKENS if on_gpu else CPU_MICRO_BATCH_TOKENS
     num_epochs = _number(config.num_epochs, epochs)
