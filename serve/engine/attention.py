@@ -20,6 +20,7 @@ import torch
 from transformers import AttentionInterface
 
 from data.errors import EngineFailure
+from serve.engine import kernels
 from serve.engine.blocks import Block
 from serve.engine.kv_cache import KVCache, LayerShape
 
@@ -113,13 +114,47 @@ class Group:
         return self._masks[key]
 
 
+class Singles:
+    """Sequences that bring one token each, for the kernel: blocks of any size, in any order.
+
+    Args:
+        blocks: One a sequence.
+        positions: Of each sequence's token.
+    """
+
+    def __init__(self, blocks: Sequence[Block], positions: Sequence[int]):
+        self._rows = slice(0, len(blocks))
+        self._offsets = torch.tensor([block.offset for block in blocks])
+        self._positions = torch.tensor(positions)
+        self._seen: dict[int | None, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def attend(
+        self,
+        query_NED: torch.Tensor,
+        keys_THD: torch.Tensor,
+        values_THD: torch.Tensor,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        """Return the attention output of the first S rows, [S, H*G, D]."""
+        if window not in self._seen:
+            hidden = torch.zeros_like(self._positions)
+            if window is not None:
+                hidden = (self._positions + 1 - window).clamp(min=0)
+            self._seen[window] = self._offsets + hidden, self._positions + 1 - hidden
+        first, length = self._seen[window]
+        query = query_NED[self._rows]
+        return kernels.attend(query, keys_THD, values_THD, first, length, scale, softcap)
+
+
 @dataclass
 class Step:
     """Where the tokens of one forward pass go in the arena, and what they see."""
 
     cache: KVCache
     where_N: torch.Tensor
-    groups: list[Group]
+    groups: list[Group | Singles]
 
     def attend(
         self,

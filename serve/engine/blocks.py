@@ -28,8 +28,8 @@ class Block:
 class BlockPool:
     """Hands out blocks of an arena of `num_tokens`.
 
-    The lowest address comes first: short sequences lie densely at the low end, where a batch of
-    them is one view, and the high end stays whole for long ones.
+    Running sequences take the lowest address: short ones lie densely at the low end, where a batch
+    of them is one view. What is only kept takes the highest.
     """
 
     def __init__(self, num_tokens: int):
@@ -43,21 +43,24 @@ class BlockPool:
             offset, remaining = offset + size, remaining - size
         self.largest = max(self._free, default=0)
 
-    def allocate(self, num_tokens: int) -> Block | None:
+    def allocate(self, num_tokens: int, at_end: bool = False) -> Block | None:
         """Return a block that holds `num_tokens`, or None while there is no room."""
         wanted = block_size(num_tokens)
+        choose = max if at_end else min
         candidates = [
-            (min(offsets), size)
+            (choose(offsets), size)
             for size, offsets in self._free.items()
             if size >= wanted and offsets
         ]
         if not candidates:
             return None
-        offset, size = min(candidates)
+        offset, size = choose(candidates)
         self._free[size].remove(offset)
         while size > wanted:
             size //= 2
-            self._free.setdefault(size, set()).add(offset + size)
+            spare = offset if at_end else offset + size
+            offset += size if at_end else 0
+            self._free.setdefault(size, set()).add(spare)
         self.num_used += wanted
         return Block(offset, wanted)
 

@@ -18,8 +18,9 @@ class EngineConfig:
         max_context: Longest prompt plus completion; None: what model and KV budget allow.
         kv_budget_bytes: Memory for keys and values, taken at start; it bounds how many tokens may
             run together, and the longest context.
-        prefill_chunk: Prompt tokens computed in one step: more reads prompts faster, fewer
-            keeps running streams smoother.
+        prefill_chunk: Prompt tokens computed in one step while no stream decodes.
+        prefill_beside: The same in a step in which streams decode: more reads prompts faster,
+            fewer keeps the streams smoother.
         queue_size: Requests that may wait beyond those that run; more get Overloaded.
         max_resident_adapters: Adapters kept in host memory.
         max_lora_rows: Ranks of all adapters of one step together; also the largest rank served.
@@ -29,7 +30,8 @@ class EngineConfig:
     max_batch: int = 16
     max_context: int | None = None
     kv_budget_bytes: int = 1024 * MIB
-    prefill_chunk: int = 128
+    prefill_chunk: int = 256
+    prefill_beside: int = 64
     queue_size: int = 256
     max_resident_adapters: int = 64
     max_lora_rows: int = 256

@@ -41,6 +41,12 @@ class KVCache:
         self.keys[layer].index_copy_(0, where_N, key_NHD)
         self.values[layer].index_copy_(0, where_N, value_NHD)
 
+    def copy(self, source: Block, target: Block, start: int, stop: int) -> None:
+        """Copy the tokens from `start` to `stop` of one block to the same places of another."""
+        for arena in (*self.keys.values(), *self.values.values()):
+            tokens = arena[source.offset + start : source.offset + stop]
+            arena[target.offset + start : target.offset + stop] = tokens
+
     def scrub(self, block: Block) -> None:
         """Zero a block whose sequence may have left values that are not finite."""
         for arena in (*self.keys.values(), *self.values.values()):

@@ -28,6 +28,7 @@ from serve.engine.base import (
 )
 from serve.engine.config import EngineConfig
 from serve.engine.lora import LoadedAdapter
+from serve.engine.prefix_cache import PrefixCache
 from serve.engine.runner import ModelRunner
 from serve.engine.scheduler import Admission, Scheduler, Work
 from serve.engine.sequence import Stream
@@ -47,7 +48,8 @@ class EngineLoop:
         self._runner = runner
         self._adapters = adapters
         self._config = config
-        self._scheduler = Scheduler(config.max_batch, config.prefill_chunk)
+        self._scheduler = Scheduler(config.max_batch, config.prefill_chunk, config.prefill_beside)
+        self._prefixes = PrefixCache(runner.pool, runner.cache)
         self._streams: dict[str, Stream] = {}  # every unfinished one, by request id
         self._parked: dict[str, list[Stream]] = {}  # by digest of the adapter that they wait for
         self._inbox: deque[Callable[[], None]] = deque()
@@ -103,6 +105,7 @@ class EngineLoop:
         with self._wake:
             unfinished, running = len(self._streams), len(self._scheduler.running)
             counts = {f"{name}_total": self._counts[name] for name in COUNTERS}
+        counts["prompt_tokens_reused_total"] = self._prefixes.num_reused
         return {
             "requests_running": running,
             "requests_waiting": max(unfinished - running, 0),
@@ -159,6 +162,9 @@ class EngineLoop:
         self._take_back()
         self._settle_adapters()
         self._scheduler.admit(self._try_admit)
+        for stream in self._scheduler.running:
+            if stream.in_prompt and stream.request.params.prompt_logprobs is None:
+                self._prefixes.reuse(stream)
         works = self._scheduler.plan()
         if works:
             self._step(works)
@@ -189,7 +195,7 @@ class EngineLoop:
                 self._adapters.start(ref)
                 self._parked.setdefault(ref.digest, []).append(stream)
                 return Admission.PARK
-        block = self._runner.pool.allocate(stream.max_length)
+        block = self._prefixes.allocate(stream.max_length)
         if block is None:
             return Admission.FULL
         if adapter is not None and not self._runner.bank.activate(adapter, self._in_use()):
@@ -212,8 +218,11 @@ class EngineLoop:
                 self._counts["prompt_tokens"] += work.num_tokens
                 if stream.request.params.prompt_logprobs is not None:
                     _note_prompt(work, logits)
+            ends_prompt = stream.in_prompt
             stream.num_computed += work.num_tokens
             if not stream.in_prompt:
+                if ends_prompt:
+                    self._prefixes.offer(stream)
                 self._emit(stream, logits[-1], greedy[rows][-1])
 
     def _emit(self, stream: Stream, logits: torch.Tensor, likeliest: int) -> None:
@@ -240,11 +249,7 @@ class EngineLoop:
     def _take_back(self) -> None:
         """Take back what finished streams hold."""
         for stream in self._scheduler.remove_finished():
-            if stream.block is not None:
-                if stream.finish_reason not in CLEAN:
-                    self._runner.cache.scrub(stream.block)
-                self._runner.pool.release(stream.block)
-                stream.block = None
+            self._prefixes.release(stream, stream.finish_reason in CLEAN)
 
     # ---- endings: on the thread, the watchdog's, or that of `close` ----
 

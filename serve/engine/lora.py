@@ -1,33 +1,38 @@
-"""Many LoRA adapters in one forward pass: stacked matrices and a mask of ownership.
+"""Many LoRA adapters in one forward pass: stacked factors and a mask of ownership.
 
-Each module that some adapter changes is a site with two buffers: A [R, in] and B [R, out], in which
-every active adapter owns some rows, the same in all sites (zeros where it lacks the module or has a
-smaller rank there). With x [N, in] the tokens of a step,
+Every active adapter owns some rows of each stack, the same in all stacks (zeros where it lacks the
+module or has a smaller rank there). With x [n, in] the tokens of a segment,
 
     output += where(row's adapter is the token's, x @ A.T, 0) @ B
 
 adds to each token its own adapter and nothing else. Foreign products are replaced by zeros, not
 multiplied by them, so an adapter that overflows cannot reach another's tokens. Scaling is folded
-into B. A step of base tokens only pays one comparison a site.
+into B. Decoding tokens of all adapters are one segment; a long chunk of a prompt is a segment of
+its own, which multiplies its own adapter's rows only. Base tokens alone pay one comparison a stack.
+
+Shapes: n tokens, R rows, S modules that share their input, r rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from serve.engine.kernels import AdapterPlan, ProductStruct
+
 NOBODY = -1
+OWN_SEGMENT = 32  # tokens of one adapter that are worth products of their own
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """One site's share of an adapter: A [r, in] and B [r, out], scaling included."""
+    """One module's share of an adapter: A [r, in] and B [r, out], scaling included."""
 
     a: torch.Tensor
     b: torch.Tensor
@@ -67,64 +72,214 @@ def site_shape(module: nn.Module) -> tuple[int, int]:
     return weight.shape[0], weight.shape[1]  # Conv1D
 
 
-class _Site:
-    """The stacked matrices of one module, and the hook that adds their product."""
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """What an active adapter has: its rows, ascending, and the number that marks them."""
 
-    def __init__(self, bank: LoraBank, module: nn.Module, is_head: bool, num_claimed: int):
-        self.bank = bank
-        self.is_head = is_head
-        self.shape = site_shape(module)
-        self.scale = float(getattr(module, "embed_scale", 1.0))  # Gemma scales its embeddings
-        self.users: set[str] = set()
-        weight: torch.Tensor = module.weight  # type: ignore[assignment]
-        # Only rows that were claimed are ever read; the others need not even be memory yet.
-        self.a = weight.new_empty(bank.max_rows, self.shape[0])
-        self.b = weight.new_empty(bank.max_rows, self.shape[1])
-        self.a[:num_claimed] = 0
-        self.b[:num_claimed] = 0
-        lookup = isinstance(module, nn.Embedding)
-        self.handle = module.register_forward_hook(self._embed if lookup else self._multiply)
+    digest: str
+    rows: torch.Tensor
+    number: int
 
-    def put(self, digest: str, rows: torch.Tensor, weights: Weights | None) -> None:
-        """Write an adapter's share into its rows, zeros where it has none."""
-        rank = 0
-        if weights is not None:
-            self.users.add(digest)
-            rank = len(weights.a)
-            self.a[rows[:rank]] = weights.a.to(self.a)
-            self.b[rows[:rank]] = (weights.b * self.scale).to(self.b)
-        if rank < len(rows):
-            self.a[rows[rank:]] = 0
-            self.b[rows[rank:]] = 0
-
-    def _multiply(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
-        step = self.bank.step
-        if step is not None and not self.users.isdisjoint(step.digests):
-            inputs = args[0].reshape(-1, self.shape[0])
-            step.add(output, inputs @ self.a[step.rows].T, self.b, self.is_head)
-
-    def _embed(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
-        step = self.bank.step
-        if step is not None and not self.users.isdisjoint(step.digests):
-            columns = self.a[step.rows].index_select(1, args[0].flatten())
-            step.add(output, columns.T, self.b, self.is_head)
+    @property
+    def span(self) -> slice:
+        """From its first row to its last."""
+        return slice(int(self.rows[0]), int(self.rows[-1]) + 1)
 
 
 @dataclass(frozen=True, slots=True)
-class _Step:
-    """Which rows take part in a forward pass, and which tokens are none of their business."""
+class Segment:
+    """Tokens of a forward pass, and the rows that may concern them.
 
-    digests: frozenset[str]
+    Attributes:
+        foreign: [n, R] bool, which rows are another adapter's; None if all are the tokens' own.
+    """
+
+    tokens: slice
     rows: slice
-    foreign: torch.Tensor  # [N, rows] bool
-    foreign_head: torch.Tensor  # the same for the rows that reach the head
+    digests: frozenset[str]
+    foreign: torch.Tensor | None
 
-    def add(
-        self, output: torch.Tensor, products: torch.Tensor, b: torch.Tensor, is_head: bool
-    ) -> None:
-        """Add the masked products [N, rows] times B to the output in place."""
-        products.masked_fill_(self.foreign_head if is_head else self.foreign, 0)
-        output.view(-1, output.shape[-1]).addmm_(products, b[self.rows])
+
+class LoraStep:
+    """Who owns the tokens of one forward pass: of all of them, or of those that reach the head.
+
+    Made for stacks in two forms, each on demand: `segments` for torch, `plan` for the kernels.
+
+    Args:
+        spans: Consecutive (holding or None, tokens).
+        owner: [R] the number of the adapter that has each row.
+        kept: [K] numbers of the tokens that are left, ascending; None for all.
+    """
+
+    def __init__(
+        self,
+        spans: Sequence[tuple[Holding | None, int]],
+        owner: torch.Tensor,
+        kept: torch.Tensor | None = None,
+    ):
+        self.digests = frozenset(held.digest for held, _ in spans if held is not None)
+        self._spans = spans
+        self._owner = owner
+        self._kept = kept
+
+    @cached_property
+    def segments(self) -> list[Segment]:
+        """The tokens in segments; those of the base alone are in none."""
+        if self._kept is not None:
+            whole = _segment(0, self._spans, self._owner)
+            return [_only(segment, self._kept) for segment in whole]
+        segments = []
+        mixed: list[tuple[Holding | None, int]] = []
+        start = place = 0
+        for held, count in (*self._spans, (None, OWN_SEGMENT)):  # a last one, to close the open
+            if count >= OWN_SEGMENT:
+                segments += _segment(start, mixed, self._owner)
+                segments += _segment(place, [(held, count)], self._owner)
+                mixed, start = [], place + count
+            else:
+                mixed.append((held, count))
+            place += count
+        return segments
+
+    @cached_property
+    def plan(self) -> AdapterPlan:
+        """The same as numbers of rows for each token."""
+        first: list[int] = []
+        number: list[int] = []
+        rows: list[int] = []
+        starts: dict[str, int] = {}
+        for held, count in self._spans:
+            if held is None:
+                first += [0] * count
+                number += [0] * count
+                continue
+            if held.digest not in starts:
+                starts[held.digest] = len(rows)
+                rows += held.rows.tolist()
+            first += [starts[held.digest]] * count
+            number += [len(held.rows)] * count
+        if self._kept is not None:
+            kept = self._kept.tolist()
+            first, number = [first[n] for n in kept], [number[n] for n in kept]
+        return AdapterPlan(first, number, rows)
+
+
+class LoraStack:
+    """The factors of all active adapters for S modules that read the same input.
+
+    A is [max_rows, S, in], so that one product serves all S; B is [max_rows, out] for each.
+    Memory is taken when the first adapter brings one of the modules.
+
+    Args:
+        names: Of the modules.
+        shapes: Their (inputs, outputs).
+        scale: Of what the modules add to their output.
+    """
+
+    def __init__(
+        self,
+        bank: LoraBank,
+        names: Sequence[str],
+        shapes: Sequence[tuple[int, int]],
+        is_head: bool = False,
+        scale: float = 1.0,
+    ):
+        self.names = list(names)
+        self._bank = bank
+        self._is_head = is_head
+        self._scale = scale
+        self._num_inputs = shapes[0][0]
+        self._sizes = [size for _, size in shapes]
+        self._users: list[set[str]] = [set() for _ in names]
+        self._a = torch.empty(0)
+        self._b: list[torch.Tensor] = []
+
+    def put(self, adapter: LoadedAdapter, rows: torch.Tensor) -> None:
+        """Write an adapter's share into its rows, zeros where it has none."""
+        shares = [adapter.weights.get(name) for name in self.names]
+        if not self._b:
+            if not any(shares):
+                return
+            self._take_memory()
+        for index, share in enumerate(shares):
+            rank = 0
+            if share is not None:
+                self._users[index].add(adapter.digest)
+                rank = len(share.a)
+                self._a[rows[:rank], index] = share.a.to(self._a)
+                self._b[index][rows[:rank]] = (share.b * self._scale).to(self._a)
+            if rank < len(rows):
+                self._a[rows[rank:], index] = 0
+                self._b[index][rows[rank:]] = 0
+
+    def forget(self, digest: str) -> None:
+        """Note that an adapter's rows are free."""
+        for users in self._users:
+            users.discard(digest)
+
+    def add(self, x: torch.Tensor, output: torch.Tensor) -> None:
+        """Add every token's adapter to the modules' outputs, in place.
+
+        Args:
+            x: [N, in], the tokens' inputs.
+            output: [N, sum of outputs], the modules side by side.
+        """
+        for segment in self._segments():
+            a = self._a[segment.rows]
+            products = x[segment.tokens] @ a.view(-1, self._num_inputs).T
+            self._add_products(products.view(len(products), len(a), -1), segment, output)
+
+    def add_lookup(self, ids: torch.Tensor, output: torch.Tensor) -> None:
+        """The same for a lookup table: `ids` [N] name the inputs that are 1."""
+        for segment in self._segments():
+            columns = self._a[segment.rows].index_select(2, ids[segment.tokens])
+            self._add_products(columns.permute(2, 0, 1), segment, output)
+
+    def plan_for(self, product: ProductStruct) -> AdapterPlan | None:
+        """Return the plan of the step at hand for a kernel's product, or None if it has none.
+
+        The product learns where the factors are as soon as there are any.
+        """
+        step = self._step()
+        if step is None:
+            return None
+        if not product.siblings:
+            product.a, product.siblings = self._a.data_ptr(), len(self._b)
+            for index, (b, size) in enumerate(zip(self._b, self._sizes, strict=True)):
+                product.b[index], product.size[index] = b.data_ptr(), size
+        return step.plan
+
+    def _segments(self) -> Iterator[Segment]:
+        step = self._step()
+        for segment in step.segments if step is not None else ():
+            if any(not users.isdisjoint(segment.digests) for users in self._users):
+                yield segment
+
+    def _step(self) -> LoraStep | None:
+        """Return the step at hand if it concerns this stack."""
+        step = self._bank.head_step if self._is_head else self._bank.step
+        if step is None or all(users.isdisjoint(step.digests) for users in self._users):
+            return None
+        return step
+
+    def _add_products(self, nRS: torch.Tensor, segment: Segment, output: torch.Tensor) -> None:
+        mine = nRS.permute(2, 0, 1).contiguous()
+        if segment.foreign is not None:
+            mine.masked_fill_(segment.foreign, 0)
+        start = 0
+        for index, size in enumerate(self._sizes):
+            if not self._users[index].isdisjoint(segment.digests):
+                place = output[segment.tokens, start : start + size]
+                place.addmm_(mine[index], self._b[index][segment.rows])
+            start += size
+
+    def _take_memory(self) -> None:
+        like, rows = self._bank.like, self._bank.max_rows
+        # Only rows that were claimed are ever read; the others need not even be memory yet.
+        self._a = like.new_empty(rows, len(self.names), self._num_inputs)
+        self._b = [like.new_empty(rows, size) for size in self._sizes]
+        for stack in (self._a, *self._b):
+            stack[: self._bank.num_claimed] = 0
 
 
 class LoraBank:
@@ -132,83 +287,109 @@ class LoraBank:
 
     Rows are claimed from the lowest on, so those between the rows of a step's adapters were all
     written once.
+
+    Attributes:
+        step: Who owns the tokens of the forward pass at hand; None for base tokens alone.
+        head_step: The same of those that reach the head.
+        num_claimed: Rows that some adapter had, so that they hold finite numbers.
+        like: A tensor of the model's dtype and device.
     """
 
     def __init__(self, model: PreTrainedModel, max_rows: int):
         self.max_rows = max_rows
-        self.step: _Step | None = None
-        self._model = model
-        self._modules = lora_sites(model)
-        self._sites: dict[str, _Site] = {}
-        self._owned: dict[str, torch.Tensor] = {}  # digest -> rows, least recently used first
-        self._numbers: dict[str, int] = {}
+        self.step: LoraStep | None = None
+        self.head_step: LoraStep | None = None
+        self.num_claimed = 0
+        self.like = torch.empty(0, dtype=model.dtype, device=model.device)
+        self._stacks: list[LoraStack] = []
+        self._held: dict[str, Holding] = {}  # by digest, least recently used first
         self._next_number = 0
-        self._num_claimed = 0  # rows that some adapter had, so that they hold finite numbers
-        self._device: torch.device = model.device
-        self._owner = torch.full((max_rows,), NOBODY, dtype=torch.long, device=self._device)
+        self._owner = torch.full((max_rows,), NOBODY, dtype=torch.long, device=model.device)
+
+    def attach(self, stack: LoraStack) -> None:
+        """Have a stack filled with the adapters that become active."""
+        self._stacks.append(stack)
 
     def activate(self, adapter: LoadedAdapter, in_use: Iterable[str]) -> bool:
         """Give an adapter rows, taking those of unused ones if need be; False if none are left."""
-        if adapter.digest in self._owned:
-            self._owned[adapter.digest] = self._owned.pop(adapter.digest)
+        if adapter.digest in self._held:
+            self._held[adapter.digest] = self._held.pop(adapter.digest)
             return True
         while (free := (self._owner == NOBODY).nonzero().flatten()).numel() < adapter.rank:
             if not self._evict(set(in_use)):
                 return False
-        rows = free[: adapter.rank]
-        self._num_claimed = max(self._num_claimed, int(rows[-1]) + 1)
-        for name in adapter.weights.keys() - self._sites.keys():
-            self._add_site(name)
-        for name, site in self._sites.items():
-            site.put(adapter.digest, rows, adapter.weights.get(name))
-        self._owned[adapter.digest] = rows
-        self._numbers[adapter.digest] = self._next_number
+        rows = _densest(free, adapter.rank)
+        self.num_claimed = max(self.num_claimed, int(rows[-1]) + 1)
+        for stack in self._stacks:
+            stack.put(adapter, rows)
+        self._held[adapter.digest] = Holding(adapter.digest, rows, self._next_number)
         self._owner[rows] = self._next_number
         self._next_number += 1
         return True
 
     def deactivate(self, digest: str) -> None:
         """Free the rows of an adapter that no sequence uses."""
-        rows = self._owned.pop(digest, None)
-        if rows is not None:
-            del self._numbers[digest]
-            self._owner[rows] = NOBODY
-            for site in self._sites.values():
-                site.users.discard(digest)
+        held = self._held.pop(digest, None)
+        if held is not None:
+            self._owner[held.rows] = NOBODY
+            for stack in self._stacks:
+                stack.forget(digest)
 
     def clear(self) -> None:
         """Free all rows, whoever has them."""
-        for digest in list(self._owned):
+        for digest in list(self._held):
             self.deactivate(digest)
 
     def begin(self, spans: Sequence[tuple[str | None, int]], head_rows: torch.Tensor) -> None:
         """Prepare a forward pass over consecutive spans of (adapter digest, tokens)."""
-        digests = frozenset(digest for digest, _ in spans if digest is not None)
-        if not digests:
-            self.step = None
-            return
-        owned = torch.cat([self._owned[digest] for digest in digests])
-        rows = slice(int(owned.min()), int(owned.max()) + 1)
-        numbers = [NOBODY - 1 if digest is None else self._numbers[digest] for digest, _ in spans]
-        counts = torch.tensor([count for _, count in spans])
-        token_owner = torch.tensor(numbers).repeat_interleave(counts).to(self._device)
-        foreign = token_owner[:, None] != self._owner[None, rows]
-        self.step = _Step(digests, rows, foreign, foreign.index_select(0, head_rows))
+        self.step = self.head_step = None
+        if any(digest is not None for digest, _ in spans):
+            owned = [(None if d is None else self._held[d], count) for d, count in spans]
+            self.step = LoraStep(owned, self._owner)
+            self.head_step = LoraStep(owned, self._owner, head_rows)
 
     def close(self) -> None:
-        """Give the model back as it was."""
-        self.step = None
-        for site in self._sites.values():
-            site.handle.remove()
-        self._sites.clear()
-
-    def _add_site(self, name: str) -> None:
-        module = self._modules[name]
-        is_head = module is self._model.get_output_embeddings()
-        self._sites[name] = _Site(self, module, is_head, self._num_claimed)
+        """Forget all stacks."""
+        self.step = self.head_step = None
+        self._stacks.clear()
 
     def _evict(self, in_use: set[str]) -> bool:
-        unused = [digest for digest in self._owned if digest not in in_use]
+        unused = [digest for digest in self._held if digest not in in_use]
         if unused:
             self.deactivate(unused[0])
         return bool(unused)
+
+
+def _densest(free: torch.Tensor, count: int) -> torch.Tensor:
+    """Return the first run of neighbours among ascending row numbers, else the lowest rows."""
+    spans = free[count - 1 :] - free[: len(free) - count + 1]
+    start = int((spans == count - 1).int().argmax())
+    return free[start : start + count]
+
+
+def _segment(
+    start: int, spans: Sequence[tuple[Holding | None, int]], owner: torch.Tensor
+) -> list[Segment]:
+    """Return the segment of consecutive spans, none if all are the base's."""
+    holdings = {held.digest: held for held, _ in spans if held is not None}
+    if not holdings:
+        return []
+    places = [held.span for held in holdings.values()]
+    rows = slice(min(p.start for p in places), max(p.stop for p in places))
+    tokens = slice(start, start + sum(count for _, count in spans))
+    digests = frozenset(holdings)
+    [held, *others] = [held for held, _ in spans]
+    if held is not None and not others and len(held.rows) == rows.stop - rows.start:
+        return [Segment(tokens, rows, digests, None)]
+    numbers = [NOBODY - 1 if held is None else held.number for held, _ in spans]
+    counts = torch.tensor([count for _, count in spans])
+    owners = torch.tensor(numbers).repeat_interleave(counts).to(owner.device)
+    return [Segment(tokens, rows, digests, owners[:, None] != owner[None, rows])]
+
+
+def _only(segment: Segment, kept: torch.Tensor) -> Segment:
+    """Return the segment of all tokens as one of those that are kept, [K] ascending numbers."""
+    foreign = segment.foreign
+    if foreign is not None:
+        foreign = foreign.index_select(0, kept)
+    return Segment(slice(0, len(kept)), segment.rows, segment.digests, foreign)

@@ -14,10 +14,13 @@ import torch
 from transformers import PreTrainedModel
 
 from data.errors import AdapterRefused, EngineFailure, InvalidInput, ModelUnavailable
-from serve.engine.attention import IMPLEMENTATION, Group, ProbeStep, Step
+from serve.engine import kernels
+from serve.engine.attention import IMPLEMENTATION, Group, ProbeStep, Singles, Step
 from serve.engine.blocks import SMALLEST, Block, BlockPool, block_size
 from serve.engine.kv_cache import KVCache, bytes_per_token
 from serve.engine.lora import LoadedAdapter, LoraBank
+from serve.engine.norms import Norms
+from serve.engine.projections import Projections, noting_siblings
 from serve.engine.scheduler import Work
 
 PROBE_TOKENS = 3
@@ -77,6 +80,9 @@ class ModelRunner:
         self.max_context = min(longest, self.pool.largest)
         self.cache = KVCache(shapes, self.pool.num_tokens, model.dtype, self.device)
         self.bank = LoraBank(model, max_lora_rows)
+        self._projections = Projections(model, self.bank, self._siblings)
+        self._norms = Norms(model)
+        self._has_kernels = kernels.usable(model)
 
     def run(self, works: Sequence[Work]) -> StepLogits:
         """Compute the next tokens of every work; keys and values go to the cache."""
@@ -125,27 +131,33 @@ class ModelRunner:
 
     def close(self) -> None:
         """Give the model back as it was."""
+        self._norms.close()
+        self._projections.close()
         self.bank.close()
         self.model.set_attn_implementation(self._previous_attention)
 
-    def _arrange(self, works: Sequence[Work]) -> tuple[list[Work], list[Group]]:
+    def _arrange(self, works: Sequence[Work]) -> tuple[list[Work], list[Group | Singles]]:
         """Order works so that those that attend together lie together."""
-        single: dict[int, list[Work]] = {}
-        chunks = []
-        for work in works:
-            if work.num_tokens == 1:
-                single.setdefault(_block(work).size, []).append(work)
-            else:
-                chunks.append([work])
-        together = [sorted(s, key=lambda work: _block(work).offset) for s in single.values()]
-        groups, start = [], 0
-        for members in (*together, *chunks):
+        alone = [work for work in works if work.num_tokens == 1]
+        chunks = [[work] for work in works if work.num_tokens > 1]
+        groups: list[Group | Singles] = []
+        ordered: list[Work] = []
+        if self._has_kernels and alone:
+            groups.append(Singles([_block(w) for w in alone], [w.start for w in alone]))
+            ordered = alone
+        else:
+            by_size: dict[int, list[Work]] = {}
+            for work in sorted(alone, key=lambda work: _block(work).offset):
+                by_size.setdefault(_block(work).size, []).append(work)
+            chunks = [*by_size.values(), *chunks]
+        start = len(ordered)
+        for members in chunks:
             num_queries = members[0].num_tokens
             blocks = [_block(work) for work in members]
             firsts = [work.start for work in members]
             groups.append(Group(start, blocks, firsts, num_queries, self.device))
             start += len(members) * num_queries
-        return [work for members in (*together, *chunks) for work in members], groups
+        return [*ordered, *(work for members in chunks for work in members)], groups
 
     def _forward(
         self, ids: list[int], positions: list[int], keep: torch.Tensor, step: Step | ProbeStep
@@ -167,7 +179,8 @@ class ModelRunner:
         if kinds:
             raise _unsupported(self.model, f"its layers are of type {', '.join(sorted(kinds))}")
         step = ProbeStep(1, self.device)
-        with torch.inference_mode():
+        self._siblings: list[list[str]] = []
+        with torch.inference_mode(), noting_siblings(self.model, self._siblings):
             self._forward([0], [0], self._tensor([0]), step)
         if len(step.shapes) != config.num_hidden_layers:
             raise _unsupported(self.model, "not all layers use transformers' attention interface")

@@ -2,7 +2,8 @@
 
 Accounts take turns: a burst of one waits behind its own requests, not in front of another's. The
 request whose turn it is is never overtaken, so a long one cannot starve. Prompts are computed in
-chunks beside the running streams, at most `prefill_chunk` prompt tokens a step. Knows no torch.
+chunks: at most `prefill_chunk` prompt tokens a step, or `prefill_beside` in a step in which streams
+decode, so that a long prompt does not stall them. Knows no torch.
 """
 
 from __future__ import annotations
@@ -34,9 +35,10 @@ class Work(NamedTuple):
 class Scheduler:
     """The waiting and the running."""
 
-    def __init__(self, max_batch: int, prefill_chunk: int):
+    def __init__(self, max_batch: int, prefill_chunk: int, prefill_beside: int | None = None):
         self.max_batch = max_batch
         self.prefill_chunk = prefill_chunk
+        self.prefill_beside = min(prefill_beside or prefill_chunk, prefill_chunk)
         self.running: list[Stream] = []
         self._waiting: OrderedDict[str, deque[Stream]] = OrderedDict()
 
@@ -82,7 +84,7 @@ class Scheduler:
     def plan(self) -> list[Work]:
         """Return the next step's work: a token of each stream, then prompts by admission."""
         works = [Work(s, s.num_computed, 1) for s in self.running if not s.in_prompt]
-        budget = self.prefill_chunk
+        budget = self.prefill_beside if works else self.prefill_chunk
         for stream in self.running:
             if stream.in_prompt and budget:
                 left = len(stream.request.prompt_ids) - stream.num_computed

@@ -27,6 +27,8 @@ class Stream:
     Attributes:
         num_computed: Tokens whose keys and values are in the cache.
         finish_reason: Set once; no delta follows.
+        prefix_keys: Names of the prompt's prefixes, once the prefix cache has made them.
+        prefix_version: The state of the prefix cache that was searched last.
     """
 
     request: GenerationRequest
@@ -39,6 +41,8 @@ class Stream:
     counts: Counter[int] = field(default_factory=Counter)
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])
     finish_reason: str | None = None
+    prefix_keys: list[bytes] | None = None
+    prefix_version: int = -1
 
     def __post_init__(self) -> None:
         params, prompt = self.request.params, self.request.prompt_ids

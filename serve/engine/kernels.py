@@ -1,0 +1,307 @@
+"""The engine's own machine code for CPUs, from `kernels.c`: compiled once, kept, called by ctypes.
+
+The C compiler of the machine builds it in a second or two, for this very processor; where there is
+none, `library()` is None and the engine computes with torch alone, with the same results. OpenMP is
+torch's own copy, so both share one set of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+SOURCE = Path(__file__).with_name("kernels.c")
+COMPILERS = ("cc", "gcc", "clang")
+FLAGS = (
+    *("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
+    *("-std=gnu11", "-shared", "-fPIC", "-fopenmp"),
+)
+COMPILE_TIMEOUT_S = 120
+MAX_SIBLINGS = 8
+LANES = 16
+BLOCK = 32  # inputs that share a scale
+F32, BF16, Q8 = range(3)
+
+log = logging.getLogger(__name__)
+
+
+class ProductStruct(ctypes.Structure):
+    """`Product` of kernels.c."""
+
+    _fields_ = (
+        ("weight", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("K", ctypes.c_int64),
+        ("N", ctypes.c_int64),
+        ("format", ctypes.c_int32),
+        ("siblings", ctypes.c_int32),
+        ("a", ctypes.c_void_p),
+        ("b", ctypes.c_void_p * MAX_SIBLINGS),
+        ("size", ctypes.c_int64 * MAX_SIBLINGS),
+    )
+
+
+class AdaptersStruct(ctypes.Structure):
+    """`Adapters` of kernels.c."""
+
+    _fields_ = (
+        ("num_tokens", ctypes.c_int64),
+        ("first", ctypes.c_void_p),
+        ("count", ctypes.c_void_p),
+        ("rows", ctypes.c_void_p),
+        ("most", ctypes.c_int32),
+    )
+
+
+class AdapterPlan:
+    """Which rows of the stacked factors every token has, for the kernels.
+
+    Args:
+        first: Where each token's rows begin in `rows`.
+        number: How many it has; 0 for the base.
+    """
+
+    def __init__(self, first: list[int], number: list[int], rows: list[int]):
+        self._kept = [torch.tensor(part, dtype=torch.int32) for part in (first, number, rows)]
+        self._struct = AdaptersStruct(
+            len(first), *(part.data_ptr() for part in self._kept), max(number, default=0)
+        )
+        self.address = ctypes.addressof(self._struct)
+
+
+class Product:
+    """x [M, K] times a weight [N, K], transposed, by the kernels."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
+        self.packed = Packed(weight)
+        self._bias = bias
+        scale = self.packed.scale
+        self.struct = ProductStruct(
+            weight=self.packed.weight.data_ptr(),
+            scale=None if scale is None else scale.data_ptr(),
+            bias=None if bias is None else bias.data_ptr(),
+            K=self.packed.num_inputs,
+            N=self.packed.num_outputs,
+            format=self.packed.format,
+        )
+        self._address = ctypes.addressof(self.struct)
+        self._multiply = library().multiply
+        self._threads = torch.get_num_threads()
+
+    def __call__(self, x: torch.Tensor, plan: AdapterPlan | None) -> torch.Tensor:
+        """Return [M, N], the tokens' adapters added."""
+        x = x.contiguous()
+        y = x.new_empty(len(x), self.packed.num_outputs)
+        if len(x) and self._multiply(
+            self._address,
+            None if plan is None else plan.address,
+            x.data_ptr(),
+            len(x),
+            y.data_ptr(),
+            self._threads,
+        ):
+            raise MemoryError("no memory for the scratch space of a matrix product")
+        return y
+
+
+def rms_norm(
+    weight: torch.Tensor, offset: float, eps: float
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return x -> x / sqrt(mean(x^2) + eps) * (weight + offset), over the last dimension."""
+    run, width, address = library().rms_norm, len(weight), weight.data_ptr()
+
+    def norm(x: torch.Tensor) -> torch.Tensor:
+        x = x.contiguous()
+        y = torch.empty_like(x)
+        run(x.data_ptr(), address, offset, eps, x.numel() // width, width, y.data_ptr())
+        return y
+
+    return norm
+
+
+def attend(
+    query_NED: torch.Tensor,
+    keys_THD: torch.Tensor,
+    values_THV: torch.Tensor,
+    first_N: torch.Tensor,
+    length_N: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Return [N, E, V]: each query over tokens `first` to `first + length` of the arena.
+
+    Args:
+        first_N, length_N: int64.
+    """
+    query = query_NED.contiguous()
+    (_, heads, width), value_width = keys_THD.shape, values_THV.shape[2]
+    out = query.new_empty(*query.shape[:2], value_width)
+    failed = library().attend(
+        *(query.data_ptr(), keys_THD.data_ptr(), values_THV.data_ptr()),
+        *(first_N.data_ptr(), length_N.data_ptr()),
+        *(len(query), query.shape[1], heads, width, value_width),
+        *(scale, softcap or 0.0, out.data_ptr(), torch.get_num_threads()),
+    )
+    if failed:
+        raise MemoryError("no memory for the scores of attention")
+    return out
+
+
+class Packed:
+    """A weight [N, K] in panels of 16 outputs, float32 or something smaller that equals it.
+
+    A weight whose numbers all are bfloat16's, or 8-bit integers by a scale and an offset for each
+    32 inputs (as those that come from GGUF's Q8_0, Q4_0 and Q4_1), is kept as such: it is read two
+    to four times faster, and nothing is lost.
+    """
+
+    def __init__(self, weight: torch.Tensor):
+        self.num_outputs, self.num_inputs = weight.shape
+        self.format = F32
+        self.scale: torch.Tensor | None = None
+        small = weight.to(torch.bfloat16)
+        if torch.equal(small.to(weight.dtype), weight):
+            self.format, self.weight = BF16, _panels(small.view(torch.int16))
+        elif (parts := _as_q8(weight)) is not None:
+            self.format, self.weight = Q8, _panels(parts[0])
+            scales = [_panels(part) for part in parts[1:]]
+            self.scale = torch.stack(scales, dim=2).contiguous()
+        else:
+            self.weight = _panels(weight)
+
+    def dense(self) -> torch.Tensor:
+        """Return the weight [N, K] in float32."""
+        if self.format == BF16:
+            return _from_panels(self.weight, self.num_outputs).view(torch.bfloat16).float()
+        plain = _from_panels(self.weight, self.num_outputs).float()
+        if self.scale is None:
+            return plain
+        scale, offset = (
+            _from_panels(part, self.num_outputs).repeat_interleave(BLOCK, 1)[:, : self.num_inputs]
+            for part in self.scale.unbind(2)
+        )
+        return plain * scale + offset
+
+
+@functools.cache
+def library() -> Any:
+    """Return the compiled functions, or None where they cannot be had; the log says why."""
+    compiler = next((path for name in COMPILERS if (path := shutil.which(name))), None)
+    if compiler is None:
+        log.info("no C compiler (%s): the engine computes with torch alone", ", ".join(COMPILERS))
+        return None
+    try:
+        loaded = ctypes.CDLL(str(_compiled(compiler)))
+    except (OSError, subprocess.SubprocessError) as error:
+        told = getattr(error, "stderr", None) or error
+        log.warning("the engine computes with torch alone: %s could not be built: %s", SOURCE, told)
+        return None
+    loaded.multiply.argtypes = (
+        *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p),
+        *(ctypes.c_int64, ctypes.c_void_p, ctypes.c_int),
+    )
+    loaded.attend.argtypes = (
+        *[ctypes.c_void_p] * 5,
+        *[ctypes.c_int64] * 5,
+        *(ctypes.c_float, ctypes.c_float, ctypes.c_void_p, ctypes.c_int),
+    )
+    loaded.rms_norm.argtypes = (
+        *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_float, ctypes.c_float),
+        *(ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p),
+    )
+    loaded.rms_norm.restype = None
+    return loaded
+
+
+def usable(like: torch.Tensor | nn.Module) -> bool:
+    """Tell whether the kernels compute for this tensor or model: float32 on a CPU."""
+    parameter = like if isinstance(like, torch.Tensor) else next(like.parameters())
+    fits = parameter.device.type == "cpu" and parameter.dtype == torch.float32
+    return fits and library() is not None
+
+
+def _compiled(compiler: str) -> Path:
+    """Return the shared library for this source, compiler and processor, built if need be."""
+    openmp = _torch_openmp()
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+    identity = repr((SOURCE.read_bytes(), version, FLAGS, openmp, _processor()))
+    name = f"kernels-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hone"
+    target = folder / name
+    if not target.exists():
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        handle, temporary = tempfile.mkstemp(dir=folder, prefix=name)
+        os.close(handle)
+        try:
+            subprocess.run(
+                [compiler, *FLAGS, "-o", temporary, str(SOURCE), *openmp, "-lm"],
+                check=True,
+                capture_output=True,
+                text=True,
+                timeout=COMPILE_TIMEOUT_S,
+            )
+            Path(temporary).replace(target)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+    return target
+
+
+def _torch_openmp() -> list[str]:
+    """Return torch's OpenMP as an argument of the linker, so that there is one set of threads."""
+    root = Path(torch.__file__).parent
+    found = sorted([*root.glob("lib/libgomp*"), *root.parent.glob("torch.libs/libgomp*")])
+    return [str(path) for path in found[:1]]
+
+
+def _processor() -> str:
+    """Return what decides which instructions `-march=native` means."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+def _panels(matrix: torch.Tensor) -> torch.Tensor:
+    """Turn [N, K] into [ceil(N / 16), K, 16], zeros at the end."""
+    padded = torch.nn.functional.pad(matrix, (0, 0, 0, -len(matrix) % LANES))
+    return padded.view(-1, LANES, matrix.shape[1]).transpose(1, 2).contiguous()
+
+
+def _from_panels(panels: torch.Tensor, num_outputs: int) -> torch.Tensor:
+    return panels.transpose(1, 2).reshape(-1, panels.shape[1])[:num_outputs]
+
+
+def _as_q8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """Return integers [N, K], scales and offsets [N, ceil(K / 32)] that give the weight, if any."""
+    num_outputs, num_inputs = weight.shape
+    if num_inputs % BLOCK:
+        return None
+    blocks = weight.view(num_outputs, -1, BLOCK)
+    lowest, highest = blocks.aminmax(dim=-1, keepdim=True)
+    largest = torch.maximum(-lowest, highest)
+    signed = torch.where(-lowest > highest, lowest, highest)  # Q4_0 maps the largest to -8
+    for scale, offset in (
+        (largest / 127, torch.zeros_like(lowest)),
+        (((highest - lowest) / 15).half().float(), lowest),
+        (signed / -8, torch.zeros_like(lowest)),
+    ):
+        whole = torch.where(scale != 0, (blocks - offset) / scale, 0).round().clamp(-127, 127)
+        if torch.equal(whole * scale + offset, blocks):
+            integers = whole.to(torch.int8).view(num_outputs, num_inputs)
+            return integers, scale.squeeze(-1), offset.squeeze(-1)
+    return None

@@ -1,0 +1,208 @@
+"""The model's matrix products as the engine wants them: fused, packed, and with adapters added.
+
+Linear modules that read the same tensor (query, key and value; gate and up) become one product over
+their weights side by side: the first that is called computes for all, the others hand out their
+part. On a CPU the weights are reordered once into the blocks that oneDNN multiplies by; the plain
+ones are let go meanwhile, so that a model takes no more memory than before. `close` gives the
+modules back as they were.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from serve.engine import kernels
+from serve.engine.lora import LoraBank, LoraStack, lora_sites, site_shape
+
+PACKED_ROWS = 16  # tokens that the blocks are laid out for; any number can be multiplied
+
+
+class Projections:
+    """All matrix products of a model, while an engine has it.
+
+    Args:
+        siblings: Names of the modules that read the same tensor, as `noting_siblings` finds them.
+    """
+
+    def __init__(self, model: PreTrainedModel, bank: LoraBank, siblings: Sequence[Sequence[str]]):
+        modules = lora_sites(model)
+        head = model.get_output_embeddings()
+        calls = Counter(name for group in siblings for name in group)
+        together = {
+            name: tuple(group)
+            for group in siblings
+            for name in group
+            # A module that several layers share stands alone.
+            if len(group) <= kernels.MAX_SIBLINGS and all(calls[name] == 1 for name in group)
+        }
+        self._replaced: list[_Linears | _Hooked] = []
+        for names in dict.fromkeys(together.get(name, (name,)) for name in modules):
+            members = [modules[name] for name in names]
+            first = members[0]
+            scale = float(getattr(first, "embed_scale", 1.0))  # Gemma scales its embeddings
+            shapes = [site_shape(member) for member in members]
+            stack = LoraStack(bank, names, shapes, first is head, scale)
+            bank.attach(stack)
+            if isinstance(first, nn.Linear):
+                # The head's may be the embedding's too, and adapters may bring it to compare.
+                self._replaced.append(_Linears(members, stack, keep_plain=first is head))
+            else:
+                self._replaced.append(_Hooked(first, stack))
+
+    def close(self) -> None:
+        """Give the modules back as they were."""
+        for replaced in self._replaced:
+            replaced.close()
+        self._replaced.clear()
+
+
+@contextmanager
+def noting_siblings(model: PreTrainedModel, found: list[list[str]]) -> Iterator[None]:
+    """Fill `found` with the linear modules that read the same tensor in the passes of a block."""
+    last: list[torch.Tensor] = []  # held, so that no other tensor takes its place
+    handles = []
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if not (last and args[0] is last[0]):
+                last[:] = [args[0]]
+                found.append([])
+            found[-1].append(name)
+
+        return hook
+
+    for name, module in lora_sites(model).items():
+        if isinstance(module, nn.Linear):
+            handles.append(module.register_forward_pre_hook(note(name)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Linears:
+    """One product for linear modules that read the same tensor."""
+
+    def __init__(self, modules: Sequence[Any], stack: LoraStack, keep_plain: bool):
+        self._modules = list(modules)
+        self._stack = stack
+        self._sizes = [module.out_features for module in modules]
+        self._input: torch.Tensor | None = None
+        self._outputs: Sequence[torch.Tensor] = ()
+        weights = [module.weight.data for module in modules]
+        self._weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+        bias = _side_by_side([module.bias for module in modules], self._sizes, self._weight)
+        self._product = _product(self._weight, bias)
+        if self._product.dense is not None and not keep_plain:
+            self._weight = self._weight.new_empty(0)
+        for module, part in zip(modules, self._parts(self._weight), strict=True):
+            module.weight.data = part
+        for index, module in enumerate(modules):
+            module.forward = self._forward_of(index)
+
+    def close(self) -> None:
+        if not len(self._weight) and self._product.dense is not None:
+            self._weight = self._product.dense()
+        for module, part in zip(self._modules, self._parts(self._weight), strict=True):
+            del module.forward
+            module.weight.data = part
+
+    def _parts(self, weight: torch.Tensor) -> Sequence[torch.Tensor]:
+        return weight.split(self._sizes) if len(weight) else [weight] * len(self._sizes)
+
+    def _forward_of(self, index: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            if x is not self._input:  # the first of the siblings, or alone
+                self._input, self._outputs = x, self._multiply(x).split(self._sizes, dim=-1)
+            output = self._outputs[index]
+            if index == len(self._sizes) - 1:
+                self._input, self._outputs = None, ()
+            return output
+
+        return forward
+
+    def _multiply(self, x: torch.Tensor) -> torch.Tensor:
+        output = self._product.run(x.reshape(-1, x.shape[-1]), self._stack)
+        return output.view(*x.shape[:-1], output.shape[-1])
+
+
+@dataclass(frozen=True, slots=True)
+class _Product:
+    """How a weight is multiplied.
+
+    Attributes:
+        run: From [M, K] to [M, N], adapters of the stack added.
+        dense: Returns the weight that was packed; None if the plain one is in use.
+    """
+
+    run: Callable[[torch.Tensor, LoraStack], torch.Tensor]
+    dense: Callable[[], torch.Tensor] | None = None
+
+
+def _product(weight: torch.Tensor, bias: torch.Tensor | None) -> _Product:
+    """Choose: our kernels for float32 on a CPU, oneDNN for bfloat16 there, torch elsewhere."""
+    if kernels.usable(weight):
+        product = kernels.Product(weight, bias)
+        return _Product(
+            lambda x, stack: product(x, stack.plan_for(product.struct)), product.packed.dense
+        )
+    if weight.device.type == "cpu" and _can_reorder(weight.dtype):
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
+
+        def multiply(x: torch.Tensor) -> torch.Tensor:
+            return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+        return _Product(_with_adapters(multiply), packed.to_dense)
+    return _Product(_with_adapters(lambda x: nn.functional.linear(x, weight, bias)))
+
+
+def _can_reorder(dtype: torch.dtype) -> bool:
+    return torch.backends.mkldnn.is_available() and dtype in (torch.float32, torch.bfloat16)
+
+
+def _with_adapters(
+    multiply: Callable[[torch.Tensor], torch.Tensor],
+) -> Callable[[torch.Tensor, LoraStack], torch.Tensor]:
+    def run(x: torch.Tensor, stack: LoraStack) -> torch.Tensor:
+        output = multiply(x)
+        stack.add(x, output)
+        return output
+
+    return run
+
+
+class _Hooked:
+    """A lookup table, or a module that is no nn.Linear: the adapters come after it."""
+
+    def __init__(self, module: nn.Module, stack: LoraStack):
+        self._stack = stack
+        lookup = isinstance(module, nn.Embedding)
+        self._handle = module.register_forward_hook(self._look_up if lookup else self._multiply)
+
+    def close(self) -> None:
+        self._handle.remove()
+
+    def _look_up(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+        self._stack.add_lookup(args[0].flatten(), output.view(-1, output.shape[-1]))
+
+    def _multiply(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+        x = args[0].reshape(-1, args[0].shape[-1])
+        self._stack.add(x, output.view(-1, output.shape[-1]))
+
+
+def _side_by_side(
+    biases: Sequence[torch.Tensor | None], sizes: Sequence[int], like: torch.Tensor
+) -> torch.Tensor | None:
+    if all(bias is None for bias in biases):
+        return None
+    pairs = zip(biases, sizes, strict=True)
+    return torch.cat([like.new_zeros(n) if bias is None else bias.data for bias, n in pairs])
