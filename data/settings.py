@@ -76,6 +76,9 @@ class Settings(StrictModel):
     kv_cache_mb: int = Field(1024, ge=1, description="Memory budget of the KV cache, MiB.")
     queue_size: int = Field(256, ge=1, description="Waiting requests before 503 is answered.")
     max_resident_adapters: int = Field(64, ge=1, description="Adapters kept in memory.")
+    max_lora_rows: int = Field(
+        256, ge=1, description="Ranks of all adapters of a step together; also the largest rank."
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads of the engine.")
     max_upload_mb: int = Field(512, ge=1, description="Largest uploaded file, MiB.")
     min_examples: int = Field(10, ge=1, description="Fewest training examples that a job accepts.")

@@ -105,5 +105,6 @@ def _open_engine(
         kv_budget_bytes=settings.kv_cache_mb * MIB,
         queue_size=settings.queue_size,
         max_resident_adapters=settings.max_resident_adapters,
+        max_lora_rows=settings.max_lora_rows,
     )
     return LocalEngine(model, tokenizer, config, fingerprint).start(), tokenizer
