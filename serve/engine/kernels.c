@@ -6,15 +6,26 @@
  * offset for each column and 32 inputs ([panels][K/32][2][16]); they become float32 on the way to
  * the registers.
  *
- * GCC's and Clang's vector extensions keep this free of any one instruction set.
+ * GCC's and Clang's vector extensions keep this free of any one instruction set. The threads are
+ * ours: OpenMP's stop spinning between two products as soon as two Python threads have used it.
  */
 #include <math.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 #define LANES 16
 #define BLOCK 32 /* inputs that share a scale */
+#define FEW 16   /* rows that one tile takes; more go in tiles of TALL by WIDE panels */
+#define TALL 8
+#define WIDE 3
 #define MAX_SIBLINGS 8
 #define INLINE static inline __attribute__((always_inline))
 
@@ -47,6 +58,115 @@ typedef struct {
     int32_t most; /* the largest count */
 } Adapters;
 
+/* ---- threads ---- */
+
+#define MOST_THREADS 256
+#define SMALL 100000 /* multiplications that are done before another thread is told of them */
+#define SPINS 60000 /* about a millisecond: the next product of a step comes sooner */
+
+typedef void (*Task)(void *work, int part, int parts);
+
+static struct {
+    pthread_mutex_t turn; /* held by the caller whose job runs */
+    pthread_mutex_t bed;
+    pthread_cond_t wake;
+    atomic_ulong job;   /* how many jobs began */
+    atomic_int pending; /* workers that have not acknowledged the last one */
+    atomic_int arrived; /* parts that wait in `meet` */
+    atomic_ulong met;   /* how often all did */
+    int sleepers, workers, parts;
+    pid_t process;
+    Task task;
+    void *work;
+} pool = {.turn = PTHREAD_MUTEX_INITIALIZER,
+          .bed = PTHREAD_MUTEX_INITIALIZER,
+          .wake = PTHREAD_COND_INITIALIZER};
+
+INLINE void relax(unsigned spins) {
+    if (spins % 4096 == 4095) sched_yield(); /* who is awaited may want this very core */
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#endif
+}
+
+static void *worker(void *number) {
+    const int part = (int)(intptr_t)number;
+    unsigned long seen = atomic_load(&pool.job) - 1; /* it was started for the job at hand */
+    for (;;) {
+        unsigned spins = 0;
+        while (atomic_load_explicit(&pool.job, memory_order_acquire) == seen) {
+            if (++spins < SPINS) {
+                relax(spins);
+                continue;
+            }
+            pthread_mutex_lock(&pool.bed);
+            pool.sleepers++;
+            while (atomic_load(&pool.job) == seen) pthread_cond_wait(&pool.wake, &pool.bed);
+            pool.sleepers--;
+            pthread_mutex_unlock(&pool.bed);
+        }
+        seen++;
+        if (part < pool.parts) pool.task(pool.work, part, pool.parts);
+        atomic_fetch_sub_explicit(&pool.pending, 1, memory_order_release);
+    }
+    return NULL;
+}
+
+/* Run a task in so many parts at once, or in one where the threads are another caller's. */
+static void share(Task task, void *work, int threads) {
+    if (threads > MOST_THREADS) threads = MOST_THREADS;
+    if (threads < 2 || pthread_mutex_trylock(&pool.turn)) {
+        task(work, 0, 1);
+        return;
+    }
+    if (pool.process != getpid()) pool.process = getpid(), pool.workers = 0; /* after a fork */
+    int fresh = pool.workers;
+    while (fresh < threads - 1) fresh++;
+    pool.task = task, pool.work = work, pool.parts = threads;
+    atomic_store(&pool.pending, pool.workers);
+    atomic_fetch_add_explicit(&pool.job, 1, memory_order_release);
+    for (; pool.workers < fresh; pool.workers++) {
+        pthread_t thread;
+        atomic_fetch_add(&pool.pending, 1);
+        if (pthread_create(&thread, NULL, worker, (void *)(intptr_t)(pool.workers + 1))) {
+            abort(); /* a part that nobody does would be waited for without end */
+        }
+        pthread_detach(thread);
+    }
+    pthread_mutex_lock(&pool.bed);
+    if (pool.sleepers) pthread_cond_broadcast(&pool.wake);
+    pthread_mutex_unlock(&pool.bed);
+    task(work, 0, threads);
+    for (unsigned spins = 0; atomic_load_explicit(&pool.pending, memory_order_acquire); spins++)
+        relax(spins);
+    pthread_mutex_unlock(&pool.turn);
+}
+
+/* Wait, within a task, until all its parts are here. */
+static void meet(int parts) {
+    if (parts == 1) return;
+    unsigned long before = atomic_load(&pool.met);
+    if (atomic_fetch_add(&pool.arrived, 1) == parts - 1) {
+        atomic_store(&pool.arrived, 0);
+        atomic_fetch_add_explicit(&pool.met, 1, memory_order_release);
+    } else {
+        for (unsigned spins = 0; atomic_load_explicit(&pool.met, memory_order_acquire) == before; spins++)
+            relax(spins);
+    }
+}
+
+/* Hand out [0, total) in pieces, so that a part that is held up is not waited for by all. */
+INLINE int take(atomic_long *next, int64_t piece, int64_t total, int64_t *from, int64_t *to) {
+    *from = atomic_fetch_add_explicit(next, piece, memory_order_relaxed);
+    *to = *from + piece < total ? *from + piece : total;
+    return *from < total;
+}
+
+INLINE int64_t piece_of(int64_t total, int parts) {
+    int64_t piece = total / (parts * 8);
+    return piece ? piece : 1;
+}
+
 /* Scratch memory of a thread, grown on demand and kept. */
 static float *scratch(int which, size_t floats) {
     static __thread float *memory[3];
@@ -76,7 +196,12 @@ INLINE vec load(const char *weight, int format, int64_t index, Scale scale) {
         words wide = __builtin_convertvector(((const halves *)weight)[index], words);
         return (vec)(wide << 16);
     }
-    vec whole = __builtin_convertvector(((const bytes *)weight)[index], vec);
+#ifdef __AVX512F__ /* GCC makes scalar code of the portable form */
+    ints wide = (ints)_mm512_cvtepi8_epi32(*(const __m128i_u *)(weight + index * LANES));
+#else
+    ints wide = __builtin_convertvector(((const bytes *)weight)[index], ints);
+#endif
+    vec whole = __builtin_convertvector(wide, vec);
     return whole * scale.factor + scale.offset;
 }
 
@@ -117,13 +242,13 @@ INLINE void store(const vec *acc, int tall, int panels, int64_t rows, int64_t co
     }
 }
 
-#define RUN(TALL, PANELS)                                                                         \
+#define RUN(HEIGHT, PANELS)                                                                       \
     do {                                                                                          \
-        vec acc[TALL * PANELS];                                                                   \
-        if (format == F32) tile(xt, TALL, PANELS, F32, weight, scale, K, acc);                    \
-        else if (format == BF16) tile(xt, TALL, PANELS, BF16, weight, scale, K, acc);             \
-        else tile(xt, TALL, PANELS, Q8, weight, scale, K, acc);                                   \
-        store(acc, TALL, PANELS, rows, column, N, bias, y);                                       \
+        vec acc[HEIGHT * PANELS];                                                                 \
+        if (format == F32) tile(xt, HEIGHT, PANELS, F32, weight, scale, K, acc);                  \
+        else if (format == BF16) tile(xt, HEIGHT, PANELS, BF16, weight, scale, K, acc);           \
+        else tile(xt, HEIGHT, PANELS, Q8, weight, scale, K, acc);                                 \
+        store(acc, HEIGHT, PANELS, rows, column, N, bias, y);                                     \
     } while (0)
 
 /* Panels that one call of `multiply_tile` takes at a height: always 8 to 16 sums in registers. */
@@ -132,7 +257,8 @@ INLINE int together(int tall) { return tall == 1 ? 8 : tall == 4 ? 4 : tall == 8
 static void multiply_tile(const float *xt, int tall, int panels, int format, const char *weight,
                           const float *scale, int64_t K, int64_t rows, int64_t column, int64_t N,
                           const float *bias, float *y) {
-    if (tall == 1 && panels == 8) RUN(1, 8);
+    if (tall == TALL && panels == WIDE) RUN(TALL, WIDE);
+    else if (tall == 1 && panels == 8) RUN(1, 8);
     else if (tall == 4 && panels == 4) RUN(4, 4);
     else if (tall == 8 && panels == 2) RUN(8, 2);
     else if (tall == 16) RUN(16, 1);
@@ -146,6 +272,15 @@ static void multiply_tile(const float *xt, int tall, int panels, int format, con
     }
 }
 
+INLINE float sum_of(vec v) {
+    typedef float half __attribute__((vector_size(32)));
+    typedef float quarter __attribute__((vector_size(16)));
+    union { vec whole; half part[2]; } a = {.whole = v};
+    union { half whole; quarter part[2]; } b = {.whole = a.part[0] + a.part[1]};
+    quarter c = b.part[0] + b.part[1];
+    return (c[0] + c[1]) + (c[2] + c[3]);
+}
+
 INLINE float dot(const float *x, const float *w, int64_t K) {
     vec s0 = {0}, s1 = {0};
     int64_t k = 0;
@@ -154,8 +289,7 @@ INLINE float dot(const float *x, const float *w, int64_t K) {
         s1 += *(const vec *)(x + k + LANES) * *(const vec *)(w + k + LANES);
     }
     s0 += s1;
-    float sum = 0;
-    for (int i = 0; i < LANES; i++) sum += s0[i];
+    float sum = sum_of(s0);
     for (; k < K; k++) sum += x[k] * w[k];
     return sum;
 }
@@ -166,80 +300,128 @@ INLINE void axpy(float a, const float *x, float *y, int64_t n) {
     for (; i < n; i++) y[i] += a * x[i];
 }
 
-/* Add every token's own adapter. Runs inside a parallel region; `products` is shared. */
-static void add_adapters(const Product *P, const Adapters *A, const float *x, float *y,
-                         float *products) {
-    int64_t S = P->siblings, items = A->num_tokens * S;
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < items; i++) {
-        int64_t n = i / S, s = i % S;
-        for (int32_t j = 0; j < A->count[n]; j++) {
-            int64_t row = A->rows[A->first[n] + j];
-            products[i * A->most + j] = dot(x + n * P->K, P->a + (row * S + s) * P->K, P->K);
+typedef struct {
+    const Product *P;
+    const Adapters *A; /* NULL where no token has one */
+    const float *x;
+    int64_t M;
+    float *y, *xt, *products;
+    int few, tall, group, unpacks;
+    int64_t tiles, panels, groups;
+    atomic_long next[4];
+    atomic_int failed;
+} Multiplication;
+
+/* x as [tiles][K][tall], zeros below the last row, so that a tile reads one line an input. */
+static void transpose_rows(Multiplication *w, int parts) {
+    const int64_t K = w->P->K, tall = w->tall, strips = (K + 63) / 64, total = w->tiles * strips;
+    int64_t from, to;
+    while (take(&w->next[0], piece_of(total, parts), total, &from, &to))
+        for (int64_t i = from; i < to; i++) {
+            int64_t t = i / strips, k0 = i % strips * 64, stop = k0 + 64 < K ? k0 + 64 : K;
+            for (int64_t m = 0; m < tall; m++) {
+                const float *row = w->x + (t * tall + m) * K;
+                float *column = w->xt + t * tall * K + m;
+                int inside = t * tall + m < w->M;
+                for (int64_t k = k0; k < stop; k++) column[k * tall] = inside ? row[k] : 0;
+            }
         }
+}
+
+static void multiply_group(Multiplication *w, int64_t g, float *plain) {
+    const Product *P = w->P;
+    const int64_t K = P->K, panel = g * w->group, left = w->panels - panel;
+    const int some = left < w->group ? (int)left : w->group;
+    const char *weight = (const char *)P->weight + panel * K * width(P->format);
+    const float *scale = P->scale ? P->scale + panel * blocks_of(K) * 2 * LANES : NULL;
+    int format = P->format;
+    if (plain) { /* unpacked once for all tiles */
+        for (int64_t p = 0; p < some; p++)
+            for (int64_t k = 0; k < K; k++) {
+                Scale at = scale_at(scale, format, p * blocks_of(K) + k / BLOCK);
+                ((vec *)plain)[p * K + k] = load(weight, format, p * K + k, at);
+            }
+        weight = (const char *)plain, format = F32;
     }
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < items; i++) {
-        int64_t n = i / S, s = i % S, start = 0;
-        for (int64_t t = 0; t < s; t++) start += P->size[t];
-        for (int32_t j = 0; j < A->count[n]; j++) {
-            int64_t row = A->rows[A->first[n] + j];
-            axpy(products[i * A->most + j], P->b[s] + row * P->size[s], y + n * P->N + start,
-                 P->size[s]);
+    for (int64_t t = 0; t < w->tiles; t++) {
+        int64_t rows = w->M - t * w->tall < w->tall ? w->M - t * w->tall : w->tall;
+        multiply_tile(w->xt + t * w->tall * K, w->tall, some, format, weight, scale, K, rows,
+                      panel * LANES, P->N, P->bias, w->y + t * w->tall * P->N);
+    }
+}
+
+/* products[token][sibling][row of the token's adapter] = A x */
+static void multiply_a(Multiplication *w, int parts) {
+    const Product *P = w->P;
+    const Adapters *A = w->A;
+    const int64_t S = P->siblings, total = A->num_tokens * S;
+    int64_t from, to;
+    while (take(&w->next[2], piece_of(total, parts), total, &from, &to))
+        for (int64_t i = from; i < to; i++) {
+            const int64_t n = i / S, s = i % S;
+            for (int32_t j = 0; j < A->count[n]; j++) {
+                int64_t row = A->rows[A->first[n] + j];
+                w->products[i * A->most + j] =
+                    dot(w->x + n * P->K, P->a + (row * S + s) * P->K, P->K);
+            }
         }
+}
+
+/* y += B' products */
+static void add_b(Multiplication *w, int parts) {
+    const Product *P = w->P;
+    const Adapters *A = w->A;
+    const int64_t S = P->siblings, total = A->num_tokens * S;
+    int64_t from, to;
+    while (take(&w->next[3], piece_of(total, parts), total, &from, &to))
+        for (int64_t i = from; i < to; i++) {
+            const int64_t n = i / S, s = i % S;
+            float *y = w->y + n * P->N;
+            for (int64_t t = 0; t < s; t++) y += P->size[t];
+            for (int32_t j = 0; j < A->count[n]; j++) {
+                int64_t row = A->rows[A->first[n] + j];
+                axpy(w->products[i * A->most + j], P->b[s] + row * P->size[s], y, P->size[s]);
+            }
+        }
+}
+
+static void multiply_part(void *work, int part, int parts) {
+    Multiplication *w = work;
+    (void)part;
+    if (w->M > 1) {
+        transpose_rows(w, parts);
+        if (w->A) multiply_a(w, parts);
+        meet(parts);
+    } else if (w->A) {
+        multiply_a(w, parts);
+    }
+    float *plain = w->unpacks ? scratch(2, WIDE * w->P->K * LANES) : NULL;
+    if (w->unpacks && !plain) atomic_store(&w->failed, 1);
+    int64_t from, to;
+    while (take(&w->next[1], piece_of(w->groups, parts), w->groups, &from, &to))
+        for (int64_t g = from; g < to && !(w->unpacks && !plain); g++) multiply_group(w, g, plain);
+    if (w->A) {
+        meet(parts);
+        add_b(w, parts);
     }
 }
 
 /* y [M, N] = x [M, K] * weight' + bias + adapters. Returns 0, or 1 where memory ran out. */
 int multiply(const Product *P, const Adapters *A, const float *x, int64_t M, float *y, int threads) {
-    const int64_t K = P->K, N = P->N, panels = (N + LANES - 1) / LANES;
-    const int last = M % 16 == 0 ? 16 : M % 16 == 1 ? 1 : M % 16 <= 4 ? 4 : M % 16 <= 8 ? 8 : 16;
-    const int64_t tiles = (M + 15) / 16, step = K * width(P->format);
-    const int64_t steps = P->format == Q8 ? blocks_of(K) * 2 * LANES : 0;
-    const int group = tiles == 1 ? together(last) : 1;
-    const int64_t groups = (panels + group - 1) / group;
-    float *xt = M == 1 ? (float *)x : scratch(0, tiles * 16 * K);
-    float *products = A && P->siblings ? scratch(1, A->num_tokens * P->siblings * A->most) : NULL;
-    if (!xt || (A && P->siblings && A->most && !products)) return 1;
-    int failed = 0;
-#pragma omp parallel num_threads(threads)
-    {
-        if (M > 1) {
-#pragma omp for schedule(static) collapse(2)
-            for (int64_t t = 0; t < tiles; t++)
-                for (int64_t k0 = 0; k0 < K; k0 += 64) {
-                    int64_t tall = t == tiles - 1 ? last : 16, stop = k0 + 64 < K ? k0 + 64 : K;
-                    for (int64_t m = 0; m < tall; m++) {
-                        const float *row = x + (t * 16 + m) * K;
-                        float *to = xt + t * 16 * K + m;
-                        int inside = t * 16 + m < M;
-                        for (int64_t k = k0; k < stop; k++) to[k * tall] = inside ? row[k] : 0;
-                    }
-                }
-        }
-        float *plain = tiles > 1 && P->format != F32 ? scratch(2, K * LANES) : NULL;
-        if (tiles > 1 && P->format != F32 && !plain) failed = 1;
-#pragma omp for schedule(static)
-        for (int64_t g = 0; g < groups; g++) {
-            if (failed) continue;
-            int64_t panel = g * group, some = panels - panel < group ? panels - panel : group;
-            const char *weight = (const char *)P->weight + panel * step;
-            const float *scale = P->scale ? P->scale + panel * steps : NULL;
-            int format = P->format;
-            if (plain) { /* many rows: unpack the panel once */
-                for (int64_t k = 0; k < K; k++)
-                    ((vec *)plain)[k] = load(weight, format, k, scale_at(scale, format, k / BLOCK));
-                weight = (const char *)plain, format = F32;
-            }
-            for (int64_t t = 0; t < tiles; t++) {
-                int64_t rows = M - t * 16 < 16 ? M - t * 16 : 16;
-                multiply_tile(xt + t * 16 * K, t == tiles - 1 ? last : 16, some, format, weight,
-                              scale, K, rows, panel * LANES, N, P->bias, y + t * 16 * N);
-            }
-        }
-        if (products) add_adapters(P, A, x, y, products);
-    }
-    return failed;
+    Multiplication w = {.P = P, .x = x, .M = M, .y = y};
+    w.few = M <= FEW;
+    w.tall = !w.few ? TALL : M == 1 ? 1 : M <= 4 ? 4 : M <= 8 ? 8 : 16;
+    w.group = w.few ? together(w.tall) : WIDE;
+    w.panels = (P->N + LANES - 1) / LANES;
+    w.groups = (w.panels + w.group - 1) / w.group;
+    w.tiles = (M + w.tall - 1) / w.tall;
+    w.unpacks = !w.few && P->format != F32;
+    w.A = A && P->siblings && A->most ? A : NULL;
+    w.xt = M == 1 ? (float *)x : scratch(0, w.tiles * w.tall * P->K);
+    w.products = w.A ? scratch(1, A->num_tokens * P->siblings * A->most) : NULL;
+    if (!w.xt || (w.A && !w.products)) return 1;
+    share(multiply_part, &w, threads);
+    return atomic_load(&w.failed);
 }
 
 /* e^x for x <= 0, to 2 units in the last place (Cephes' expf); NaN stays NaN. */
@@ -259,47 +441,69 @@ INLINE vec exp_negative(vec x) {
     return y * (vec)((n + 127) << 23);
 }
 
+typedef struct {
+    const float *query, *keys, *values;
+    const int64_t *first, *length;
+    int64_t n, E, H, D, V;
+    float scale, softcap, *out;
+    atomic_long next;
+    atomic_int failed;
+} Attention;
+
+static void softmax(float *s, int64_t L, float softcap) {
+    float top = -INFINITY, sum = 0;
+    int64_t l = 0;
+    if (softcap > 0)
+        for (; l < L; l++) s[l] = tanhf(s[l] / softcap) * softcap;
+    for (l = 0; l < L; l++) top = s[l] > top || s[l] != s[l] ? s[l] : top;
+    for (l = 0; l + LANES <= L; l += LANES)
+        *(vec *)(s + l) = exp_negative(*(const vec *)(s + l) - top);
+    for (; l < L; l++) s[l] = expf(s[l] - top);
+    for (l = 0; l < L; l++) sum += s[l];
+    for (l = 0; l < L; l++) s[l] /= sum;
+}
+
+/* The queries of key heads h to h + heads of sequence i; keys are read in the order they lie in. */
+static void attend_heads(const Attention *w, int64_t i, int64_t h, int64_t heads, float *scores) {
+    const int64_t G = w->E / w->H, L = w->length[i], D = w->D, V = w->V, queries = heads * G;
+    const float *q = w->query + (i * w->E + h * G) * D;
+    const float *keys = w->keys + (w->first[i] * w->H + h) * D;
+    const float *values = w->values + (w->first[i] * w->H + h) * V;
+    float *out = w->out + (i * w->E + h * G) * V;
+    for (int64_t l = 0; l < L; l++)
+        for (int64_t e = 0; e < queries; e++)
+            scores[e * L + l] = dot(q + e * D, keys + (l * w->H + e / G) * D, D) * w->scale;
+    for (int64_t e = 0; e < queries; e++) softmax(scores + e * L, L, w->softcap);
+    memset(out, 0, queries * V * sizeof(float));
+    for (int64_t l = 0; l < L; l++)
+        for (int64_t e = 0; e < queries; e++)
+            axpy(scores[e * L + l], values + (l * w->H + e / G) * V, out + e * V, V);
+}
+
+static void attend_part(void *work, int part, int parts) {
+    Attention *w = work;
+    (void)part;
+    const int64_t heads = w->n >= 4 * parts ? w->H : 1, each = w->H / heads;
+    int64_t from, to;
+    while (take(&w->next, 1, w->n * each, &from, &to)) {
+        float *scores = scratch(2, w->E / w->H * heads * w->length[from / each]);
+        if (scores) attend_heads(w, from / each, from % each * heads, heads, scores);
+        else atomic_store(&w->failed, 1);
+    }
+}
+
 /* out [n, E, V]: one query a sequence over its keys and values in the arena [T, H, D], [T, H, V].
  * Sequence i sees tokens first[i] to first[i] + length[i] - 1. Returns 0, or 1 without memory. */
 int attend(const float *query, const float *keys, const float *values, const int64_t *first,
            const int64_t *length, int64_t n, int64_t E, int64_t H, int64_t D, int64_t V,
            float scale, float softcap, float *out, int threads) {
-    const int64_t G = E / H;
-    int failed = 0;
-#pragma omp parallel for num_threads(threads) schedule(static) collapse(2)
-    for (int64_t i = 0; i < n; i++)
-        for (int64_t h = 0; h < H; h++) {
-            const int64_t L = length[i];
-            float *scores = scratch(2, G * L);
-            if (!scores) {
-                failed = 1;
-                continue;
-            }
-            const float *q = query + (i * E + h * G) * D;
-            for (int64_t l = 0; l < L; l++) {
-                const float *key = keys + ((first[i] + l) * H + h) * D;
-                for (int64_t g = 0; g < G; g++) scores[g * L + l] = dot(q + g * D, key, D) * scale;
-            }
-            for (int64_t g = 0; g < G; g++) {
-                float *s = scores + g * L, top = -INFINITY, sum = 0;
-                if (softcap > 0)
-                    for (int64_t l = 0; l < L; l++) s[l] = tanhf(s[l] / softcap) * softcap;
-                for (int64_t l = 0; l < L; l++) top = s[l] > top || s[l] != s[l] ? s[l] : top;
-                int64_t l = 0;
-                for (; l + LANES <= L; l += LANES)
-                    *(vec *)(s + l) = exp_negative(*(const vec *)(s + l) - top);
-                for (; l < L; l++) s[l] = expf(s[l] - top);
-                for (l = 0; l < L; l++) sum += s[l];
-                for (int64_t l = 0; l < L; l++) s[l] /= sum;
-                memset(out + (i * E + h * G + g) * V, 0, V * sizeof(float));
-            }
-            for (int64_t l = 0; l < L; l++) {
-                const float *value = values + ((first[i] + l) * H + h) * V;
-                for (int64_t g = 0; g < G; g++)
-                    axpy(scores[g * L + l], value, out + (i * E + h * G + g) * V, V);
-            }
-        }
-    return failed;
+    Attention w = {.query = query, .keys = keys, .values = values, .first = first, .length = length,
+                   .n = n, .E = E, .H = H, .D = D, .V = V, .scale = scale, .softcap = softcap,
+                   .out = out};
+    int64_t keys_seen = 0;
+    for (int64_t i = 0; i < n; i++) keys_seen += length[i];
+    share(attend_part, &w, keys_seen * E * D < SMALL ? 1 : threads);
+    return atomic_load(&w.failed);
 }
 
 /* y [M, K] = x / sqrt(mean(x^2) + eps) * (weight + offset) */

@@ -1,8 +1,7 @@
 """The engine's own machine code for CPUs, from `kernels.c`: compiled once, kept, called by ctypes.
 
 The C compiler of the machine builds it in a second or two, for this very processor; where there is
-none, `library()` is None and the engine computes with torch alone, with the same results. OpenMP is
-torch's own copy, so both share one set of threads.
+none, `library()` is None and the engine computes with torch alone, with the same results.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ SOURCE = Path(__file__).with_name("kernels.c")
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = (
     *("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
-    *("-std=gnu11", "-shared", "-fPIC", "-fopenmp"),
+    *("-std=gnu11", "-shared", "-fPIC", "-pthread"),
 )
 COMPILE_TIMEOUT_S = 120
 MAX_SIBLINGS = 8
@@ -236,9 +235,8 @@ def usable(like: torch.Tensor | nn.Module) -> bool:
 
 def _compiled(compiler: str) -> Path:
     """Return the shared library for this source, compiler and processor, built if need be."""
-    openmp = _torch_openmp()
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-    identity = repr((SOURCE.read_bytes(), version, FLAGS, openmp, _processor()))
+    identity = repr((SOURCE.read_bytes(), version, FLAGS, _processor()))
     name = f"kernels-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hone"
     target = folder / name
@@ -248,7 +246,7 @@ def _compiled(compiler: str) -> Path:
         os.close(handle)
         try:
             subprocess.run(
-                [compiler, *FLAGS, "-o", temporary, str(SOURCE), *openmp, "-lm"],
+                [compiler, *FLAGS, "-o", temporary, str(SOURCE), "-lm"],
                 check=True,
                 capture_output=True,
                 text=True,
@@ -258,13 +256,6 @@ def _compiled(compiler: str) -> Path:
         finally:
             Path(temporary).unlink(missing_ok=True)
     return target
-
-
-def _torch_openmp() -> list[str]:
-    """Return torch's OpenMP as an argument of the linker, so that there is one set of threads."""
-    root = Path(torch.__file__).parent
-    found = sorted([*root.glob("lib/libgomp*"), *root.parent.glob("torch.libs/libgomp*")])
-    return [str(path) for path in found[:1]]
 
 
 def _processor() -> str:
