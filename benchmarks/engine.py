@@ -274,7 +274,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, help="folder of fetched bases; default: HOME/models")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--threads", type=int, default=psutil.cpu_count(logical=False))
-    parser.add_argument("--prefill-chunk", type=int, default=EngineConfig.prefill_chunk)
+    parser.add_argument("--prefill-beside", type=int, default=EngineConfig().prefill_beside)
     parser.add_argument(
         "--save-base-and-adapters", type=Path, metavar="FOLDER", help="for the peers to read"
     )
@@ -285,7 +285,7 @@ def main() -> None:
     spec = base_model.find_spec(settings.model)
     folder = base_model.fetch(spec, arguments.models or settings.models_dir)
     model, tokenizer = base_model.load(folder, arguments.dtype, "cpu")
-    config = EngineConfig(kv_budget_bytes=768 * MIB, prefill_chunk=arguments.prefill_chunk)
+    config = EngineConfig(kv_budget_bytes=768 * MIB, prefill_beside=arguments.prefill_beside)
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         scratch = arguments.save_base_and_adapters or Path(name)

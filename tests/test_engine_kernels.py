@@ -136,7 +136,7 @@ def test_attention_over_windows_of_the_arena() -> None:
     first, length = torch.tensor([0, 70, 200, 13]), torch.tensor([1, 33, 100, 16])
     query = torch.randn(4, heads, width)
     for softcap in (None, 2.0):
-        got = kernels.attend(query, keys, values, first, length, 0.3, softcap)
+        got = kernels.attend(query, keys, values, first, length, 0.3, softcap, 2)
         for n in range(4):
             seen = slice(int(first[n]), int(first[n] + length[n]))
             for head in range(heads):
@@ -152,7 +152,7 @@ def test_attention_tells_what_is_not_finite() -> None:
     keys, values = torch.randn(40, 1, 8), torch.randn(40, 1, 8)
     keys[25] = torch.nan
     first, length = torch.tensor([0, 0]), torch.tensor([20, 40])
-    got = kernels.attend(torch.randn(2, 1, 8), keys, values, first, length, 1.0, None)
+    got = kernels.attend(torch.randn(2, 1, 8), keys, values, first, length, 1.0, None, 2)
     assert got[0].isfinite().all()
     assert got[1].isnan().all()
 

@@ -81,6 +81,19 @@ def test_prompts_share_the_step_with_streams() -> None:
     assert works == [("decoding", 3, 1), ("long", 15, 5), ("next", 0, 3)]
 
 
+def test_a_long_prompt_goes_slower_beside_streams() -> None:
+    scheduler = Scheduler(max_batch=4, prefill_chunk=100, prefill_beside=8)
+    streams = [stream("long", length=60), stream("decoding", length=3)]
+    for one in streams:
+        scheduler.add(one)
+    scheduler.admit(run_all)
+    assert [w.num_tokens for w in scheduler.plan()] == [60, 3]  # nobody is stalled
+    streams[1].num_computed = 3
+    assert [w.num_tokens for w in scheduler.plan()] == [1, 4]
+    streams[0].num_computed = 40
+    assert [w.num_tokens for w in scheduler.plan()] == [1, 8]
+
+
 def test_blocks_never_overlap_and_come_back_whole() -> None:
     draw = random.Random(0)
     pool = BlockPool(64 * 45 + 17)

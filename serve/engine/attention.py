@@ -122,7 +122,8 @@ class Singles:
         positions: Of each sequence's token.
     """
 
-    def __init__(self, blocks: Sequence[Block], positions: Sequence[int]):
+    def __init__(self, blocks: Sequence[Block], positions: Sequence[int], threads: int):
+        self._threads = threads
         self._rows = slice(0, len(blocks))
         self._offsets = torch.tensor([block.offset for block in blocks])
         self._positions = torch.tensor(positions)
@@ -145,7 +146,9 @@ class Singles:
             self._seen[window] = self._offsets + hidden, self._positions + 1 - hidden
         first, length = self._seen[window]
         query = query_NED[self._rows]
-        return kernels.attend(query, keys_THD, values_THD, first, length, scale, softcap)
+        return kernels.attend(
+            query, keys_THD, values_THD, first, length, scale, softcap, self._threads
+        )
 
 
 @dataclass

@@ -140,6 +140,7 @@ def attend(
     length_N: torch.Tensor,
     scale: float,
     softcap: float | None,
+    threads: int,
 ) -> torch.Tensor:
     """Return [N, E, V]: each query over tokens `first` to `first + length` of the arena.
 
@@ -153,7 +154,7 @@ def attend(
         *(query.data_ptr(), keys_THD.data_ptr(), values_THV.data_ptr()),
         *(first_N.data_ptr(), length_N.data_ptr()),
         *(len(query), query.shape[1], heads, width, value_width),
-        *(scale, softcap or 0.0, out.data_ptr(), torch.get_num_threads()),
+        *(scale, softcap or 0.0, out.data_ptr(), threads),
     )
     if failed:
         raise MemoryError("no memory for the scores of attention")

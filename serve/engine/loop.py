@@ -128,7 +128,7 @@ class EngineLoop:
     # ---- the thread ----
 
     def _run(self) -> None:
-        with torch.inference_mode():
+        with torch.inference_mode(), self._runner.own_threads():
             while self._wait_for_work():
                 self._turn_began = time.monotonic()
                 try:

@@ -120,9 +120,13 @@ class _Linears:
         return weight.split(self._sizes) if len(weight) else [weight] * len(self._sizes)
 
     def _forward_of(self, index: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        if len(self._sizes) == 1:
+            return self._multiply
+
         def forward(x: torch.Tensor) -> torch.Tensor:
-            if x is not self._input:  # the first of the siblings, or alone
-                self._input, self._outputs = x, self._multiply(x).split(self._sizes, dim=-1)
+            if x is not self._input:  # the first of the siblings
+                outputs = torch.split_with_sizes(self._multiply(x), self._sizes, dim=-1)
+                self._input, self._outputs = x, outputs
             output = self._outputs[index]
             if index == len(self._sizes) - 1:
                 self._input, self._outputs = None, ()

@@ -6,7 +6,8 @@ in place, sizes the KV cache to its budget, and gives the model back as it was o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +84,7 @@ class ModelRunner:
         self._projections = Projections(model, self.bank, self._siblings)
         self._norms = Norms(model)
         self._has_kernels = kernels.usable(model)
+        self._threads = torch.get_num_threads()
 
     def run(self, works: Sequence[Work]) -> StepLogits:
         """Compute the next tokens of every work; keys and values go to the cache."""
@@ -106,6 +108,19 @@ class ModelRunner:
         self.bank.begin([(w.stream.digest, w.num_tokens) for w in ordered], keep_rows)
         step = Step(self.cache, self._tensor(where), groups)
         return StepLogits(self._forward(ids, positions, keep_rows, step), rows)
+
+    @contextmanager
+    def own_threads(self) -> Iterator[None]:
+        """Leave the cores to the kernels' threads in a block, if there are kernels.
+
+        They wait for the next product by spinning; torch's threads would wait for the same cores.
+        """
+        if self._has_kernels:
+            torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(self._threads)
 
     def probe(self, adapter: LoadedAdapter, in_use: Iterable[str]) -> bool:
         """Try an adapter on a few tokens; False if there is no room for it now.
@@ -143,7 +158,8 @@ class ModelRunner:
         groups: list[Group | Singles] = []
         ordered: list[Work] = []
         if self._has_kernels and alone:
-            groups.append(Singles([_block(w) for w in alone], [w.start for w in alone]))
+            blocks, positions = [_block(w) for w in alone], [w.start for w in alone]
+            groups.append(Singles(blocks, positions, self._threads))
             ordered = alone
         else:
             by_size: dict[int, list[Work]] = {}

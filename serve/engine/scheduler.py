@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 from serve.engine.sequence import Stream
 
+LONG_STALL = 4  # steps at full budget; a prompt that takes more goes at half, to stall less
+
 
 class Admission(Enum):
     """What became of the request whose turn it is."""
@@ -88,6 +90,8 @@ class Scheduler:
         for stream in self.running:
             if stream.in_prompt and budget:
                 left = len(stream.request.prompt_ids) - stream.num_computed
+                if works and left > LONG_STALL * self.prefill_beside:
+                    budget = min(budget, max(self.prefill_beside // 2, 1))
                 count = min(left, budget)
                 works.append(Work(stream, stream.num_computed, count))
                 budget -= count
