@@ -31,7 +31,7 @@ def doctor(as_json: AsJson = False) -> None:
     """Check Python, libraries, settings, disk, database, base model and port."""
     from data.settings import load_settings
 
-    findings = [_python(), _torch()]
+    findings = [_python(), _torch(), _kernels()]
     try:
         settings = load_settings()
     except ToolkitError as error:
@@ -57,6 +57,16 @@ def _torch() -> Finding:
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     where = ", ".join(devices) or f"CPU, {torch.get_num_threads()} threads"
     return Finding("torch", True, f"{torch.__version__} on {where}")
+
+
+def _kernels() -> Finding:
+    from serve.engine import kernels
+
+    if kernels.library() is None:
+        detail = "no C compiler that works: the engine serves from a CPU with torch alone, slower"
+    else:
+        detail = "compiled for this processor"
+    return Finding("CPU kernels", True, detail)
 
 
 def _deployment(settings: Settings) -> Iterator[Finding]:
