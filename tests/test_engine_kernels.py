@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from test_engine_exact import assert_equal, engine_for, greedy, prompts
 from tiny_models import random_adapter, tiny_model, tiny_tokenizer
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from serve.engine import kernels
 from serve.engine.kernels import BF16, F32, Q8, AdapterPlan, Packed, Product
@@ -174,3 +176,54 @@ def test_the_norms_of_real_models_are_replaced() -> None:
         assert len(names) == len(wanted) > 0
         norms.close()
         assert not any("forward" in vars(m) for m in model.modules())
+
+
+def test_rotary_angles_are_those_of_transformers() -> None:
+    torch.manual_seed(6)
+    rows, heads, width = 5, 3, 24
+    x = torch.randn(rows, heads * width + 10)
+    angles = torch.randn(rows, width // 2).repeat(1, 2)
+    cosine, sine = angles.cos(), angles.sin()
+    query = x[:, : heads * width].view(1, rows, heads, width).transpose(1, 2)
+    expected, _ = apply_rotary_pos_emb(query, query, cosine[None], sine[None])
+    got = x.clone()
+    kernels.rotate(got, heads, cosine, sine)
+    turned = got[:, : heads * width].view(1, rows, heads, width).transpose(1, 2)
+    assert torch.allclose(turned, expected, atol=1e-6)
+    assert torch.equal(got[:, heads * width :], x[:, heads * width :])
+
+
+def test_gating() -> None:
+    torch.manual_seed(7)
+    for rows, width in ((1, 5), (3, 48), (40, 3000)):
+        both = torch.randn(rows, 2 * width) * 30
+        first, second = both.double().split(width, dim=1)
+        expected = torch.nn.functional.silu(first) * second
+        assert torch.allclose(kernels.gate(both, 2).double(), expected, rtol=1e-5, atol=1e-30)
+    odd = torch.tensor([[torch.nan] * 16 + [-1e30] * 16 + [1.0] * 32])
+    got = kernels.gate(odd, 1)[0]
+    assert got[:16].isnan().all()
+    assert (got[16:].abs() < 1e-6).all()
+
+
+@pytest.mark.parametrize(
+    ("arch", "count"),
+    [("llama", 2), ("mistral", 2), ("qwen2", 2), ("qwen3", 0), ("gemma3", 0), ("gpt2", 0)],
+)
+def test_only_layers_of_the_llama_family_are_replaced(arch: str, count: int) -> None:
+    with engine_for(arch) as engine:
+        assert len(engine._runner._layers) == count
+
+
+def test_layers_that_compute_something_else_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model whose residual is scaled looks like Llama, but is not: its logits tell."""
+    model = tiny_model("llama")
+    kind = type(model.model.layers[0])
+    plain = kind.forward
+
+    def scaled(self: torch.nn.Module, hidden_states: torch.Tensor, **others: Any) -> torch.Tensor:
+        return plain(self, hidden_states * 0.5, **others)
+
+    monkeypatch.setattr(kind, "forward", scaled)
+    with LocalEngine(model, tiny_tokenizer(), EngineConfig(kv_budget_bytes=2**20)) as engine:
+        assert len(engine._runner._layers) == 0

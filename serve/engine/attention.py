@@ -181,6 +181,7 @@ class ProbeStep:
     num_tokens: int
     device: torch.device
     shapes: dict[int, LayerShape] = field(default_factory=dict)
+    how: dict[int, tuple[Any, ...]] = field(default_factory=dict)  # scale, window, softcap
 
     def attend(
         self,
@@ -191,6 +192,7 @@ class ProbeStep:
         *how: Any,
     ) -> torch.Tensor:
         """Return [N, heads, D]."""
+        self.how[layer] = how
         self.shapes[layer] = (key_NHD.shape[1], key_NHD.shape[2], value_NHD.shape[2])
         group = Group(0, [Block(0, self.num_tokens)], [0], self.num_tokens, self.device)
         return group.attend(query_NED, key_NHD, value_NHD, *how)

@@ -506,6 +506,57 @@ int attend(const float *query, const float *keys, const float *values, const int
     return atomic_load(&w.failed);
 }
 
+/* Turn the first `heads` heads of every row [N, stride] by its angles, given as the cosines and
+ * sines [N, D] of both halves: (x1, x2) becomes (x1 cos - x2 sin, x2 cos + x1 sin). */
+void rotate(float *x, int64_t N, int64_t stride, int64_t heads, int64_t D, const float *cosine,
+            const float *sine) {
+    const int64_t half = D / 2;
+    for (int64_t n = 0; n < N; n++, x += stride, cosine += D, sine += D)
+        for (int64_t h = 0; h < heads; h++) {
+            float *a = x + h * D, *b = a + half;
+            for (int64_t i = 0; i < half; i++) {
+                float low = a[i], high = b[i];
+                a[i] = low * cosine[i] - high * sine[i];
+                b[i] = high * cosine[half + i] + low * sine[half + i];
+            }
+        }
+}
+
+typedef struct {
+    const float *gate_up;
+    int64_t M, I;
+    float *y;
+    atomic_long next;
+} Gating;
+
+INLINE vec silu(vec g) {
+    const ints sign = g < 0;
+    vec t = exp_negative((vec)((ints)g | (ints)((words){0} + 0x80000000u))); /* e^-|g| */
+    vec top = (vec)(((ints)t & sign) | ((ints)((vec){0} + 1.0f) & ~sign));
+    return g * top / (t + 1.0f);
+}
+
+static void gate_part(void *work, int part, int parts) {
+    Gating *w = work;
+    (void)part;
+    int64_t from, to;
+    while (take(&w->next, piece_of(w->M, parts), w->M, &from, &to))
+        for (int64_t m = from; m < to; m++) {
+            const float *g = w->gate_up + m * 2 * w->I, *u = g + w->I;
+            float *y = w->y + m * w->I;
+            int64_t i = 0;
+            for (; i + LANES <= w->I; i += LANES)
+                *(vec *)(y + i) = silu(*(const vec *)(g + i)) * *(const vec *)(u + i);
+            for (; i < w->I; i++) y[i] = g[i] / (1 + expf(-g[i])) * u[i];
+        }
+}
+
+/* y [M, I] = silu(gate) * up, which lie side by side in [M, 2 I] */
+void gate(const float *gate_up, int64_t M, int64_t I, float *y, int threads) {
+    Gating w = {.gate_up = gate_up, .M = M, .I = I, .y = y};
+    share(gate_part, &w, M * I < SMALL ? 1 : threads);
+}
+
 /* y [M, K] = x / sqrt(mean(x^2) + eps) * (weight + offset) */
 void rms_norm(const float *x, const float *weight, float offset, float eps, int64_t M, int64_t K,
               float *y) {

@@ -132,6 +132,25 @@ def rms_norm(
     return norm
 
 
+def rotate(x: torch.Tensor, num_heads: int, cosine_ND: torch.Tensor, sine_ND: torch.Tensor) -> None:
+    """Turn the first heads of every row of x [N, heads * D or more] by rotary angles, in place.
+
+    The two halves of a head are the pairs, as in Llama (arXiv 2104.09864 in the order of GPT-NeoX).
+    """
+    cosine, sine = cosine_ND.contiguous(), sine_ND.contiguous()
+    num_rows, width = cosine.shape
+    addresses = cosine.data_ptr(), sine.data_ptr()
+    library().rotate(x.data_ptr(), num_rows, x.shape[1], num_heads, width, *addresses)
+
+
+def gate(gate_up: torch.Tensor, threads: int) -> torch.Tensor:
+    """Return silu(gate) * up [M, I] of both side by side, [M, 2 I]."""
+    num_rows, width = len(gate_up), gate_up.shape[1] // 2
+    y = gate_up.new_empty(num_rows, width)
+    library().gate(gate_up.data_ptr(), num_rows, width, y.data_ptr(), threads)
+    return y
+
+
 def attend(
     query_NED: torch.Tensor,
     keys_THD: torch.Tensor,
@@ -223,7 +242,15 @@ def library() -> Any:
         *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_float, ctypes.c_float),
         *(ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p),
     )
-    loaded.rms_norm.restype = None
+    loaded.rotate.argtypes = (
+        *(ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64),
+        *(ctypes.c_void_p, ctypes.c_void_p),
+    )
+    loaded.gate.argtypes = (
+        *(ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int),
+    )
+    for function in (loaded.rms_norm, loaded.rotate, loaded.gate):
+        function.restype = None
     return loaded
 
 

@@ -160,12 +160,12 @@ class EngineLoop:
         while self._inbox:
             self._inbox.popleft()()
         self._take_back()
-        self._settle_adapters()
+        has_probed = self._settle_adapters()
         self._scheduler.admit(self._try_admit)
         for stream in self._scheduler.running:
             if stream.in_prompt and stream.request.params.prompt_logprobs is None:
                 self._prefixes.reuse(stream)
-        works = self._scheduler.plan()
+        works = self._scheduler.plan(reads_prompts=not has_probed)
         if works:
             self._step(works)
             self._take_back()
@@ -173,7 +173,8 @@ class EngineLoop:
     def _in_use(self) -> set[str]:
         return {s.digest for s in self._scheduler.running if s.digest is not None}
 
-    def _settle_adapters(self) -> None:
+    def _settle_adapters(self) -> bool:
+        """Let in the adapters that were read; tells whether that took a forward pass."""
         in_use = self._in_use()
         self._adapters.sweep(in_use)
         outcomes = self._adapters.settle(
@@ -185,6 +186,7 @@ class EngineLoop:
                     self._finish(stream, stream.end(FINISH_ERROR, error))
                 elif not stream.finished:
                     self._scheduler.add(stream, first=True)
+        return bool(outcomes)
 
     def _try_admit(self, stream: Stream) -> Admission:
         ref = stream.request.adapter

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import is_
 from typing import Any
 
 import torch
@@ -56,6 +57,13 @@ class Projections:
                 self._replaced.append(_Linears(members, stack, keep_plain=first is head))
             else:
                 self._replaced.append(_Hooked(first, stack))
+
+    def fused(self, modules: Sequence[nn.Module]) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """Return the product of exactly these modules, [N, in] to their outputs side by side."""
+        for replaced in self._replaced:
+            if isinstance(replaced, _Linears) and replaced.computes(modules):
+                return replaced.multiply
+        return None
 
     def close(self) -> None:
         """Give the modules back as they were."""
@@ -121,11 +129,11 @@ class _Linears:
 
     def _forward_of(self, index: int) -> Callable[[torch.Tensor], torch.Tensor]:
         if len(self._sizes) == 1:
-            return self._multiply
+            return self.multiply
 
         def forward(x: torch.Tensor) -> torch.Tensor:
             if x is not self._input:  # the first of the siblings
-                outputs = torch.split_with_sizes(self._multiply(x), self._sizes, dim=-1)
+                outputs = torch.split_with_sizes(self.multiply(x), self._sizes, dim=-1)
                 self._input, self._outputs = x, outputs
             output = self._outputs[index]
             if index == len(self._sizes) - 1:
@@ -134,7 +142,12 @@ class _Linears:
 
         return forward
 
-    def _multiply(self, x: torch.Tensor) -> torch.Tensor:
+    def computes(self, modules: Sequence[nn.Module]) -> bool:
+        """Tell whether these are its modules, in this order."""
+        return len(modules) == len(self._modules) and all(map(is_, modules, self._modules))
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the modules' outputs side by side, adapters added."""
         output = self._product.run(x.reshape(-1, x.shape[-1]), self._stack)
         return output.view(*x.shape[:-1], output.shape[-1])
 

@@ -19,12 +19,13 @@ from serve.engine import kernels
 from serve.engine.attention import IMPLEMENTATION, Group, ProbeStep, Singles, Step
 from serve.engine.blocks import SMALLEST, Block, BlockPool, block_size
 from serve.engine.kv_cache import KVCache, bytes_per_token
+from serve.engine.layers import Layers
 from serve.engine.lora import LoadedAdapter, LoraBank
 from serve.engine.norms import Norms
 from serve.engine.projections import Projections, noting_siblings
 from serve.engine.scheduler import Work
 
-PROBE_TOKENS = 3
+PROBE_TOKENS = 6
 POSITION_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx")
 SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
 # These scale rotary angles by the longest sequence seen, so a batch mate would change the result.
@@ -83,6 +84,7 @@ class ModelRunner:
         self.bank = LoraBank(model, max_lora_rows)
         self._projections = Projections(model, self.bank, self._siblings)
         self._norms = Norms(model)
+        self._layers = Layers(model, self._projections, self._how, self._probe_logits)
         self._has_kernels = kernels.usable(model)
         self._threads = torch.get_num_threads()
 
@@ -146,6 +148,7 @@ class ModelRunner:
 
     def close(self) -> None:
         """Give the model back as it was."""
+        self._layers.close()
         self._norms.close()
         self._projections.close()
         self.bank.close()
@@ -200,7 +203,15 @@ class ModelRunner:
             self._forward([0], [0], self._tensor([0]), step)
         if len(step.shapes) != config.num_hidden_layers:
             raise _unsupported(self.model, "not all layers use transformers' attention interface")
+        self._how = step.how
         return step.shapes
+
+    def _probe_logits(self) -> torch.Tensor:
+        """Return logits of a few tokens at distant positions."""
+        ids, positions = list(range(1, 1 + PROBE_TOKENS)), [n * n for n in range(PROBE_TOKENS)]
+        keep = self._tensor(list(range(PROBE_TOKENS)))
+        with torch.inference_mode():
+            return self._forward(ids, positions, keep, ProbeStep(PROBE_TOKENS, self.device))
 
     def _tensor(self, values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.long, device=self.device)

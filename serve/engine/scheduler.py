@@ -83,9 +83,15 @@ class Scheduler:
                 del self._waiting[account]
         return gone
 
-    def plan(self) -> list[Work]:
-        """Return the next step's work: a token of each stream, then prompts by admission."""
+    def plan(self, reads_prompts: bool = True) -> list[Work]:
+        """Return the next step's work: a token of each stream, then prompts by admission.
+
+        Args:
+            reads_prompts: False leaves prompts to a later step, if streams decode meanwhile.
+        """
         works = [Work(s, s.num_computed, 1) for s in self.running if not s.in_prompt]
+        if works and not reads_prompts:
+            return works
         budget = self.prefill_beside if works else self.prefill_chunk
         for stream in self.running:
             if stream.in_prompt and budget:
