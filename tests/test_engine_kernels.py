@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -227,3 +228,17 @@ def test_layers_that_compute_something_else_stay(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(kind, "forward", scaled)
     with LocalEngine(model, tiny_tokenizer(), EngineConfig(kv_budget_bytes=2**20)) as engine:
         assert len(engine._runner._layers) == 0
+
+
+def test_threads_may_call_at_the_same_time() -> None:
+    torch.manual_seed(8)
+    weights = [torch.randn(300, 256) for _ in range(4)]
+    inputs = [torch.randn(20, 256) for _ in range(4)]
+    products = [Product(weight, None) for weight in weights]
+
+    def right(n: int) -> bool:
+        got = products[n % 4](inputs[n % 4], None)
+        return torch.allclose(got, inputs[n % 4] @ weights[n % 4].T, atol=1e-3)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(right, range(400)))

@@ -89,9 +89,15 @@ INLINE void relax(unsigned spins) {
 #endif
 }
 
-static void *worker(void *number) {
-    const int part = (int)(intptr_t)number;
-    unsigned long seen = atomic_load(&pool.job) - 1; /* it was started for the job at hand */
+typedef struct {
+    int part;
+    unsigned long seen; /* jobs that began before */
+} Birth;
+
+static void *worker(void *birth) {
+    const int part = ((Birth *)birth)->part;
+    unsigned long seen = ((Birth *)birth)->seen;
+    free(birth);
     for (;;) {
         unsigned spins = 0;
         while (atomic_load_explicit(&pool.job, memory_order_acquire) == seen) {
@@ -120,19 +126,22 @@ static void share(Task task, void *work, int threads) {
         return;
     }
     if (pool.process != getpid()) pool.process = getpid(), pool.workers = 0; /* after a fork */
-    int fresh = pool.workers;
-    while (fresh < threads - 1) fresh++;
+    while (pool.workers < threads - 1) {
+        pthread_t thread;
+        Birth *birth = malloc(sizeof *birth);
+        if (!birth) break;
+        *birth = (Birth){pool.workers + 1, atomic_load(&pool.job)};
+        if (pthread_create(&thread, NULL, worker, birth)) {
+            free(birth);
+            break; /* with those that there are */
+        }
+        pthread_detach(thread);
+        pool.workers++;
+    }
+    if (threads > pool.workers + 1) threads = pool.workers + 1;
     pool.task = task, pool.work = work, pool.parts = threads;
     atomic_store(&pool.pending, pool.workers);
     atomic_fetch_add_explicit(&pool.job, 1, memory_order_release);
-    for (; pool.workers < fresh; pool.workers++) {
-        pthread_t thread;
-        atomic_fetch_add(&pool.pending, 1);
-        if (pthread_create(&thread, NULL, worker, (void *)(intptr_t)(pool.workers + 1))) {
-            abort(); /* a part that nobody does would be waited for without end */
-        }
-        pthread_detach(thread);
-    }
     pthread_mutex_lock(&pool.bed);
     if (pool.sleepers) pthread_cond_broadcast(&pool.wake);
     pthread_mutex_unlock(&pool.bed);
