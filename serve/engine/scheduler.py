@@ -16,6 +16,7 @@ from typing import NamedTuple
 from serve.engine.sequence import Stream
 
 LONG_STALL = 4  # steps at full budget; a prompt that takes more goes at half, to stall less
+FAR = 1500  # tokens to look back on at which a token's attention costs as much as its products
 
 
 class Admission(Enum):
@@ -95,9 +96,11 @@ class Scheduler:
         budget = self.prefill_beside if works else self.prefill_chunk
         for stream in self.running:
             if stream.in_prompt and budget:
-                left = len(stream.request.prompt_ids) - stream.num_computed
-                if works and left > LONG_STALL * self.prefill_beside:
-                    budget = min(budget, max(self.prefill_beside // 2, 1))
+                length = len(stream.request.prompt_ids)
+                left = length - stream.num_computed
+                if works and length > LONG_STALL * self.prefill_beside:
+                    share = self.prefill_beside // 2 * FAR // (FAR + stream.num_computed)
+                    budget = min(budget, max(share, 1))
                 count = min(left, budget)
                 works.append(Work(stream, stream.num_computed, count))
                 budget -= count
