@@ -154,6 +154,12 @@ class Overloaded(ToolkitError, RuntimeError):
         self.retry_after_s = retry_after_s
 
 
+class DeadlineExceeded(ToolkitError, TimeoutError):
+    """A request took longer than it may."""
+
+    code = "deadline_exceeded"
+
+
 class EngineFailure(ToolkitError, RuntimeError):
     """The engine could not finish a request through no fault of the client."""
 

@@ -75,7 +75,15 @@ class Settings(StrictModel):
     )
     kv_cache_mb: int = Field(1024, ge=1, description="Memory budget of the KV cache, MiB.")
     queue_size: int = Field(256, ge=1, description="Waiting requests before 503 is answered.")
-    max_resident_adapters: int = Field(64, ge=1, description="Adapters kept in memory.")
+    adapter_cache_mb: int = Field(
+        1024, ge=1, description="Memory for adapters, MiB; the least recently used make room."
+    )
+    max_adapters_per_account: int | None = Field(
+        None, ge=1, description="Adapters of one account in memory; default: any number."
+    )
+    request_timeout_s: float = Field(
+        600.0, gt=0, description="Seconds after which a completion that waits or runs fails."
+    )
     max_lora_rows: int = Field(
         256, ge=1, description="Ranks of all adapters of a step together; also the largest rank."
     )

@@ -104,7 +104,9 @@ def _open_engine(
         max_context=settings.max_context or spec.context_length,
         kv_budget_bytes=settings.kv_cache_mb * MIB,
         queue_size=settings.queue_size,
-        max_resident_adapters=settings.max_resident_adapters,
+        adapter_cache_bytes=settings.adapter_cache_mb * MIB,
+        max_adapters_per_account=settings.max_adapters_per_account,
+        request_timeout_s=settings.request_timeout_s,
         max_lora_rows=settings.max_lora_rows,
     )
     return LocalEngine(model, tokenizer, config, fingerprint).start(), tokenizer

@@ -177,10 +177,10 @@ def test_more_adapters_than_rows_and_places(tmp_path: Path) -> None:
     model = tiny_model("llama")
     adapters = [random_adapter(model, tmp_path / str(n), r=4, seed=n) for n in range(6)]
     requests = [greedy(n, p, adapters[n % 6], 6) for n, p in enumerate(prompts(18, 20))]
-    with engine_for("llama", max_lora_rows=10, max_resident_adapters=2) as engine:
+    with engine_for("llama", max_lora_rows=10, max_adapters_per_account=2) as engine:
         assert_equal("llama", engine, requests)
         stats = engine.stats()
-    assert stats["adapters_resident"] <= 2
+    assert stats["adapters_in_memory"] == 2
     assert stats["adapter_evictions_total"] > 0
 
 

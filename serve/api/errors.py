@@ -28,11 +28,12 @@ STATUS_OF_CLASS: dict[type[Exception], int] = {
     errors.Forbidden: 403,
     errors.NotFound: 404,
     errors.ToolkitError: 500,
+    errors.DeadlineExceeded: 504,
     errors.ModelUnavailable: 503,
     errors.Overloaded: 503,
 }
 STATUS_OF_CODE = {"file_too_large": 413, "unsupported_file": 415}
-NEVER_RETRY = (errors.AdapterRefused, errors.Forbidden)  # the same call fails again
+NEVER_RETRY = (errors.AdapterRefused, errors.DeadlineExceeded, errors.Forbidden)  # fails again
 SIZES = {
     "too_long": ("array too long", "an array with maximum length", "max_length"),
     "too_short": ("array too short", "an array with minimum length", "min_length"),

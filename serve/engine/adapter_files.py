@@ -1,4 +1,4 @@
-"""Reading a LoRA adapter from disk, and refusing one that would not do what its trainer meant.
+"""Reading a LoRA adapter, and refusing one that would not do what its trainer meant.
 
 Nothing of the model changes here: the result is plain tensors whose names, shapes and values have
 been checked against the model's modules. Every refusal says which file, which tensor and why.
@@ -6,6 +6,7 @@ been checked against the model's modules. Every refusal says which file, which t
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -19,8 +20,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from data.errors import AdapterRefused
-from serve.engine.base import AdapterRef
-from serve.engine.lora import LoadedAdapter, Weights, site_shape
+from serve.engine.adapter_weights import LoadedAdapter, Weights, site_shape
+from serve.engine.base import Adapter, AdapterRef, MemoryAdapter
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -47,8 +48,28 @@ READ = {
 PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # leave the base as it is
 
 
+def memory_adapter(
+    config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], owner: str = ""
+) -> MemoryAdapter:
+    """Return an adapter to hand over to an engine without writing it.
+
+    Args:
+        config: `LoraConfig.to_dict()` of PEFT.
+        tensors: `get_peft_model_state_dict(model)` of PEFT; copied, so training may go on.
+    """
+    plain = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
+    digest = hashlib.blake2b(digest_size=32)
+    digest.update(json.dumps(plain, sort_keys=True, default=str).encode())
+    kept = {}
+    for name, tensor in sorted(tensors.items()):
+        kept[name] = tensor.detach().to("cpu", copy=True).contiguous()
+        digest.update(f"{name}{kept[name].dtype}{tuple(tensor.shape)}".encode())
+        digest.update(kept[name].view(-1).view(torch.uint8).numpy().data)
+    return MemoryAdapter(digest.hexdigest(), plain, kept, owner)
+
+
 def read_adapter(
-    ref: AdapterRef, sites: Mapping[str, nn.Module], base_fingerprint: str = ""
+    ref: Adapter, sites: Mapping[str, nn.Module], base_fingerprint: str = ""
 ) -> LoadedAdapter:
     """Read an adapter and check it against the model's sites.
 
@@ -60,9 +81,12 @@ def read_adapter(
         AdapterRefused: `code` names the check that failed.
     """
     folder = Path(ref.path)
-    _check_origin(folder, base_fingerprint)
-    config = _read_config(folder)
-    tensors = _read_tensors(folder)
+    if isinstance(ref, AdapterRef):
+        _check_origin(folder, base_fingerprint)
+        config, tensors = _read_config(folder), _read_tensors(folder)
+    else:
+        config, tensors = dict(ref.config), dict(ref.tensors)
+    _check_config(folder / CONFIG_FILE, config)
     halves = _match(folder, tensors, sites)
     weights = {
         site: _check_site(folder, site, sites[site], pair, config) for site, pair in halves.items()
@@ -96,8 +120,15 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise _refuse(path, "is missing; publish the adapter again", "missing") from None
     except (OSError, ValueError) as error:
         raise _refuse(path, f"cannot be read ({error})", "invalid_config") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else config
+    if not isinstance(config, dict):
+        raise _refuse(path, f"is not a JSON object but {config!r}", "invalid_config")
+    return config
+
+
+def _check_config(path: Path, config: Mapping[str, Any]) -> None:
+    """Refuse what plain A and B do not say."""
+    if config.get("peft_type") != "LORA":
+        kind = config.get("peft_type")
         raise _refuse(path, f'peft_type is {kind!r}; only "LORA" is served', "unsupported")
     for name, value in config.items():
         if name not in READ and name not in IGNORED and value:
@@ -113,10 +144,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
         )
         raise _refuse(path, reason, "unsupported")
     _check_numbers(path, config)
-    return config
 
 
-def _check_numbers(path: Path, config: dict[str, Any]) -> None:
+def _check_numbers(path: Path, config: Mapping[str, Any]) -> None:
     ranks = [config.get("r"), *(config.get("rank_pattern") or {}).values()]
     alphas = [config.get("lora_alpha"), *(config.get("alpha_pattern") or {}).values()]
     whole = all(isinstance(rank, int) and rank > 0 for rank in ranks)

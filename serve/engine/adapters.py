@@ -1,7 +1,9 @@
-"""Which adapters are in memory: read beside running traffic, the least recently used make room.
+"""Which adapters are in host memory: read beside running traffic, the last used stay.
 
 A thread of the store reads and checks files; the engine's thread tries each one between two steps
-(`settle`) and only then lets it in. One that fails is never resident and harms no other.
+(`settle`) and only then lets it in. One that fails is never in memory and harms no other. Memory is
+bounded in bytes and, if asked, in adapters of one account, which then makes room among its own.
+Pinned adapters stay; they may take half of either bound, so that there is always room for one more.
 """
 
 from __future__ import annotations
@@ -9,26 +11,41 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from torch import nn
 
-from data.errors import AdapterRefused, EngineFailure, ToolkitError
+from data.errors import AdapterRefused, EngineFailure, StateConflict, ToolkitError
 from serve.engine.adapter_files import read_adapter
-from serve.engine.base import AdapterRef
-from serve.engine.lora import LoadedAdapter
+from serve.engine.adapter_weights import LoadedAdapter
+from serve.engine.base import Adapter, AdapterState
+
+REMEMBERED = 10_000  # adapters whose numbers are kept after they have left the memory
 
 
 @dataclass(eq=False)
 class _Load:
     """An adapter on its way in."""
 
-    ref: AdapterRef
+    ref: Adapter
     read: Future[LoadedAdapter]
     done: Future[None] = field(default_factory=Future)
     began: float = field(default_factory=time.monotonic)
+
+
+@dataclass(eq=False)
+class _Record:
+    """What is known of an adapter, in memory or gone."""
+
+    owner: str
+    rank: int
+    num_bytes: int
+    num_loads: int = 0
+    num_uses: int = 0
+    last_used: float | None = None
+    pinned: bool = False
 
 
 class AdapterStore:
@@ -36,7 +53,8 @@ class AdapterStore:
 
     Args:
         sites: The model's modules that adapters may change.
-        capacity: Adapters kept at most.
+        budget_bytes: Memory for all of them; one may take half of it.
+        max_per_account: Adapters of one account at most; None for any number.
         max_rank: Largest rank accepted.
         base_fingerprint: Of the base that adapters must be trained on; empty accepts any.
         wake: Called from the reading thread when one is ready to be settled.
@@ -45,7 +63,8 @@ class AdapterStore:
     def __init__(
         self,
         sites: Mapping[str, nn.Module],
-        capacity: int,
+        budget_bytes: int,
+        max_per_account: int | None,
         max_rank: int,
         base_fingerprint: str,
         wake: Callable[[], None],
@@ -53,24 +72,32 @@ class AdapterStore:
         self.num_loaded = 0
         self.num_evicted = 0
         self._sites = sites
-        self._capacity = capacity
+        self._budget_bytes = budget_bytes
+        self._max_per_account = max_per_account
         self._max_rank = max_rank
         self._base_fingerprint = base_fingerprint
         self._wake = wake
-        self._resident: OrderedDict[str, LoadedAdapter] = OrderedDict()
+        self._held: OrderedDict[str, LoadedAdapter] = OrderedDict()  # least recently used first
+        self._records: OrderedDict[str, _Record] = OrderedDict()  # likewise; all of `_held`, more
         self._loads: dict[str, _Load] = {}
         self._unwanted: set[str] = set()
         self._lock = threading.Lock()
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="hone-adapters")
 
     def __len__(self) -> int:
-        return len(self._resident)
+        return len(self._held)
 
     @property
     def num_bytes(self) -> int:
-        """Host memory of the resident adapters."""
+        """Host memory of the adapters."""
         with self._lock:
-            return sum(adapter.num_bytes for adapter in self._resident.values())
+            return self._num_bytes()
+
+    @property
+    def num_pinned(self) -> int:
+        """How many stay whatever comes."""
+        with self._lock:
+            return sum(self._records[digest].pinned for digest in self._held)
 
     @property
     def is_loading(self) -> bool:
@@ -84,17 +111,46 @@ class AdapterStore:
             return any(load.read.done() for load in self._loads.values())
 
     def get(self, digest: str) -> LoadedAdapter | None:
-        """Return a resident adapter and note its use."""
+        """Return an adapter that is in memory."""
         with self._lock:
-            if digest in self._resident:
-                self._resident.move_to_end(digest)
-            return self._resident.get(digest)
+            return self._held.get(digest)
 
-    def start(self, ref: AdapterRef) -> Future[None]:
-        """Begin to load an adapter unless it is resident or on its way; any thread may call."""
+    def note_use(self, digest: str) -> None:
+        """Count a request that runs on an adapter in memory."""
+        with self._lock:
+            self._held.move_to_end(digest)
+            self._records.move_to_end(digest)
+            record = self._records[digest]
+            record.num_uses += 1
+            record.last_used = time.time()
+
+    def states(self, resident: Collection[str]) -> list[AdapterState]:
+        """Describe all that are remembered, the last used first.
+
+        Args:
+            resident: Digests of those in the model's stacks.
+        """
+        with self._lock:
+            return [
+                AdapterState(
+                    digest,
+                    record.owner,
+                    self._tier(digest, resident),
+                    record.rank,
+                    record.num_bytes,
+                    record.pinned,
+                    record.num_uses,
+                    record.num_loads,
+                    record.last_used,
+                )
+                for digest, record in reversed(self._records.items())
+            ]
+
+    def start(self, ref: Adapter) -> Future[None]:
+        """Begin to load an adapter unless it is here or on its way; any thread may call."""
         with self._lock:
             self._unwanted.discard(ref.digest)
-            if ref.digest in self._resident:
+            if ref.digest in self._held:
                 done: Future[None] = Future()
                 done.set_result(None)
                 return done
@@ -125,10 +181,44 @@ class AdapterStore:
                 outcomes[load.ref.digest] = error
         return outcomes
 
+    def pin(self, digest: str) -> None:
+        """Keep an adapter in memory; one that has gone meanwhile is not pinned.
+
+        Raises:
+            StateConflict: Pinned adapters may take half of the memory, or of an account's share.
+        """
+        with self._lock:
+            if digest not in self._held or self._records[digest].pinned:
+                return
+            record = self._records[digest]
+            pinned = [d for d in self._held if self._records[d].pinned]
+            taken = sum(self._held[d].num_bytes for d in pinned) + record.num_bytes
+            if taken > self._budget_bytes // 2:
+                raise StateConflict(
+                    f"Pinned adapters would take {taken} bytes, more than half of the "
+                    f"{self._budget_bytes} for adapters. Unpin one, or raise `adapter_cache_mb`.",
+                    code="too_many_pins",
+                )
+            own = sum(self._records[d].owner == record.owner for d in pinned) + 1
+            if self._max_per_account is not None and own > self._max_per_account // 2:
+                raise StateConflict(
+                    f"The account would pin {own} adapters, more than half of the "
+                    f"{self._max_per_account} that it may have in memory. Unpin one, or raise "
+                    f"`max_adapters_per_account`.",
+                    code="too_many_pins",
+                )
+            record.pinned = True
+
+    def unpin(self, digest: str) -> None:
+        """Let an adapter make room again."""
+        with self._lock:
+            if digest in self._records:
+                self._records[digest].pinned = False
+
     def unload(self, digest: str) -> None:
         """Drop an adapter as soon as nothing uses it; `sweep` does it."""
         with self._lock:
-            if digest in self._resident:
+            if digest in self._held:
                 self._unwanted.add(digest)
 
     def sweep(self, in_use: set[str]) -> list[str]:
@@ -137,7 +227,7 @@ class AdapterStore:
             gone = [digest for digest in self._unwanted if digest not in in_use]
             for digest in gone:
                 self._unwanted.discard(digest)
-                self._resident.pop(digest, None)
+                self._drop(digest)
             return gone
 
     def close(self) -> None:
@@ -148,13 +238,19 @@ class AdapterStore:
         for load in loads:
             load.done.set_exception(EngineFailure("The engine was closed.", code="engine_closed"))
 
-    def _read(self, ref: AdapterRef) -> LoadedAdapter:
+    def _read(self, ref: Adapter) -> LoadedAdapter:
         adapter = read_adapter(ref, self._sites, self._base_fingerprint)
         if adapter.rank > self._max_rank:
             raise AdapterRefused(
                 f"{ref.path}: its rank is {adapter.rank}; this engine serves at most "
                 f"{self._max_rank}. Train with a smaller rank, or raise `max_lora_rows`.",
                 code="adapter_rank_too_large",
+            )
+        if adapter.num_bytes > self._budget_bytes // 2:
+            raise AdapterRefused(
+                f"{ref.path}: it takes {adapter.num_bytes} bytes, more than half of the "
+                f"{self._budget_bytes} for adapters. Raise `adapter_cache_mb`.",
+                code="adapter_too_large",
             )
         return adapter
 
@@ -164,7 +260,7 @@ class AdapterStore:
         error: ToolkitError | None = None
         try:
             adapter = load.read.result(timeout=0)
-            if not self._make_room(in_use) or not try_out(adapter):
+            if not self._make_room(adapter, load.ref.owner, in_use) or not try_out(adapter):
                 return _LATER
         except ToolkitError as refusal:
             error = refusal
@@ -175,24 +271,56 @@ class AdapterStore:
         with self._lock:
             self._loads.pop(load.ref.digest, None)
             if error is None:
-                self._resident[load.ref.digest] = adapter
-                self.num_loaded += 1
+                self._let_in(adapter, load.ref.owner)
         if error is None:
             load.done.set_result(None)
         else:
             load.done.set_exception(error)
         return error
 
-    def _make_room(self, in_use: set[str]) -> bool:
+    def _let_in(self, adapter: LoadedAdapter, owner: str) -> None:
+        self._held[adapter.digest] = adapter
+        self.num_loaded += 1
+        record = self._records.setdefault(
+            adapter.digest, _Record(owner, adapter.rank, adapter.num_bytes)
+        )
+        record.num_loads += 1
+        self._records.move_to_end(adapter.digest)
+        if len(self._records) > REMEMBERED:
+            gone = next((d for d in self._records if d not in self._held), None)
+            if gone is not None:
+                del self._records[gone]
+
+    def _make_room(self, adapter: LoadedAdapter, owner: str, in_use: set[str]) -> bool:
         with self._lock:
-            while len(self._resident) >= self._capacity:
-                unused = next((d for d in self._resident if d not in in_use), None)
-                if unused is None:
+            while True:
+                own = [d for d in self._held if self._records[d].owner == owner]
+                if self._max_per_account is not None and len(own) >= self._max_per_account:
+                    candidates = own
+                elif self._num_bytes() + adapter.num_bytes > self._budget_bytes:
+                    candidates = list(self._held)
+                else:
+                    return True
+                unused = (d for d in candidates if d not in in_use and not self._records[d].pinned)
+                digest = next(unused, None)
+                if digest is None:
                     return False
-                del self._resident[unused]
-                self._unwanted.discard(unused)
+                self._drop(digest)
                 self.num_evicted += 1
-            return True
+
+    def _drop(self, digest: str) -> None:
+        self._held.pop(digest, None)
+        self._unwanted.discard(digest)
+        if digest in self._records:
+            self._records[digest].pinned = False
+
+    def _num_bytes(self) -> int:
+        return sum(adapter.num_bytes for adapter in self._held.values())
+
+    def _tier(self, digest: str, resident: Collection[str]) -> str:
+        if digest not in self._held:
+            return "disk"
+        return "resident" if digest in resident else "memory"
 
 
 _LATER = EngineFailure("no room yet")  # a mark, never raised

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from data.errors import InvalidInput, ToolkitError
 
@@ -116,10 +116,59 @@ class AdapterRef:
     Attributes:
         digest: Content digest; every cache is keyed by it, never by a name.
         path: PEFT directory (adapter_config.json, adapter_model.safetensors).
+        owner: Account whose share of the host memory it takes.
     """
 
     digest: str
     path: str
+    owner: str = ""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MemoryAdapter:
+    """An adapter that a trainer hands over without writing it; `memory_adapter` makes one.
+
+    Attributes:
+        digest: As of an AdapterRef.
+        config: Fields of PEFT's adapter_config.json.
+        tensors: torch tensors by the names of PEFT's state dict; never changed afterwards.
+    """
+
+    digest: str
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Any]
+    owner: str = ""
+
+    @property
+    def path(self) -> str:
+        """What messages call it."""
+        return f"adapter in memory {self.digest[:12]}"
+
+
+Adapter = AdapterRef | MemoryAdapter
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterState:
+    """Where an adapter is, and what was asked of it since the engine started.
+
+    Attributes:
+        tier: "resident" in the model's stacks, "memory" on the host, or "disk": it was here.
+        num_bytes: Host memory that it takes, or took.
+        num_uses: Requests that ran on it.
+        num_loads: Times it was read.
+        last_used: Unix seconds; None before the first request.
+    """
+
+    digest: str
+    owner: str
+    tier: str
+    rank: int
+    num_bytes: int
+    pinned: bool
+    num_uses: int
+    num_loads: int
+    last_used: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,13 +180,29 @@ class GenerationRequest:
         prompt_ids: Used verbatim; must not be empty.
         adapter: None is the base model.
         account: Admission takes turns between accounts.
+        adapter_scale: How much of the adapter is added, from 0 (the base alone) to 1.
+        timeout_s: Seconds from now on after which it fails, waiting or running; None takes the
+            engine's own limit.
     """
 
     id: str
     prompt_ids: tuple[int, ...]
     params: SamplingParams
-    adapter: AdapterRef | None = None
+    adapter: Adapter | None = None
     account: str = ""
+    adapter_scale: float = 1.0
+    timeout_s: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.adapter_scale <= 1:
+            raise InvalidInput(
+                f'"adapter_scale" is {self.adapter_scale}; expected a number from 0 to 1',
+                param="adapter_scale",
+            )
+        if self.timeout_s is not None and not self.timeout_s > 0:
+            raise InvalidInput(
+                f'"timeout_s" is {self.timeout_s}; expected more than 0', param="timeout_s"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +226,7 @@ class Delta:
         prompt_logprobs: On the first delta, if asked; entry 0 is None.
         finish_reason: None, "stop", "length", "cancelled" or "error".
         error: Set with "error".
+        num_cached: Prompt tokens that were taken from the prefix cache.
     """
 
     request_id: str
@@ -170,6 +236,7 @@ class Delta:
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     finish_reason: str | None = None
     error: ToolkitError | None = None
+    num_cached: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +248,7 @@ class Completion:
     logprobs: tuple[TokenLogprob, ...]
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None
     finish_reason: str
+    num_cached: int = 0
 
 
 class Engine(Protocol):
@@ -209,15 +277,29 @@ class Engine(Protocol):
     def cancel(self, request_id: str) -> None:
         """End a request within one step with reason "cancelled"; unknown ids are ignored."""
 
-    def load_adapter(self, ref: AdapterRef) -> None:
-        """Make an adapter resident, or change nothing; idempotent.
+    def load_adapter(self, ref: Adapter) -> None:
+        """Read and try an adapter, or change nothing; idempotent.
 
         Raises:
             AdapterRefused: `code` names the check that failed.
         """
 
     def unload_adapter(self, digest: str) -> None:
-        """Drop a resident adapter; one in use goes when its last request ends."""
+        """Drop an adapter from memory, even if pinned; one in use goes after its last request."""
+
+    def pin_adapter(self, ref: Adapter) -> None:
+        """Load an adapter and keep it in memory until it is unpinned.
+
+        Raises:
+            AdapterRefused: As for `load_adapter`.
+            StateConflict: Pinned adapters take half of the memory, or of the account's share.
+        """
+
+    def unpin_adapter(self, digest: str) -> None:
+        """Let an adapter make room for others again."""
+
+    def adapters(self) -> list[AdapterState]:
+        """Return what is known of every adapter that was in use, the last used first."""
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
         """Run requests to their end and return them in order; raises the first error."""

@@ -42,6 +42,7 @@ class Collector:
             logprobs=tuple(entry for d in self._deltas for entry in d.logprobs),
             prompt_logprobs=told[0] if told else None,
             finish_reason=str(last.finish_reason),
+            num_cached=last.num_cached,
         )
 
 

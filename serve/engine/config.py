@@ -22,9 +22,11 @@ class EngineConfig:
         prefill_beside: The same in a step in which streams decode: more reads prompts faster,
             fewer keeps the streams smoother.
         queue_size: Requests that may wait beyond those that run; more get Overloaded.
-        max_resident_adapters: Adapters kept in host memory.
+        adapter_cache_bytes: Host memory for adapters; the least recently used make room.
+        max_adapters_per_account: How many of one account may be in memory; None: any number.
         max_lora_rows: Ranks of all adapters of one step together; also the largest rank served.
         watchdog_s: A step or an adapter read longer than this fails its requests.
+        request_timeout_s: A request that waits and runs longer than this fails.
     """
 
     max_batch: int = 16
@@ -33,9 +35,11 @@ class EngineConfig:
     prefill_chunk: int = 256
     prefill_beside: int = 64
     queue_size: int = 256
-    max_resident_adapters: int = 64
+    adapter_cache_bytes: int = 1024 * MIB
+    max_adapters_per_account: int | None = None
     max_lora_rows: int = 256
     watchdog_s: float = 120.0
+    request_timeout_s: float = 600.0
 
     def __post_init__(self) -> None:
         for name in (field.name for field in fields(self)):

@@ -16,11 +16,11 @@ from transformers import PreTrainedModel
 
 from data.errors import ContextTooLong, InvalidInput
 from serve.engine import collect
+from serve.engine.adapter_weights import lora_sites
 from serve.engine.adapters import AdapterStore
-from serve.engine.base import AdapterRef, Completion, Delta, GenerationRequest
+from serve.engine.base import Adapter, AdapterState, Completion, Delta, GenerationRequest
 from serve.engine.config import EngineConfig
 from serve.engine.loop import EngineLoop
-from serve.engine.lora import lora_sites
 from serve.engine.runner import ModelRunner
 from serve.engine.sequence import Stream
 
@@ -62,7 +62,8 @@ class LocalEngine:
         )
         self._adapters = AdapterStore(
             lora_sites(model),
-            self.config.max_resident_adapters,
+            self.config.adapter_cache_bytes,
+            self.config.max_adapters_per_account,
             self.config.max_lora_rows,
             fingerprint,
             wake=lambda: self._loop.rouse(),
@@ -94,17 +95,30 @@ class LocalEngine:
         """End a request within one step; see `Engine.cancel`."""
         self._loop.cancel(request_id)
 
-    def load_adapter(self, ref: AdapterRef) -> None:
-        """Make an adapter resident; see `Engine.load_adapter`. Not from within `on_delta`."""
+    def load_adapter(self, ref: Adapter) -> None:
+        """Read and try an adapter; see `Engine.load_adapter`. Not from within `on_delta`."""
         self._loop.check_running()
         done = self._adapters.start(ref)
         self._loop.rouse()
         done.result()
 
     def unload_adapter(self, digest: str) -> None:
-        """Drop a resident adapter; see `Engine.unload_adapter`."""
+        """Drop an adapter from memory; see `Engine.unload_adapter`."""
         self._adapters.unload(digest)
         self._loop.rouse()
+
+    def pin_adapter(self, ref: Adapter) -> None:
+        """Keep an adapter in memory; see `Engine.pin_adapter`. Not from within `on_delta`."""
+        self.load_adapter(ref)
+        self._adapters.pin(ref.digest)
+
+    def unpin_adapter(self, digest: str) -> None:
+        """Let an adapter make room again; see `Engine.unpin_adapter`."""
+        self._adapters.unpin(digest)
+
+    def adapters(self) -> list[AdapterState]:
+        """Describe adapters, the last used first; see `Engine.adapters`."""
+        return self._adapters.states(self._runner.bank.digests)
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
         """Run requests to their end; see `Engine.generate`."""
@@ -118,7 +132,9 @@ class LocalEngine:
             "kv_bytes": pool.num_tokens * self._runner.bytes_per_token,
             "kv_tokens": pool.num_tokens,
             "kv_tokens_reserved": pool.num_used,
-            "adapters_resident": len(self._adapters),
+            "adapters_resident": len(self._runner.bank.digests),
+            "adapters_in_memory": len(self._adapters),
+            "adapters_pinned": self._adapters.num_pinned,
             "adapters_bytes": self._adapters.num_bytes,
             "adapter_loads_total": self._adapters.num_loaded,
             "adapter_evictions_total": self._adapters.num_evicted,

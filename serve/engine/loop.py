@@ -15,8 +15,9 @@ from collections.abc import Callable
 
 import torch
 
-from data.errors import EngineFailure, InvalidInput, Overloaded, ToolkitError
+from data.errors import DeadlineExceeded, EngineFailure, InvalidInput, Overloaded, ToolkitError
 from serve.engine import sampling
+from serve.engine.adapter_weights import LoadedAdapter
 from serve.engine.adapters import AdapterStore
 from serve.engine.base import (
     FINISH_CANCELLED,
@@ -27,7 +28,6 @@ from serve.engine.base import (
     TokenLogprob,
 )
 from serve.engine.config import EngineConfig
-from serve.engine.lora import LoadedAdapter
 from serve.engine.prefix_cache import PrefixCache
 from serve.engine.runner import ModelRunner
 from serve.engine.scheduler import Admission, Scheduler, Work
@@ -82,6 +82,9 @@ class EngineLoop:
                 raise InvalidInput(f'Request id "{stream.request.id}" is in use.', param="id")
             if len(self._streams) >= limit:
                 raise Overloaded(f"{limit} requests run or wait already; try again in a moment.")
+            limit_s = stream.request.timeout_s or self._config.request_timeout_s
+            stream.limit_s = min(limit_s, self._config.request_timeout_s)
+            stream.deadline = time.monotonic() + stream.limit_s
             self._streams[stream.request.id] = stream
             self._inbox.append(lambda: self._scheduler.add(stream))
             self._wake.notify_all()
@@ -95,7 +98,7 @@ class EngineLoop:
                 self._wake.notify_all()
 
     def rouse(self) -> None:
-        """Make the thread look at its adapters."""
+        """Make the thread look at its adapters, and at the clock."""
         with self._wake:
             self._roused = True
             self._wake.notify_all()
@@ -159,6 +162,7 @@ class EngineLoop:
     def _turn(self) -> None:
         while self._inbox:
             self._inbox.popleft()()
+        self._expire()
         self._take_back()
         has_probed = self._settle_adapters()
         self._scheduler.admit(self._try_admit)
@@ -170,15 +174,31 @@ class EngineLoop:
             self._step(works)
             self._take_back()
 
+    def _expire(self) -> None:
+        """Fail what has waited or run for too long."""
+        now = time.monotonic()
+        with self._wake:
+            late = [stream for stream in self._streams.values() if stream.deadline < now]
+        for stream in late:
+            state = "waited for its turn" if stream.block is None else "ran"
+            error = DeadlineExceeded(
+                f"The request {state} until its time limit of {stream.limit_s:g} s."
+            )
+            self._finish(stream, stream.end(FINISH_ERROR, error))
+
     def _in_use(self) -> set[str]:
         return {s.digest for s in self._scheduler.running if s.digest is not None}
 
+    def _variants_in_use(self) -> set[str]:
+        return {s.variant for s in self._scheduler.running if s.variant is not None}
+
     def _settle_adapters(self) -> bool:
         """Let in the adapters that were read; tells whether that took a forward pass."""
-        in_use = self._in_use()
-        self._adapters.sweep(in_use)
+        in_use, variants = self._in_use(), self._variants_in_use()
+        for digest in self._adapters.sweep(in_use):
+            self._runner.bank.deactivate(digest)
         outcomes = self._adapters.settle(
-            lambda adapter: self._runner.probe(adapter, in_use), in_use, self._config.watchdog_s
+            lambda adapter: self._runner.probe(adapter, variants), in_use, self._config.watchdog_s
         )
         for digest, error in outcomes.items():
             for stream in reversed(self._parked.pop(digest, [])):
@@ -200,9 +220,12 @@ class EngineLoop:
         block = self._prefixes.allocate(stream.max_length)
         if block is None:
             return Admission.FULL
-        if adapter is not None and not self._runner.bank.activate(adapter, self._in_use()):
-            self._runner.pool.release(block)
-            return Admission.FULL
+        if adapter is not None:
+            scaled = adapter.scaled(stream.request.adapter_scale)
+            if not self._runner.bank.activate(scaled, self._variants_in_use()):
+                self._runner.pool.release(block)
+                return Admission.FULL
+            self._adapters.note_use(adapter.digest)
         stream.block = block
         return Admission.RUN
 
@@ -281,7 +304,7 @@ class EngineLoop:
                     EngineFailure(f"A step takes more than {limit:g} s.", code="engine_stalled")
                 )
             if self._adapters.is_loading:
-                self.rouse()  # so that a read that hangs is noticed
+                self.rouse()  # so that a read that hangs, or a deadline, is noticed
             with self._wake:
                 self._wake.wait_for(lambda: self._closing, timeout=min(limit / 4, 1.0))
 

@@ -15,61 +15,18 @@ Shapes: n tokens, R rows, S modules that share their input, r rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
+from serve.engine.adapter_weights import LoadedAdapter
 from serve.engine.kernels import AdapterPlan, ProductStruct
 
 NOBODY = -1
 OWN_SEGMENT = 32  # tokens of one adapter that are worth products of their own
-
-
-@dataclass(frozen=True, slots=True)
-class Weights:
-    """One module's share of an adapter: A [r, in] and B [r, out], scaling included."""
-
-    a: torch.Tensor
-    b: torch.Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedAdapter:
-    """An adapter that passed the checks of its files, in host memory."""
-
-    digest: str
-    weights: Mapping[str, Weights]
-
-    @property
-    def rank(self) -> int:
-        """Rows that it takes: its largest rank."""
-        return max(len(weights.a) for weights in self.weights.values())
-
-    @property
-    def num_bytes(self) -> int:
-        """Host memory."""
-        return sum(w.a.nbytes + w.b.nbytes for w in self.weights.values())
-
-
-def lora_sites(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules that LoRA may change, by name."""
-    kinds = (nn.Linear, nn.Embedding, Conv1D)
-    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
-
-
-def site_shape(module: nn.Module) -> tuple[int, int]:
-    """Return (inputs, outputs) of a site."""
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    if isinstance(module, nn.Embedding):
-        return module.num_embeddings, module.embedding_dim
-    weight: torch.Tensor = module.weight  # type: ignore[assignment]
-    return weight.shape[0], weight.shape[1]  # Conv1D
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,6 +266,11 @@ class LoraBank:
         self._held: dict[str, Holding] = {}  # by digest, least recently used first
         self._next_number = 0
         self._owner = torch.full((max_rows,), NOBODY, dtype=torch.long, device=model.device)
+
+    @property
+    def digests(self) -> list[str]:
+        """Of the active adapters, scaled ones under their own."""
+        return list(self._held.copy())
 
     def attach(self, stack: LoraStack) -> None:
         """Have a stack filled with the adapters that become active."""

@@ -78,6 +78,7 @@ class PrefixCache:
                 entry = self._places[keys[length - 1]]
                 self._cache.copy(entry.block, stream.block, start, known)
                 stream.num_computed = known
+                stream.num_cached += known - start
                 self.num_reused += known - start
                 if entry in self._kept:
                     self._kept.move_to_end(entry)
@@ -150,7 +151,7 @@ class PrefixCache:
 def _names(stream: Stream, ids: Sequence[int]) -> list[bytes]:
     """Return the name of each whole grain of a stream's tokens."""
     root = hashlib.blake2b(digest_size=16)
-    root.update(f"{stream.request.account}\0{stream.digest or ''}\0".encode())
+    root.update(f"{stream.request.account}\0{stream.variant or ''}\0".encode())
     names = []
     for start in range(0, len(ids) - GRAIN + 1, GRAIN):
         root.update(array("q", ids[start : start + GRAIN]).tobytes())

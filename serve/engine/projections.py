@@ -21,7 +21,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from serve.engine import kernels
-from serve.engine.lora import LoraBank, LoraStack, lora_sites, site_shape
+from serve.engine.adapter_weights import lora_sites, site_shape
+from serve.engine.lora import LoraBank, LoraStack
 
 PACKED_ROWS = 16  # tokens that the blocks are laid out for; any number can be multiplied
 

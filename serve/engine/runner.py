@@ -16,11 +16,12 @@ from transformers import PreTrainedModel
 
 from data.errors import AdapterRefused, EngineFailure, InvalidInput, ModelUnavailable
 from serve.engine import kernels
+from serve.engine.adapter_weights import LoadedAdapter
 from serve.engine.attention import IMPLEMENTATION, Group, ProbeStep, Singles, Step
 from serve.engine.blocks import SMALLEST, Block, BlockPool, block_size
 from serve.engine.kv_cache import KVCache, bytes_per_token
 from serve.engine.layers import Layers
-from serve.engine.lora import LoadedAdapter, LoraBank
+from serve.engine.lora import LoraBank
 from serve.engine.norms import Norms
 from serve.engine.projections import Projections, noting_siblings
 from serve.engine.scheduler import Work
@@ -107,7 +108,7 @@ class ModelRunner:
             offset = _block(work).offset + start
             where += range(offset, offset + work.num_tokens)
         keep_rows = self._tensor(keep)
-        self.bank.begin([(w.stream.digest, w.num_tokens) for w in ordered], keep_rows)
+        self.bank.begin([(w.stream.variant, w.num_tokens) for w in ordered], keep_rows)
         step = Step(self.cache, self._tensor(where), groups)
         return StepLogits(self._forward(ids, positions, keep_rows, step), rows)
 

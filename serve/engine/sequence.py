@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data.errors import ToolkitError
+from serve.engine.adapter_weights import variant_of
 from serve.engine.base import (
     FINISH_LENGTH,
     FINISH_STOP,
@@ -26,6 +27,9 @@ class Stream:
 
     Attributes:
         num_computed: Tokens whose keys and values are in the cache.
+        num_cached: Those of them that came from the prefix cache.
+        limit_s: Seconds that it may take.
+        deadline: When they end, on the clock of time.monotonic.
         finish_reason: Set once; no delta follows.
         prefix_keys: Names of the prompt's prefixes, once the prefix cache has made them.
         prefix_version: The state of the prefix cache that was searched last.
@@ -35,8 +39,11 @@ class Stream:
     on_delta: Callable[[Delta], None]
     tokenizer: Any
     eos_token_ids: frozenset[int]
+    limit_s: float = float("inf")
+    deadline: float = float("inf")
     block: Block | None = None
     num_computed: int = 0
+    num_cached: int = 0
     output_ids: list[int] = field(default_factory=list)
     counts: Counter[int] = field(default_factory=Counter)
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])
@@ -62,6 +69,11 @@ class Stream:
         """The adapter's, or None for the base."""
         adapter = self.request.adapter
         return None if adapter is None else adapter.digest
+
+    @property
+    def variant(self) -> str | None:
+        """The adapter at its scale: what the model's stacks and caches know; None for the base."""
+        return None if self.digest is None else variant_of(self.digest, self.request.adapter_scale)
 
     @property
     def max_length(self) -> int:
@@ -121,4 +133,13 @@ class Stream:
         prompt_logprobs = None
         if not self._prompt_told and error is None:
             self._prompt_told, prompt_logprobs = True, tuple(self.prompt_logprobs)
-        return Delta(self.request.id, token_ids, text, logprobs, prompt_logprobs, reason, error)
+        return Delta(
+            self.request.id,
+            token_ids,
+            text,
+            logprobs,
+            prompt_logprobs,
+            reason,
+            error,
+            self.num_cached,
+        )
