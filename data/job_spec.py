@@ -115,12 +115,8 @@ class JobSpec:
                     )
 
     def _check_names(self) -> None:
-        if self.suffix is not None and not SUFFIX.fullmatch(self.suffix):
-            raise InvalidInput(
-                f"Invalid 'suffix': {self.suffix!r}. Give 1 to 64 letters, digits, '.', '_' or "
-                "'-': it becomes a part of the model's name.",
-                param="suffix",
-            )
+        if self.suffix is not None:
+            check_suffix(self.suffix)
         if self.seed is not None:
             _check_number("seed", self.seed, (int, 0, MAX_SEED))
         metadata = self.metadata or {}
@@ -213,3 +209,13 @@ def _unknown(name: str, last: str, known: list[str]) -> InvalidInput:
     return InvalidInput(
         f"Unknown parameter: '{name}'. {hint}", param=name, code="unknown_parameter"
     )
+
+
+def check_suffix(suffix: Any) -> None:
+    """Raise InvalidInput unless a suffix can be a part of a model's name."""
+    if not isinstance(suffix, str) or not SUFFIX.fullmatch(suffix):
+        raise InvalidInput(
+            f"Invalid 'suffix': {suffix!r}. Give 1 to 64 letters, digits, '.', '_' or '-': it "
+            "becomes a part of the model's name.",
+            param="suffix",
+        )

@@ -10,11 +10,12 @@ Names: a version is `ft:BASE:ACCOUNT:SUFFIX:8chars`, its alias the same without 
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from data.adapter_checks import AdapterFacts, check_adapter, digest_of, files_of
+from data.adapter_checks import ORIGIN, AdapterFacts, check_adapter, digest_of, files_of
 from data.db import Database
 from data.errors import AdapterRefused, InvalidInput, ModelNotFound, StateConflict
 from data.files import sync_folder
@@ -130,6 +131,36 @@ def publish(
         )
         point_alias(session, version)
     return version
+
+
+def publish_imported(
+    database: Database,
+    adapters_dir: Path,
+    project_id: str,
+    source: Path,
+    base: tuple[str, str],
+    suffix: str | None,
+    try_out: Callable[[str], object],
+) -> AdapterVersion:
+    """Publish an adapter that was trained elsewhere, on what its owner says is this base.
+
+    Args:
+        base: Name and fingerprint of the base; noted in the folder.
+        try_out: Called with the digest before anything is recorded; raises if it does not work.
+
+    Raises:
+        AdapterRefused: It failed a check; nothing is left behind.
+    """
+    name, fingerprint = base
+    origin = {"base_model": name, "base_fingerprint": fingerprint}
+    (source / ORIGIN).write_text(json.dumps(origin), encoding="utf-8")
+    with database.read() as session:
+        project = session.get_one(Project, project_id)
+    try_out(check_adapter(source, fingerprint).digest)
+    lineage = {"imported": True}
+    return publish(
+        database, adapters_dir, project, source, name, fingerprint, suffix=suffix, lineage=lineage
+    )
 
 
 def alias_name(base_model: str, account: str, suffix: str | None) -> str:

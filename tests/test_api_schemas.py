@@ -42,7 +42,6 @@ def completion(**fields: Any) -> CompletionRequest:
         ({"stream": "yes"}, "stream", "invalid_type", "expected a boolean"),
         ({"temprature": 1}, "temprature", "unknown_parameter", "Did you mean 'temperature'?"),
         ({"zzz": None}, "zzz", "unknown_parameter", "Unknown parameter: 'zzz'."),
-        ({"suffix": "end"}, "suffix", "unsupported_parameter", "fill-in-the-middle"),
         ({"n": 3, "best_of": 2}, "best_of", "invalid_value", "a value >= 'n' (3)"),
         ({"best_of": 2, "stream": True}, "best_of", "invalid_value", "'stream'"),
         ({"stream_options": {}}, "stream_options", "invalid_value", "'stream' is enabled"),

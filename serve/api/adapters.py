@@ -8,7 +8,7 @@ files are first used, and again whenever they changed on disk, their digest is c
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ from starlette.concurrency import run_in_threadpool
 
 from data import registry
 from data.db import Database
-from data.errors import AdapterRefused
+from data.errors import AdapterRefused, InvalidInput
 from data.tables import AdapterVersion
+from serve.api.schemas import SamplingFields
 from serve.api.token_text import TokenText
 from serve.engine.base import AdapterRef, Engine
 
@@ -33,7 +34,8 @@ class ServedModel:
         name: The version's full name, also when an alias was asked for.
         adapter: None for the base model.
         eos_token_ids: What ends an answer: the base model's, and the adapter's own.
-        fingerprint: Changes with the base, the adapter's content and the engine.
+        fingerprint: Changes with the base, the adapter's content and scale, and the engine.
+        adapter_scale: How much of the adapter is added, 0 to 1.
     """
 
     name: str
@@ -41,6 +43,7 @@ class ServedModel:
     tokens: TokenText
     eos_token_ids: frozenset[int]
     fingerprint: str
+    adapter_scale: float = 1.0
 
 
 class ModelCatalog:
@@ -80,6 +83,35 @@ class ModelCatalog:
             return self.base
         return await run_in_threadpool(self._resolve_adapter, account_id, name)
 
+    async def resolve_for(self, account_id: str, body: SamplingFields) -> ServedModel:
+        """Find the model of a request, with the adapter and the scale that it names.
+
+        Raises:
+            ModelNotFound: There is none, or it belongs to another account.
+            AdapterRefused: Its files are not what was published.
+            InvalidInput: `adapter` contradicts `model`, or there is no adapter to scale.
+        """
+        served = await self.resolve(account_id, body.model)
+        wanted = body.adapter or body.adapter_id
+        if wanted is not None:
+            asked = served
+            served = await self.resolve(account_id, wanted)
+            if asked.adapter is not None and asked.adapter != served.adapter:
+                raise InvalidInput(
+                    f"Invalid 'adapter': '{wanted}' is another adapter than that of the model "
+                    f"'{body.model}'. Set 'model' to '{self.base_model}', or leave 'adapter' out.",
+                    param="adapter",
+                )
+        if body.adapter_scale == 1:
+            return served
+        if served.adapter is None:
+            raise InvalidInput(
+                f"Invalid 'adapter_scale': the model '{served.name}' has no adapter to scale.",
+                param="adapter_scale",
+            )
+        mark = _mark(self._engine.fingerprint, f"{served.adapter.digest}*{body.adapter_scale!r}")
+        return replace(served, adapter_scale=body.adapter_scale, fingerprint=mark)
+
     def _resolve_adapter(self, account_id: str, name: str) -> ServedModel:
         version = registry.resolve(self._database, account_id, name)
         if version.base_fingerprint != self.base_fingerprint:
@@ -98,7 +130,7 @@ class ModelCatalog:
                 eos_token_ids |= {tokens.tokenizer.eos_token_id}
         return ServedModel(
             version.name,
-            AdapterRef(version.digest, str(folder)),
+            AdapterRef(version.digest, str(folder), version.project_id),
             tokens,
             eos_token_ids,
             _mark(self._engine.fingerprint, version.digest),

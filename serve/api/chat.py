@@ -31,7 +31,7 @@ async def create_chat_completion(
     body: ChatRequest, request: Request, caller: Caller, runtime: Running
 ) -> Response:
     """Answer a conversation `n` times."""
-    served = await runtime.models.resolve(caller.id, body.model)
+    served = await runtime.models.resolve_for(caller.id, body)
     plan = await run_in_threadpool(_plan, body, served, runtime.engine.max_context, caller.id)
     if body.stream:
         return await EventStream.begin(request, _frames(plan, runtime.generator))
@@ -81,7 +81,8 @@ def _plan(body: ChatRequest, served: ServedModel, max_context: int, account: str
 
 def _whole(plan: _Plan, answers: Sequence[Answer]) -> dict[str, Any]:
     choices = [_choice(plan, index, answer) for index, answer in enumerate(answers)]
-    counted = usage([plan.prompt], num_generated(answers))
+    cached = [answer.num_cached for answer in answers]
+    counted = usage([plan.prompt], num_generated(answers), cached)
     return {**plan.head("chat.completion"), "choices": choices, "usage": counted}
 
 
@@ -105,7 +106,7 @@ async def _frames(plan: _Plan, generator: Generator) -> Frames:
     if with_usage:
         head["usage"] = None
     begun: set[int] = set()
-    total = 0
+    total, cached = 0, [0] * len(plan.requests)
     async with aclosing(generator.start(plan.requests).events(KEEP_ALIVE_S)) as events:
         async for event in events:
             if event is None:
@@ -113,6 +114,7 @@ async def _frames(plan: _Plan, generator: Generator) -> Frames:
                 continue
             index, delta = event
             total += len(delta.token_ids)
+            cached[index] = delta.num_cached
             if index not in begun:
                 begun.add(index)
                 yield {**head, "choices": [_piece(index, {"role": "assistant", "content": ""})]}
@@ -122,7 +124,7 @@ async def _frames(plan: _Plan, generator: Generator) -> Frames:
                 last = _piece(index, {}) | {"finish_reason": delta.finish_reason}
                 yield {**head, "choices": [last]}
     if with_usage:
-        yield {**head, "choices": [], "usage": usage([plan.prompt], total)}
+        yield {**head, "choices": [], "usage": usage([plan.prompt], total, cached)}
 
 
 def _content(plan: _Plan, index: int, delta: Delta) -> dict[str, Any]:

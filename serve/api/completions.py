@@ -17,7 +17,7 @@ from serve.api.deps import Caller, Running, json_response
 from serve.api.generation import Answer, Generator, unless_disconnected
 from serve.api.json_route import StrictJsonRoute
 from serve.api.logprobs import CompletionLogprobs, joined, mean_logprob, prompt_logprobs
-from serve.api.prompts import Prompt, read_prompts, room_for
+from serve.api.prompts import Prompt, between, read_prompts, room_for
 from serve.api.sampling import engine_requests, num_generated, sampling_params, usage
 from serve.api.schemas import CompletionRequest
 from serve.api.stream import KEEP_ALIVE_S, EventStream, Frames
@@ -33,7 +33,7 @@ async def create_completion(
     body: CompletionRequest, request: Request, caller: Caller, runtime: Running
 ) -> Response:
     """Continue each prompt `n` times."""
-    served = await runtime.models.resolve(caller.id, body.model)
+    served = await runtime.models.resolve_for(caller.id, body)
     plan = await run_in_threadpool(_plan, body, served, runtime.engine.max_context, caller.id)
     if body.stream:
         return await EventStream.begin(request, _frames(plan, runtime.generator))
@@ -67,6 +67,8 @@ class _Plan:
 def _plan(body: CompletionRequest, served: ServedModel, max_context: int, account: str) -> _Plan:
     completion_id = new_id("cmpl-")
     prompts = read_prompts(body.prompt, served.tokens, body.add_special_tokens)
+    if body.suffix:
+        prompts = between(prompts, body.suffix, served.tokens)
     samples = max(body.n, body.best_of or 0)
     scored = body.logprobs
     if scored is None and samples > body.n:
@@ -91,7 +93,8 @@ def _whole(plan: _Plan, answers: Sequence[Answer]) -> dict[str, Any]:
         for answer in candidates[: plan.body.n]:
             writer = _ChoiceWriter(plan, prompt, len(choices))
             choices.append(writer.write(answer))
-    counted = usage(plan.prompts, num_generated(answers))
+    cached = [answer.num_cached for answer in answers]
+    counted = usage(plan.prompts, num_generated(answers), cached)
     return {**plan.head(), "choices": choices, "usage": counted}
 
 
@@ -102,7 +105,7 @@ async def _frames(plan: _Plan, generator: Generator) -> Frames:
     ]
     options = plan.body.stream_options
     with_usage = options is not None and options.include_usage
-    total = 0
+    total, cached = 0, [0] * len(plan.requests)
     async with aclosing(generator.start(plan.requests).events(KEEP_ALIVE_S)) as events:
         async for event in events:
             if event is None:
@@ -110,12 +113,13 @@ async def _frames(plan: _Plan, generator: Generator) -> Frames:
                 continue
             index, delta = event
             total += len(delta.token_ids)
+            cached[index] = delta.num_cached
             if not writers[index].has_news(delta):
                 continue
             chunk = {**plan.head(), "choices": [writers[index].write(delta)]}
             yield chunk | {"usage": None} if with_usage else chunk
     if with_usage:
-        yield {**plan.head(), "choices": [], "usage": usage(plan.prompts, total)}
+        yield {**plan.head(), "choices": [], "usage": usage(plan.prompts, total, cached)}
 
 
 class _ChoiceWriter:

@@ -35,6 +35,7 @@ class Answer:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: Sequence[TokenLogprob | None] | None = None
     finish_reason: str = ""
+    num_cached: int = 0
 
     def add(self, delta: Delta) -> None:
         """Append what the engine reports."""
@@ -44,6 +45,7 @@ class Answer:
         if delta.prompt_logprobs is not None:
             self.prompt_logprobs = delta.prompt_logprobs
         self.finish_reason = delta.finish_reason or ""
+        self.num_cached = delta.num_cached
 
 
 class Generator:

@@ -27,6 +27,7 @@ from serve.api.errors import error_response, internal_error
 API_VERSION = "2020-10-01"
 ORGANIZATION = "org-hone"  # one installation is one organization; its accounts are projects
 OPEN_PATHS = {"/health"}
+UPLOAD_PATHS = ("/v1/files", "/v1/adapters")
 MIB = 1 << 20
 MAX_JSON_BYTES = 32 * MIB
 MULTIPART_OVERHEAD_BYTES = MIB
@@ -116,7 +117,7 @@ class BodyLimit:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        limit = self.max_upload_bytes if scope["path"] == "/v1/files" else MAX_JSON_BYTES
+        limit = self.max_upload_bytes if scope["path"] in UPLOAD_PATHS else MAX_JSON_BYTES
         announced = Headers(scope=scope).get("content-length", "")
         if announced.isdigit() and int(announced) > limit:
             await error_response(_too_large(limit))(scope, receive, send)

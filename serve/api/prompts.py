@@ -28,6 +28,34 @@ class Prompt:
     text: str
 
 
+def between(prompts: Sequence[Prompt], suffix: str, tokens: TokenText) -> list[Prompt]:
+    """Return prompts that ask for what stands between each prompt and the suffix.
+
+    They are written prefix, suffix, middle, as in Bavarian et al. 2022 (arXiv 2207.14255, "PSM"),
+    which is how the models whose tokens are known here were trained.
+
+    Raises:
+        InvalidInput: The tokenizer has no tokens for it.
+    """
+    marks = tokens.middle_marks
+    if marks is None:
+        raise InvalidInput(
+            "Unsupported parameter: 'suffix' is not supported with this model: its tokenizer has "
+            "no fill-in-the-middle tokens.",
+            param="suffix",
+            code="unsupported_parameter",
+        )
+    before, after, middle = marks
+    end = (after, *tokens.tokenizer.encode(suffix, add_special_tokens=False), middle)
+    start = tuple(tokens.tokenizer.encode("", add_special_tokens=True))
+    found = []
+    for prompt in prompts:
+        has_start = bool(start) and prompt.ids[: len(start)] == start
+        head, body = (start, prompt.ids[len(start) :]) if has_start else ((), prompt.ids)
+        found.append(Prompt((*head, before, *body, *end), prompt.text))
+    return found
+
+
 def read_prompts(value: Any, tokens: TokenText, add_special_tokens: bool) -> list[Prompt]:
     """Read the `prompt` field of a completion request.
 

@@ -72,6 +72,7 @@ def engine_requests(
             params=_for_sample(params, j),
             adapter=served.adapter,
             account=account,
+            adapter_scale=served.adapter_scale,
         )
         for i, (prompt, params) in enumerate(prompts)
         for j in range(samples)
@@ -86,13 +87,23 @@ def _for_sample(params: SamplingParams, sample: int) -> SamplingParams:
     return dataclasses.replace(params, seed=int.from_bytes(digest[:8], "big") >> 1)
 
 
-def usage(prompts: Sequence[Prompt], num_generated: int) -> dict[str, Any]:
-    """Return the `usage` object: each prompt counts once, each sampled token counts."""
+def usage(
+    prompts: Sequence[Prompt], num_generated: int, num_cached: Sequence[int]
+) -> dict[str, Any]:
+    """Return the `usage` object: each prompt counts once, each sampled token counts.
+
+    Args:
+        num_cached: Of each sequence, in the order of `engine_requests`, the prompt tokens that were
+            not computed. A prompt's count is that of its sequence that computed most.
+    """
+    samples = len(num_cached) // len(prompts)
+    cached = [min(num_cached[i * samples : (i + 1) * samples]) for i in range(len(prompts))]
     num_prompt = sum(len(prompt.ids) for prompt in prompts)
     return {
         "prompt_tokens": num_prompt,
         "completion_tokens": num_generated,
         "total_tokens": num_prompt + num_generated,
+        "prompt_tokens_details": {"cached_tokens": sum(cached)},
     }
 
 

@@ -133,6 +133,19 @@ class SamplingFields(RequestModel):
     min_tokens: int = Field(0, ge=0)
     ignore_eos: bool = False
     return_token_ids: bool = False
+    adapter: str | None = None
+    adapter_id: str | None = None  # the same, as LoRAX calls it
+    adapter_scale: float = Field(1.0, ge=0, le=1, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _check_adapter(self) -> SamplingFields:
+        if self.adapter and self.adapter_id and self.adapter != self.adapter_id:
+            raise InvalidInput(
+                f"Invalid 'adapter_id': it is another name for 'adapter', which is "
+                f"'{self.adapter}', but got '{self.adapter_id}' instead.",
+                param="adapter_id",
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> SamplingFields:
@@ -157,12 +170,10 @@ class CompletionRequest(SamplingFields):
 
     @model_validator(mode="after")
     def _check_combinations(self) -> CompletionRequest:
-        if self.suffix:
+        if self.suffix and self.echo:
             raise InvalidInput(
-                "Unsupported parameter: 'suffix' is not supported with this model: its tokenizer "
-                "has no fill-in-the-middle tokens.",
-                param="suffix",
-                code="unsupported_parameter",
+                "Invalid 'echo': a completion between 'prompt' and 'suffix' cannot be echoed.",
+                param="echo",
             )
         if self.best_of is not None and self.best_of < self.n:
             raise InvalidInput(

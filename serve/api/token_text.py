@@ -11,6 +11,14 @@ from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
 
+# What stands before the prefix, the suffix and the middle: Qwen and CodeGemma, StarCoder and SmolLM
+# for code, Code Llama, DeepSeek Coder.
+MIDDLE_MARKS = (
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
+    ("\u2581<PRE>", "\u2581<SUF>", "\u2581<MID>"),
+    ("<\uff5cfim\u2581begin\uff5c>", "<\uff5cfim\u2581hole\uff5c>", "<\uff5cfim\u2581end\uff5c>"),
+)
 BYTE_TOKEN_LENGTH = len("<0x00>")
 SENTENCEPIECE_SPACE = "\u2581"
 
@@ -27,6 +35,15 @@ class TokenText:
         self.vocabulary_size = len(tokenizer)
         self.special_ids = frozenset(tokenizer.all_special_ids)
         self._cache: dict[int, bytes] = {}
+
+    @cached_property
+    def middle_marks(self) -> tuple[int, int, int] | None:
+        """The tokens before prefix, suffix and middle; None if the tokenizer has none."""
+        ids = {content: index for index, content in self._added.items()}
+        for before, after, middle in MIDDLE_MARKS:
+            if {before, after, middle} <= ids.keys():
+                return ids[before], ids[after], ids[middle]
+        return None
 
     def bytes_of(self, token_id: int) -> bytes:
         """Return the bytes that a token adds to a text."""

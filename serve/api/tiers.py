@@ -1,0 +1,157 @@
+"""`/v1/adapters`: bring an adapter, see where each one is, load it early or keep it in memory."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import FormData, UploadFile
+from starlette.responses import Response
+
+from data import registry
+from data.adapter_checks import CONFIG, WEIGHTS
+from data.errors import AdapterRefused, InvalidInput
+from data.job_spec import check_suffix
+from data.tables import AdapterVersion
+from serve.api.deps import Account, Caller, Running, json_response, page
+from serve.api.errors import unknown_parameter
+from serve.engine.base import AdapterRef, AdapterState
+from serve.runtime import Runtime
+
+PARTS = {"config": CONFIG, "weights": WEIGHTS}
+FORM_FIELDS = (*PARTS, "suffix")
+
+router = APIRouter(prefix="/v1/adapters")
+
+
+@router.get("")
+async def list_adapters(caller: Caller, runtime: Running) -> Response:
+    """List the account's adapters, newest first, with where each one is."""
+    versions = await run_in_threadpool(registry.list_versions, runtime.database, caller.id)
+    states = {state.digest: state for state in runtime.engine.adapters()}
+    return page([_describe(version, states.get(version.digest)) for version in versions], False)
+
+
+@router.post("")
+async def import_adapter(request: Request, caller: Caller, runtime: Running) -> Response:
+    """Publish an adapter that was trained elsewhere, after all checks and a trial forward pass."""
+    async with request.form(max_files=2, max_fields=2) as form:
+        for name in form:
+            if name not in FORM_FIELDS:
+                raise unknown_parameter(name, FORM_FIELDS)
+        version = await run_in_threadpool(_import, runtime, caller, form)
+    return await _answer(runtime, version)
+
+
+@router.get("/{name:path}")
+async def retrieve_adapter(name: str, caller: Caller, runtime: Running) -> Response:
+    """Describe one adapter."""
+    version = await run_in_threadpool(registry.resolve, runtime.database, caller.id, name)
+    return await _answer(runtime, version)
+
+
+@router.post("/{name:path}/load")
+async def load_adapter(name: str, caller: Caller, runtime: Running) -> Response:
+    """Read and try an adapter now, so that its first request need not wait."""
+    version, ref = await _find(runtime, caller.id, name)
+    await run_in_threadpool(runtime.engine.load_adapter, ref)
+    return await _answer(runtime, version)
+
+
+@router.post("/{name:path}/unload")
+async def unload_adapter(name: str, caller: Caller, runtime: Running) -> Response:
+    """Drop an adapter from memory once its last request has ended; the next one loads it again."""
+    version, ref = await _find(runtime, caller.id, name)
+    await run_in_threadpool(runtime.engine.unload_adapter, ref.digest)
+    return await _answer(runtime, version)
+
+
+@router.post("/{name:path}/pin")
+async def pin_adapter(name: str, caller: Caller, runtime: Running) -> Response:
+    """Load an adapter and keep it in memory."""
+    version, ref = await _find(runtime, caller.id, name)
+    await run_in_threadpool(runtime.engine.pin_adapter, ref)
+    return await _answer(runtime, version)
+
+
+@router.post("/{name:path}/unpin")
+async def unpin_adapter(name: str, caller: Caller, runtime: Running) -> Response:
+    """Let an adapter make room for others again."""
+    version, ref = await _find(runtime, caller.id, name)
+    await run_in_threadpool(runtime.engine.unpin_adapter, ref.digest)
+    return await _answer(runtime, version)
+
+
+async def _find(runtime: Runtime, account_id: str, name: str) -> tuple[AdapterVersion, AdapterRef]:
+    """Find an adapter whose files are what was published."""
+    version = await run_in_threadpool(registry.resolve, runtime.database, account_id, name)
+    served = await runtime.models.resolve(account_id, version.name)
+    if served.adapter is None:
+        raise InvalidInput(f"'{name}' is a base model, not an adapter.", param="name")
+    return version, served.adapter
+
+
+async def _answer(runtime: Runtime, version: AdapterVersion) -> Response:
+    states = {state.digest: state for state in await run_in_threadpool(runtime.engine.adapters)}
+    return json_response(_describe(version, states.get(version.digest)))
+
+
+def _describe(version: AdapterVersion, state: AdapterState | None) -> dict[str, Any]:
+    tier = "disk" if state is None else state.tier
+    last_used = None if state is None or state.last_used is None else int(state.last_used)
+    return {
+        "id": version.name,
+        "object": "adapter",
+        "created_at": version.created_at,
+        "base_model": version.base_model,
+        "digest": version.digest,
+        "bytes": version.bytes,
+        "rank": version.rank,
+        "target_modules": version.target_modules,
+        "loaded": tier != "disk",
+        "tier": tier,
+        "pinned": state is not None and state.pinned,
+        "last_used_at": last_used,
+        "num_requests": 0 if state is None else state.num_uses,
+        "num_loads": 0 if state is None else state.num_loads,
+    }
+
+
+def _import(runtime: Runtime, account: Account, form: FormData) -> AdapterVersion:
+    suffix = form.get("suffix")
+    if suffix is not None:
+        check_suffix(suffix)
+    catalog = runtime.models
+    with tempfile.TemporaryDirectory(prefix="hone-import-") as scratch:
+        folder = Path(scratch) / "adapter"
+        folder.mkdir()
+        for field, filename in PARTS.items():
+            part = form.get(field)
+            if not isinstance(part, UploadFile):
+                raise InvalidInput(
+                    f"Missing required parameter: '{field}'. Send PEFT's {filename} as a file of "
+                    "a multipart/form-data body.",
+                    param=field,
+                    code="missing_required_parameter",
+                )
+            with (folder / filename).open("wb") as target:
+                shutil.copyfileobj(part.file, target)
+        try:
+            return registry.publish_imported(
+                runtime.database,
+                runtime.settings.adapters_dir,
+                account.id,
+                folder,
+                (catalog.base_model, catalog.base_fingerprint),
+                str(suffix) if suffix is not None else None,
+                try_out=lambda digest: runtime.engine.load_adapter(
+                    AdapterRef(digest, str(folder), account.id)
+                ),
+            )
+        except AdapterRefused as error:  # of files that the caller has just sent: tell the reason
+            message = error.message.replace(f"{folder}/", "").replace(str(folder), "the adapter")
+            raise InvalidInput(message, param="weights", code=error.code) from error
