@@ -88,6 +88,9 @@ class Settings(StrictModel):
         256, ge=1, description="Ranks of all adapters of a step together; also the largest rank."
     )
     threads: int | None = Field(None, ge=1, description="CPU threads of the engine.")
+    shutdown_grace_s: int = Field(
+        30, ge=0, description="Seconds that answers in flight may take when the server stops."
+    )
     max_upload_mb: int = Field(512, ge=1, description="Largest uploaded file, MiB.")
     min_examples: int = Field(10, ge=1, description="Fewest training examples that a job accepts.")
     embedded_worker: bool = Field(True, description="Start a training worker with the server.")

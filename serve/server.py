@@ -2,7 +2,7 @@
 
 The port is bound before the model is loaded, so a port in use is told at once; connections are
 accepted only when the model has answered. SIGTERM and SIGINT stop accepting, let answers in flight
-finish for a while, stop the worker, and exit with 0.
+finish for `shutdown_grace_s`, cut what is left, stop the worker, and exit with 0.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from data.settings import Settings
 from data.tables import new_id
 from serve.api.errors import envelope
 
-DRAIN_S = 10
 KEEP_ALIVE_S = 75
 
 
@@ -52,7 +51,7 @@ def run(settings: Settings) -> None:
             log_config=None,
             access_log=False,
             server_header=False,
-            timeout_graceful_shutdown=DRAIN_S,
+            timeout_graceful_shutdown=settings.shutdown_grace_s,
             timeout_keep_alive=KEEP_ALIVE_S,
         )
         try:

@@ -1,9 +1,8 @@
-"""OpenVINO GenAI on the work of `benchmarks/engine.py`, in an environment of its own.
+"""OpenVINO GenAI on the work of `benchmarks/serving.py`, in an environment of its own.
 
 It cannot mix adapters in a batch, so its rows are the base and one adapter for all.
 
-    python benchmarks/engine.py --scenarios base_16 --save-base-and-adapters /tmp/work
-    python benchmarks/peers/openvino_engine.py --work /tmp/work --json
+    python benchmarks/peers/openvino_engine.py --work FOLDER --json
 """
 
 from __future__ import annotations
@@ -51,8 +50,9 @@ def prepare(env: Path, work: Path) -> Path:
     python = env / "bin" / "python"
     if not python.exists():
         venv.create(env, with_pip=True)
-        for package in PACKAGES:
-            subprocess.run([python, "-m", "pip", "install", "-q", package], check=True)
+        pip = [python, "-m", "pip", "install", "-q"]
+        subprocess.run([*pip, PACKAGES[0]], check=True)
+        subprocess.run([*pip, *PACKAGES], check=True)  # with torch again: it must stay as it is
     if not (work / "openvino").exists():
         export = [env / "bin" / "optimum-cli", "export", "openvino", "--model", work / "base"]
         task = ["--task", "text-generation-with-past", "--weight-format", "fp32"]

@@ -23,6 +23,7 @@ from serve.api.errors import envelope, internal_error
 from serve.api.generation import unless_disconnected
 
 KEEP_ALIVE_S = 10.0
+SEND_LIMIT_S = 60.0  # a client that takes nothing for this long is gone
 PING = b": ping\n\n"
 DONE = b"data: [DONE]\n\n"
 
@@ -68,17 +69,26 @@ class EventStream(Response):
 
     async def _send_frames(self, scope: Scope, send: Send) -> None:
         try:
-            await _send_body(send, _event(self.first))
-            async for frame in self.rest:
-                await _send_body(send, _event(frame))
-            await _send_body(send, DONE)
-        except ToolkitError as error:
-            await _send_body(send, _event(envelope(error)))
-        except Exception:
-            request_id = scope["state"]["request_id"]
-            log.exception("%s while streaming", request_id)
-            await _send_body(send, _event(envelope(internal_error(request_id))))
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            try:
+                await _send_body(send, _event(self.first))
+                async for frame in self.rest:
+                    await _send_body(send, _event(frame))
+                await _send_body(send, DONE)
+            except ToolkitError as error:
+                await _send_body(send, _event(envelope(error)))
+            except _ReadsNothing:
+                raise
+            except Exception:
+                request_id = scope["state"]["request_id"]
+                log.exception("%s while streaming", request_id)
+                await _send_body(send, _event(envelope(internal_error(request_id))))
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except _ReadsNothing:  # leave without an end, so that the connection is cut
+            log.warning("%s: the client reads nothing", scope["state"]["request_id"])
+
+
+class _ReadsNothing(Exception):
+    """The connection has taken nothing for SEND_LIMIT_S."""
 
 
 def _event(frame: Frame) -> bytes:
@@ -86,4 +96,8 @@ def _event(frame: Frame) -> bytes:
 
 
 async def _send_body(send: Send, body: bytes) -> None:
-    await send({"type": "http.response.body", "body": body, "more_body": True})
+    try:
+        with anyio.fail_after(SEND_LIMIT_S):
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+    except TimeoutError:
+        raise _ReadsNothing from None
