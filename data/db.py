@@ -1,8 +1,9 @@
 """The database: opened by URL, migrated by Alembic, used through `read()` and `write()`.
 
 SQLite runs in WAL, and every `write()` starts with BEGIN IMMEDIATE, so a transaction that reads and
-then writes (claiming a job, moving an alias) never fails half-way for a lock taken in between. The
-same code runs on PostgreSQL, where `write()` is an ordinary transaction.
+then writes (claiming a job, moving an alias) never fails half-way for a lock taken in between. On
+PostgreSQL every `write()` first takes one advisory lock, which has the same effect: writers take
+turns, readers never wait, and each `read()` sees one snapshot.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from sqlalchemy.orm import Session
 from data.errors import InvalidInput
 
 BUSY_TIMEOUT_S = 30
+WRITERS = 0x686F6E65  # "hone": the advisory lock that writers take turns with on PostgreSQL
 MALFORMED = (sqlalchemy.exc.ArgumentError, sqlalchemy.exc.NoSuchModuleError, ValueError)
 PASSWORD = re.compile(r"(://[^:/@]*:).*@")
 
@@ -74,17 +76,20 @@ class Database:
     @contextmanager
     def write(self) -> Iterator[Session]:
         """Yield a session that commits at the end, or rolls back on an exception."""
-        engine = self.engine.execution_options(hone_write=True)
-        with Session(engine, expire_on_commit=False) as session, session.begin():
+        with Session(self._writing(), expire_on_commit=False) as session, session.begin():
             yield session
 
     def migrate(self) -> None:
         """Bring the schema to the newest version; safe to call at every start."""
         config = Config()
         config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
-        with self.engine.execution_options(hone_write=True).begin() as connection:
+        with self._writing().begin() as connection:
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
+
+    def _writing(self) -> Engine:
+        options = {} if self.is_sqlite else {"isolation_level": "READ COMMITTED"}
+        return self.engine.execution_options(hone_write=True, **options)
 
     def close(self) -> None:
         """Close every connection."""
@@ -99,7 +104,11 @@ def _prepare_folder(url: sqlalchemy.URL) -> None:
 
 def _open(url: sqlalchemy.URL, is_sqlite: bool) -> Engine:
     if not is_sqlite:
-        return sqlalchemy.create_engine(url, pool_pre_ping=True)
+        engine = sqlalchemy.create_engine(
+            url, pool_pre_ping=True, isolation_level="REPEATABLE READ"
+        )
+        event.listen(engine, "begin", _begin_postgresql)
+        return engine
     engine = sqlalchemy.create_engine(url, connect_args={"timeout": BUSY_TIMEOUT_S})
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
@@ -116,3 +125,8 @@ def _prepare_sqlite(connection: sqlite3.Connection, _record: Any) -> None:
 def _begin_sqlite(connection: Connection) -> None:
     immediate = connection.get_execution_options().get("hone_write", False)
     connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")
+
+
+def _begin_postgresql(connection: Connection) -> None:
+    if connection.get_execution_options().get("hone_write", False):
+        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({WRITERS})")

@@ -124,10 +124,10 @@ def list_jobs(
             tied = (Job.created_at == mark.created_at) & (Job.id < mark.id)
             query = query.where(or_(Job.created_at < mark.created_at, tied))
         query = query.order_by(Job.created_at.desc(), Job.id.desc())
-        newest = session.scalars(query.execution_options(yield_per=limit + 1))
-        # Metadata is matched here: databases disagree about quotes and accents in JSON paths.
-        matching = (job for job in newest if _matches(metadata, job.metadata_ or {}))
-        found = list(islice(matching, limit + 1))
+        with session.scalars(query.execution_options(yield_per=limit + 1)) as newest:
+            # Metadata is matched here: databases disagree about quotes and accents in JSON paths.
+            matching = (job for job in newest if _matches(metadata, job.metadata_ or {}))
+            found = list(islice(matching, limit + 1))
     return found[:limit], len(found) > limit
 
 

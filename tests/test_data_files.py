@@ -24,8 +24,8 @@ LINES = b'{"prompt": "p", "completion": "c"}\n' * 12
 
 
 @pytest.fixture
-def database(tmp_path: Path) -> Iterator[Database]:
-    database = Database(f"sqlite:///{tmp_path / 'hone.db'}")
+def database(database_url: str) -> Iterator[Database]:
+    database = Database(database_url)
     database.migrate()
     yield database
     database.close()
@@ -269,8 +269,8 @@ from data import accounts, files
 from data.db import Database
 
 def die(*_, **__): os.kill(os.getpid(), signal.SIGKILL)
-home, moment = sys.argv[1:]
-database = Database(f"sqlite:///{home}/hone.db")
+home, moment, url = sys.argv[1:]
+database = Database(url)
 store = files.FileStore(database, f"file://{home}/files")
 (project,) = accounts.list_accounts(database)
 if moment == "half received":
@@ -292,7 +292,8 @@ def test_a_kill_while_uploading_leaves_no_row_without_bytes(
 ) -> None:
     store = local(database, tmp_path)
     kept = store.create(project.id, [LINES], "kept.jsonl", "fine-tune")
-    command = [sys.executable, "-c", KILLED, str(tmp_path), moment]
+    url = database.url.render_as_string()
+    command = [sys.executable, "-c", KILLED, str(tmp_path), moment, url]
     assert subprocess.run(command, check=False).returncode == -9
     assert [file.id for file in store.list(project.id)[0]] == [kept.id]
     assert len(store.sweep(min_age_s=0)) == 1

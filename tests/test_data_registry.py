@@ -29,8 +29,8 @@ MODULE = "base_model.model.model.layers.0.mlp.up_proj"
 
 
 @pytest.fixture
-def database(tmp_path: Path) -> Iterator[Database]:
-    database = Database(f"sqlite:///{tmp_path / 'hone.db'}")
+def database(database_url: str) -> Iterator[Database]:
+    database = Database(database_url)
     database.migrate()
     yield database
     database.close()
@@ -400,7 +400,7 @@ place, name = sys.argv[1].split(":")
 home = Path(sys.argv[2])
 def die(*_, **__): os.kill(os.getpid(), signal.SIGKILL)
 setattr({"registry": registry, "os": os, "shutil": registry.shutil}[place], name, die)
-database = Database(f"sqlite:///{home / 'hone.db'}")
+database = Database(sys.argv[3])
 (project,) = accounts.list_accounts(database)
 registry.publish(database, home / "adapters", project, home / "made", "tiny", "base-fake")
 """
@@ -414,7 +414,8 @@ def test_a_kill_while_publishing_leaves_no_half_adapter(
     database: Database, adapters: Path, project: Project, source: Path, tmp_path: Path, moment: str
 ) -> None:
     kept = publish(database, adapters, project, source)
-    command = [sys.executable, "-c", KILLED, moment, str(tmp_path)]
+    url = database.url.render_as_string()
+    command = [sys.executable, "-c", KILLED, moment, str(tmp_path), url]
     assert subprocess.run(command, check=False).returncode == -9
     assert [version.id for version in registry.list_versions(database, project.id)] == [kept.id]
     assert len(list(adapters.iterdir())) == 2
