@@ -1,0 +1,210 @@
+"""Another account's objects answer as absent ones, byte for byte, on every route there is.
+
+The routes are read from the application, so a new one is tried without being named here; only a new
+kind of id needs a sample.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import string
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import httpx
+import pytest
+from api_server import MODEL, Server, running, tiny_settings
+from tiny_models import random_adapter, tiny_model
+
+from data import registry
+
+ROWS = b"".join(
+    json.dumps({"prompt": f"q {i}", "completion": f" a {i}"}).encode() + b"\n" for i in range(12)
+)
+OPEN = {"/health"}
+NAMES_OF_IDS = {"model": "model", "name": "model", "file_id": "file", "job_id": "job"}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with running(tiny_settings(tmp_path_factory.mktemp("isolation"))) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def owned(server: Server, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """One object of each kind, of the first account, by kind."""
+    return {kind: make(server, tmp_path_factory) for kind, make in MAKERS.items()}
+
+
+@pytest.fixture(scope="module")
+def stranger(server: Server) -> httpx.Client:
+    _, key = server.new_account("stranger")
+    return server.http(key)
+
+
+def make_file(server: Server, _: Any) -> str:
+    return server.client().files.create(file=("rows.jsonl", ROWS), purpose="fine-tune").id
+
+
+def make_job(server: Server, scratch: Any) -> str:
+    file_id = make_file(server, scratch)
+    return server.client().fine_tuning.jobs.create(model=MODEL, training_file=file_id).id
+
+
+def make_model(server: Server, scratch: pytest.TempPathFactory) -> str:
+    folder: Path = random_adapter(tiny_model("llama"), scratch.mktemp("mine") / "a")
+    fingerprint = server.runtime.models.base_fingerprint
+    (folder / "hone.json").write_text(json.dumps({"base_fingerprint": fingerprint}))
+    home, database = server.runtime.settings.adapters_dir, server.runtime.database
+    return registry.publish(database, home, server.project, folder, MODEL, fingerprint).name
+
+
+MAKERS: dict[str, Callable[[Server, Any], str]] = {
+    "file": make_file,
+    "job": make_job,
+    "model": make_model,
+}
+
+# Bodies that name an object: (method, path, body with the object's kind in braces).
+BODIES: list[tuple[str, str, dict[str, Any]]] = [
+    ("POST", "/v1/completions", {"model": "{model}", "prompt": "x", "max_tokens": 1}),
+    ("POST", "/v1/completions", {"model": MODEL, "adapter": "{model}", "max_tokens": 1}),
+    (
+        "POST",
+        "/v1/chat/completions",
+        {"model": "{model}", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1},
+    ),
+    ("POST", "/v1/fine_tuning/jobs", {"model": MODEL, "training_file": "{file}"}),
+    ("POST", "/v1/fine_tuning/jobs", {"model": "{model}", "training_file": "{file}"}),
+]
+
+
+def routes(server: Server) -> list[tuple[str, str]]:
+    paths = server.http().get("/openapi.json").json()["paths"]
+    return [(method.upper(), path) for path, methods in paths.items() for method in methods]
+
+
+def absent_like(known: str) -> str:
+    """Return an id of the same form that no object has."""
+    known_letters = string.ascii_lowercase + string.digits
+    letters = str.maketrans(known_letters, known_letters[1:] + known_letters[:1])
+    head, mark, tail = known.rpartition("-" if "-" in known and ":" not in known else ":")
+    return head + mark + tail.translate(letters)
+
+
+def told(response: httpx.Response, ids: Iterable[str]) -> tuple[int, bytes, dict[str, str]]:
+    """Return all that a client could tell two answers apart by, the ids themselves blanked."""
+    body = response.content
+    for known in ids:
+        for form in (known, quote(known, safe="")):
+            body = body.replace(form.encode(), b"ID")
+    skipped = {"x-request-id", "openai-processing-ms", "date", "content-length"}
+    headers = {name: value for name, value in response.headers.items() if name not in skipped}
+    return response.status_code, body, headers
+
+
+def test_ids_in_paths(server: Server, owned: dict[str, str], stranger: httpx.Client) -> None:
+    tried = 0
+    for method, path in routes(server):
+        names = re.findall(r"\{(\w+)\}", path)
+        if not names:
+            continue
+        unknown = [name for name in names if name not in NAMES_OF_IDS]
+        assert not unknown, f"{path}: tell NAMES_OF_IDS and MAKERS what a {unknown} is"
+        answers = []
+        for change in (str, absent_like):
+            filled, last = path, ""
+            for name in names:
+                last = change(owned[NAMES_OF_IDS[name]])
+                filled = filled.replace("{" + name + "}", quote(last, safe=""))
+            body = {} if method in ("POST", "PUT", "PATCH") else None
+            answers.append(told(stranger.request(method, filled, json=body), [last]))
+        assert answers[0] == answers[1], f"{method} {path}"
+        assert answers[0][0] in (400, 403, 404), f"{method} {path}: {answers[0]}"
+        tried += 1
+    assert tried >= 10
+
+
+@pytest.mark.parametrize("number", range(len(BODIES)))
+def test_ids_in_bodies(
+    server: Server, owned: dict[str, str], stranger: httpx.Client, number: int
+) -> None:
+    method, path, body = BODIES[number]
+    answers = []
+    for change in (str, absent_like):
+        text = json.dumps(body)
+        ids = {kind: change(known) for kind, known in owned.items()}
+        for kind, known in ids.items():
+            text = text.replace("{" + kind + "}", known)
+        answer = stranger.request(method, path, json=json.loads(text))
+        answers.append(told(answer, ids.values()))
+    assert answers[0] == answers[1]
+    assert answers[0][0] in (400, 404)
+
+
+def test_lists_show_nothing_of_others(
+    server: Server, owned: dict[str, str], stranger: httpx.Client
+) -> None:
+    for method, path in routes(server):
+        if method == "GET" and "{" not in path:
+            text = stranger.get(path).text
+            assert not [known for known in owned.values() if known in text], path
+
+
+def test_nothing_was_changed(server: Server, owned: dict[str, str]) -> None:
+    """After all that the stranger tried, the owner finds everything as it was."""
+    http = server.http()
+    assert http.get(f"/v1/files/{owned['file']}").json()["status"] == "processed"
+    job = http.get(f"/v1/fine_tuning/jobs/{owned['job']}").json()
+    assert job["status"] not in ("cancelled", "failed", "paused")
+    assert http.get(f"/v1/models/{quote(owned['model'], safe='')}").status_code == 200
+
+
+BAD_REQUESTS: list[dict[str, Any]] = [
+    {"content": b"{"},
+    {"content": b"\xff\xfe\x00"},
+    {"content": b'{"a": "\\u0000"}'},
+    {"content": b"[]"},
+    {"content": b"null"},
+    {"content": b"{}", "headers": {"content-type": "text/plain"}},
+    {"content": b"x=1", "headers": {"content-type": "application/x-www-form-urlencoded"}},
+    {"content": b"--x\r\n", "headers": {"content-type": "multipart/form-data; boundary=x"}},
+    {"content": b"", "headers": {"content-type": "multipart/form-data"}},
+]
+
+
+def test_no_answer_without_the_envelope(server: Server) -> None:
+    """Whatever is sent wherever, an error has its four keys, and no bug answers 500."""
+    http = server.http()
+    for method, path in routes(server):
+        if path in OPEN:
+            continue
+        filled = re.sub(r"\{\w+\}", "absent", path)
+        for other in {"GET", "POST", "PUT", "PATCH", "DELETE"} - {method}:
+            check(http.request(other, filled), f"{other} {path}")
+        if method != "GET":
+            for request in BAD_REQUESTS:
+                headers = {"content-type": "application/json"} | request.get("headers", {})
+                answer = http.request(method, filled, content=request["content"], headers=headers)
+                check(answer, f"{method} {path} {request}")
+    for path in (
+        "/v1/files/%00",
+        "/v1/models/%ff",
+        "/v1/files/" + "x" * 5000,
+        "/v1//files",
+        "/v1/%",
+    ):
+        check(http.get(path), path)
+
+
+def check(response: httpx.Response, what: str) -> None:
+    assert response.status_code != 500, f"{what}: {response.text}"
+    assert response.headers.get("x-request-id", "").startswith("req_"), what
+    if response.status_code >= 400:
+        error = response.json()["error"]
+        assert error.keys() >= {"message", "type", "param", "code"}, what
+        assert error["message"], what
