@@ -101,7 +101,15 @@ class Settings(StrictModel):
         7.0, gt=0, description="Seconds a trainer has to stop when its job is cancelled."
     )
     wandb_project: str | None = Field(None, description="Log training runs to this wandb project.")
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="debug, info, warning or error."
+    )
+    log_format: Literal["text", "json"] = Field(
+        "text", description="text, or json: an object a line, with request id, account and route."
+    )
+    cors_origins: tuple[str, ...] = Field(
+        (), description='Origins whose web pages may call the API; ["*"] is any.'
+    )
 
     @property
     def files_dir(self) -> Path:

@@ -7,12 +7,15 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
+from starlette.middleware.cors import CORSMiddleware
 
 from data.settings import Settings
 from serve.api import chat, completions, errors, files, fine_tuning, health, models, tiers
 from serve.api.middleware import Authentication, BodyLimit, RequestContext
 from serve.runtime import Runtime, open_runtime
 from serve.worker_process import WorkerProcess
+
+EXPOSED_HEADERS = ("x-request-id", "openai-processing-ms", "retry-after")
 
 
 def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
@@ -50,6 +53,14 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
     app.add_middleware(
         RequestContext, observe=lambda *seen: app.state.runtime.metrics.observe(*seen)
     )
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=EXPOSED_HEADERS,
+        )
     errors.install(app)
     for routes in (models, completions, chat, files, fine_tuning, tiers, health):
         app.include_router(routes.router)

@@ -53,6 +53,16 @@ class Runtime:
             new_id("probe-"), (min(self.engine.eos_token_ids, default=0),), params
         )
 
+    def apply(self, settings: Settings) -> None:
+        """Take over settings that may change while requests run."""
+        self.settings = settings
+        self.engine.set_limits(
+            queue_size=settings.queue_size,
+            request_timeout_s=settings.request_timeout_s,
+            adapter_cache_bytes=settings.adapter_cache_mb * MIB,
+            max_adapters_per_account=settings.max_adapters_per_account,
+        )
+
     def close(self) -> None:
         """Stop the engine and let go of the database."""
         self.engine.close()

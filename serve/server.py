@@ -1,4 +1,4 @@
-"""`hone serve`: claim the port, open everything, answer until told to stop.
+"""`hone serve`: claim the port, open everything, answer until told to stop; reload on SIGHUP.
 
 The port is bound before the model is loaded, so a port in use is told at once; connections are
 accepted only when the model has answered. SIGTERM and SIGINT stop accepting, let answers in flight
@@ -7,12 +7,13 @@ finish for `shutdown_grace_s`, cut what is left, stop the worker, and exit with 
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
-import logging
 import signal
 import socket
 import time
+from collections.abc import Callable
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -20,13 +21,17 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from data.errors import InvalidInput, ToolkitError
 from data.settings import Settings
 from data.tables import new_id
+from serve import logs
 from serve.api.errors import envelope
 
 KEEP_ALIVE_S = 75
 
 
-def run(settings: Settings) -> None:
+def run(settings: Settings, read: Callable[[], Settings]) -> None:
     """Serve until a signal; prints one line when ready.
+
+    Args:
+        read: Reads the settings again, for SIGHUP.
 
     Raises:
         InvalidInput: The port cannot be listened on.
@@ -35,12 +40,10 @@ def run(settings: Settings) -> None:
     started = time.monotonic()
     signal.signal(signal.SIGTERM, _leave)
     signal.signal(signal.SIGINT, _leave)
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s"
-    )
-    logging.getLogger("alembic").setLevel(logging.WARNING)
+    logs.set_up(settings.log_level, settings.log_format)
     listener = _bind(settings.host, settings.port)
     from serve.app import create_app  # seconds of imports, which a port in use need not wait for
+    from serve.reload import reload
     from serve.runtime import open_runtime
 
     try:
@@ -55,7 +58,9 @@ def run(settings: Settings) -> None:
             timeout_keep_alive=KEEP_ALIVE_S,
         )
         try:
-            _Server(config, settings, started).run(sockets=[listener])
+            _Server(config, settings, started, lambda: reload(runtime, read)).run(
+                sockets=[listener]
+            )
         except OSError as error:  # another server bound the port too and was ready first
             raise _cannot_listen(settings.host, settings.port, error) from error
     finally:
@@ -70,13 +75,21 @@ def _leave(_signal: int, _frame: object) -> None:
 class _Server(uvicorn.Server):
     """Says when it is ready."""
 
-    def __init__(self, config: uvicorn.Config, settings: Settings, started: float):
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        settings: Settings,
+        started: float,
+        on_hangup: Callable[[], object],
+    ):
         super().__init__(config)
+        self._on_hangup = on_hangup
         self._settings = settings
         self._started = started
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._on_hangup)
         if self.started and sockets:
             host, port = sockets[0].getsockname()[:2]
             shown = f"[{host}]" if ":" in host else host

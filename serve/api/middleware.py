@@ -23,6 +23,7 @@ from data.db import Database
 from data.errors import Forbidden, ToolkitError, Unauthorized
 from data.tables import new_id
 from serve.api.errors import error_response, internal_error
+from serve.logs import FIELDS
 
 API_VERSION = "2020-10-01"
 ORGANIZATION = "org-hone"  # one installation is one organization; its accounts are projects
@@ -74,14 +75,7 @@ class RequestContext:
             # The route's pattern, not the path: metrics must not grow with the ids asked for.
             route = scope["state"].get("route", "none")
             self.observe(route, status, time.perf_counter() - started)
-            log.info(
-                "%s %s %s -> %d in %d ms",
-                request_id,
-                scope["method"],
-                scope["path"],
-                status,
-                _elapsed_ms(started),
-            )
+            _log(request_id, scope, route, status, _elapsed_ms(started))
 
 
 class Authentication:
@@ -123,6 +117,25 @@ class BodyLimit:
             await error_response(_too_large(limit))(scope, receive, send)
             return
         await self.app(scope, _counting(receive, limit), send)
+
+
+def _log(request_id: str, scope: Scope, route: str, status: int, took_ms: int) -> None:
+    principal: Principal | None = scope["state"].get("principal")
+    fields = {
+        "request_id": request_id,
+        "account": None if principal is None else principal.project_id,
+        "key": None if principal is None else principal.key_id,
+        "method": scope["method"],
+        "route": route,
+        "status": status,
+        "ms": took_ms,
+        "tokens": scope["state"].get("tokens"),
+    }
+    log.info(
+        "%s %s %s -> %d in %d ms",
+        *(request_id, scope["method"], scope["path"], status, took_ms),
+        extra={FIELDS: fields},
+    )
 
 
 def _counting(receive: Receive, limit: int) -> Callable[[], Awaitable[Message]]:

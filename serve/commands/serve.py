@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from serve.commands.common import Overrides
+
+if TYPE_CHECKING:
+    from data.settings import Settings
 
 
 def serve(
@@ -23,4 +26,8 @@ def serve(
     options = [
         f"{name}={value}" for name, value in (("host", host), ("port", port)) if value is not None
     ]
-    run(load_settings(config, [*(words or ()), *options]))
+
+    def read() -> Settings:
+        return load_settings(config, [*(words or ()), *options])
+
+    run(read(), read)

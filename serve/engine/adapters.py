@@ -115,6 +115,11 @@ class AdapterStore:
         with self._lock:
             return self._held.get(digest)
 
+    def set_limits(self, budget_bytes: int, max_per_account: int | None) -> None:
+        """Change the limits; what is over them goes when the next adapter comes."""
+        with self._lock:
+            self._budget_bytes, self._max_per_account = budget_bytes, max_per_account
+
     def note_use(self, digest: str) -> None:
         """Count a request that runs on an adapter in memory."""
         with self._lock:

@@ -304,6 +304,16 @@ class Engine(Protocol):
     def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
         """Run requests to their end and return them in order; raises the first error."""
 
+    def set_limits(
+        self,
+        *,
+        queue_size: int,
+        request_timeout_s: float,
+        adapter_cache_bytes: int,
+        max_adapters_per_account: int | None,
+    ) -> None:
+        """Change limits for what comes from now on; nothing in memory or in flight is ended."""
+
     def stats(self) -> dict[str, float]:
         """Return counters and gauges by name."""
 

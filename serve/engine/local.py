@@ -10,6 +10,7 @@ This module checks and hands over; `loop.py` does the work on a thread of its ow
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from typing import Any, Self
 
 from transformers import PreTrainedModel
@@ -123,6 +124,25 @@ class LocalEngine:
     def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
         """Run requests to their end; see `Engine.generate`."""
         return collect.generate(self, requests)
+
+    def set_limits(
+        self,
+        *,
+        queue_size: int,
+        request_timeout_s: float,
+        adapter_cache_bytes: int,
+        max_adapters_per_account: int | None,
+    ) -> None:
+        """Change limits; see `Engine.set_limits`."""
+        self.config = replace(
+            self.config,
+            queue_size=queue_size,
+            request_timeout_s=request_timeout_s,
+            adapter_cache_bytes=adapter_cache_bytes,
+            max_adapters_per_account=max_adapters_per_account,
+        )
+        self._loop.configure(self.config)
+        self._adapters.set_limits(adapter_cache_bytes, max_adapters_per_account)
 
     def stats(self) -> dict[str, float]:
         """Return gauges, and counters by names that end in `_total`."""

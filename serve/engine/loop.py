@@ -89,6 +89,10 @@ class EngineLoop:
             self._inbox.append(lambda: self._scheduler.add(stream))
             self._wake.notify_all()
 
+    def configure(self, config: EngineConfig) -> None:
+        """Take over queue size and time limit for the requests to come."""
+        self._config = config
+
     def cancel(self, request_id: str) -> None:
         """End a stream before the next step; unknown ids are ignored."""
         with self._wake:
