@@ -77,8 +77,11 @@ def train(run: RunFolder, plan: dict[str, Any], config: dict[str, Any]) -> int:
         run.append(run.metrics, {"step": step, "total_steps": plan["steps"], **loss})
         if step % plan["checkpoint_every"] == 0:
             (run.checkpoints / f"checkpoint-{step}").mkdir(parents=True, exist_ok=True)
+            write_adapter(run.model_of(step), fingerprint=FINGERPRINT)
             run.mark_complete(step)
-            run.tell(f"Checkpoint created at step {step}", step=step)
+            metrics = {"step": step, "train_loss": 1 / step}
+            message = f"Checkpoint created at step {step}"
+            run.tell(message, step=step, checkpoint=step, metrics=metrics)
         if step == plan["at"]:
             misbehave(run, plan, first)
     write_adapter(run.adapter, fingerprint="base-other" if plan["fault"] == "base" else FINGERPRINT)
