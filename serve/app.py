@@ -9,9 +9,20 @@ from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
 
 from data.settings import Settings
-from serve.api import chat, completions, errors, files, fine_tuning, health, models
+from serve.api import (
+    chat,
+    completions,
+    errors,
+    estimates,
+    files,
+    fine_tuning,
+    health,
+    models,
+    webhook_endpoints,
+)
 from serve.api.middleware import Authentication, BodyLimit, RequestContext
 from serve.runtime import Runtime, open_runtime
+from serve.webhook_sender import WebhookSender
 from serve.worker_process import WorkerProcess
 
 
@@ -27,13 +38,16 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.runtime = runtime or await run_in_threadpool(open_runtime, settings)
         worker = WorkerProcess(settings) if settings.embedded_worker else None
+        sender = WebhookSender(app.state.runtime.database, settings)
         try:
+            sender.start()
             if worker is not None:
                 worker.start()
             yield
         finally:
             if worker is not None:
                 await worker.stop()
+            await sender.stop()
             await run_in_threadpool(app.state.runtime.close)
 
     app = FastAPI(
@@ -51,6 +65,7 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
         RequestContext, observe=lambda *seen: app.state.runtime.metrics.observe(*seen)
     )
     errors.install(app)
-    for routes in (models, completions, chat, files, fine_tuning, health):
+    jobs = (fine_tuning, estimates, webhook_endpoints)
+    for routes in (models, completions, chat, files, *jobs, health):
         app.include_router(routes.router)
     return app

@@ -57,7 +57,8 @@ def behave(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 def add_job(shop: Workshop, project: Project, rows: list[str] = ROWS, **spec: Any) -> Job:
     text = "\n".join(rows).encode() + b"\n"
     file = shop.files.create(project.id, [text], "train.jsonl", "fine-tune")
-    return jobs.create(shop.database, project.id, JobSpec(MODEL, file.id, **spec), [MODEL])
+    asked = JobSpec(spec.pop("model", MODEL), file.id, **spec)
+    return jobs.create(shop.database, project.id, asked, [MODEL])
 
 
 def status_of(shop: Workshop, job: Job) -> str:

@@ -14,12 +14,12 @@ from typing import Literal, Self, TypeVar
 from pydantic import Field, model_validator
 
 from data.errors import ConfigError
+from data.estimate import MAX_AUTO_LENGTH
 from data.job_spec import auto_epochs
 from data.settings import StrictModel
 
 Auto = Literal["auto"]
 Number = TypeVar("Number", int, float)
-MAX_AUTO_LENGTH = 4096  # tokens; longer rows are truncated unless max_length says otherwise
 # Activations of a 135M model take 3 MB a token in float32; a CPU gains nothing beyond this.
 CPU_MICRO_BATCH_TOKENS = 1024
 GPU_MICRO_BATCH_TOKENS = 8192

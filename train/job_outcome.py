@@ -50,6 +50,8 @@ def publish_outcome(shop: Workshop, job: Job, lease: Lease, run: RunFolder) -> N
             elif job.cancel_requested:
                 jobs.move(session, job, "cancelled")
             else:
+                if job.status == "queued":  # it was paused when its trainer had just ended
+                    jobs.move(session, job, "running")
                 version = registry.record(
                     session,
                     session.get_one(Project, job.project_id),

@@ -10,14 +10,13 @@ from sqlalchemy.orm import Session
 
 from data import job_pause, jobs
 from data.errors import NotFound
+from data.estimate import TRAINABLE
 from data.report import Problem, Report
-from data.rows import Format
 from data.tables import Job
 from data.validate import validate
 from train.lease import Lease
 from train.workshop import Workshop
 
-TRAINABLE = (Format.PROMPT_COMPLETION, Format.CHAT, Format.TEXT)
 LISTED = 20
 
 
