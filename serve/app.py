@@ -18,6 +18,7 @@ from serve.api import (
     fine_tuning,
     health,
     models,
+    permissions,
     webhook_endpoints,
 )
 from serve.api.middleware import Authentication, BodyLimit, RequestContext
@@ -65,7 +66,7 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
         RequestContext, observe=lambda *seen: app.state.runtime.metrics.observe(*seen)
     )
     errors.install(app)
-    jobs = (fine_tuning, estimates, webhook_endpoints)
+    jobs = (fine_tuning, estimates, permissions, webhook_endpoints)
     for routes in (models, completions, chat, files, *jobs, health):
         app.include_router(routes.router)
     return app
