@@ -16,6 +16,7 @@ from serve.api import (
     estimates,
     files,
     fine_tuning,
+    graders,
     health,
     models,
     permissions,
@@ -66,7 +67,7 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
         RequestContext, observe=lambda *seen: app.state.runtime.metrics.observe(*seen)
     )
     errors.install(app)
-    jobs = (fine_tuning, estimates, permissions, webhook_endpoints)
+    jobs = (fine_tuning, estimates, permissions, graders, webhook_endpoints)
     for routes in (models, completions, chat, files, *jobs, health):
         app.include_router(routes.router)
     return app
