@@ -33,6 +33,7 @@ def read_shape(folder: Path, base: Base, dropout: float) -> LoraConfig:
             f"({base.fingerprint}); start from an adapter of this base",
             code="adapter_wrong_base",
         )
+    config.base_model_name_or_path = None  # PEFT warns of a name that is not its path
     config.inference_mode = False
     config.lora_dropout = dropout
     return config

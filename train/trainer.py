@@ -163,8 +163,9 @@ def _published(config: SftConfig, plan: Plan, steps: set[int]) -> Callable[[int]
     A run that stops early publishes the checkpoint of every evaluation; one that is told to stop,
     its last.
     """
-    within_epochs = set() if config.n_checkpoints or config.early_stopping.enabled else steps
-    within_epochs -= set(range(0, plan.total_steps + 1, plan.steps_per_epoch))
+    if config.n_checkpoints is not None or config.early_stopping.enabled:
+        return lambda step: True
+    within_epochs = {step for step in steps if step % plan.steps_per_epoch}
     return lambda step: step not in within_epochs
 
 
