@@ -100,7 +100,7 @@ def estimate(
         elif param == "training_file":
             longest = min(spec.options.get("max_seq_length", MAX_AUTO_LENGTH), context_length)
             _count(found, files, project_id, spec, report, tokenizer, longest)
-    found.tokens_per_s = _speed(database, found.base_model)
+    found.tokens_per_s = measured_speed(database, found.base_model)
     return found
 
 
@@ -140,7 +140,8 @@ def _count(
     found.n_epochs = auto_epochs(report.num_examples) if epochs == AUTO else epochs
 
 
-def _speed(database: Database, base_model: str) -> float | None:
+def measured_speed(database: Database, base_model: str) -> float | None:
+    """Return the tokens a second that the newest job of a base trained with; None without one."""
     query = (
         select(Job.tokens_per_s)
         .where(Job.base_model == base_model, Job.tokens_per_s.is_not(None))

@@ -106,6 +106,13 @@ class JobSpec:
         return {name: AUTO if asked.get(name) is None else asked[name] for name in HYPERPARAMETERS}
 
     def _check_evaluations(self) -> None:
+        early = self.options.get("early_stopping")
+        if early and early.get("enabled", True) and "n_checkpoints" in self.options:
+            raise InvalidInput(
+                "Invalid 'n_checkpoints': a job that may stop early makes a checkpoint at every "
+                "evaluation; set 'n_evals' instead.",
+                param="n_checkpoints",
+            )
         if self.validation_file is not None:
             return
         stopping = self.options.get("early_stopping")

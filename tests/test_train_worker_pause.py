@@ -6,10 +6,13 @@ import json
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import fake_worker
 import pytest
 from test_train_worker import (
+    ROWS,
     add_job,
     behave,
     check_succeeded,
@@ -24,8 +27,11 @@ from test_train_worker import (
     worker_thread,
 )
 
-from data import job_pause, jobs, registry
+from data import accounts, job_pause, jobs, registry
+from data.errors import InvalidInput
+from data.settings import read_config
 from data.tables import Job, Project
+from train.config import SftConfig
 from train.worker import Worker
 from train.workshop import Workshop
 
@@ -181,3 +187,43 @@ def test_a_job_goes_on_from_a_checkpoint(
     gone = jobs.get(shop.database, project.id, third.id)
     assert gone.error is not None
     assert gone.error["code"] == "model_gone"
+
+
+def test_early_stopping_reaches_the_trainer(shop: Workshop, project: Project) -> None:
+    rows = "\n".join(ROWS).encode() + b"\n"
+    valid = shop.files.create(project.id, [rows], "valid.jsonl", "fine-tune").id
+    asked = {"enabled": True, "patience": 3, "min_delta": 0.1, "warmup_evals": 2}
+    options = {"early_stopping": asked, "n_evals": 9}
+    job = add_job(shop, project, validation_file=valid, options=options)
+    Worker(shop).run(once=True)
+    config = read_config(SftConfig, shop.run_of(job).path / "config.yaml")
+    assert config.early_stopping.model_dump() == asked
+    assert (config.n_evals, config.score_examples) == (9, 5000)
+    with pytest.raises(InvalidInput, match="at every evaluation"):
+        add_job(shop, project, validation_file=valid, options={**options, "n_checkpoints": 3})
+
+
+def test_the_plan_is_told_with_time_and_cost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shop = fake_worker.make_shop(tmp_path, training_price=5.0)
+    project = accounts.create_account(shop.database, "acme")[0]
+    data = {"examples": 12, "tokens": 1000}
+    monkeypatch.setenv("FAKE_TRAINER", json.dumps({"train_data": data, "tokens": 100}))
+    jobs_done = []
+    for _ in range(2):
+        jobs_done.append(add_job(shop, project))
+        Worker(shop).run(once=True)
+    first, second = (jobs.get(shop.database, project.id, job.id) for job in jobs_done)
+    assert first.tokens_per_s is not None
+    assert 0 < first.tokens_per_s < 100 / 0.02
+    told = [
+        event.data
+        for event in jobs.list_events(shop.database, project.id, second.id, limit=100)[0]
+        if event.message == "Training on 12 examples, 3000 tokens in all"
+    ]
+    seconds = round(3000 / first.tokens_per_s, 1)
+    assert told == [
+        {"examples": 12, "tokens": 3000, "est_seconds": seconds, "est_cost": 3000 * 5.0 / 1e6}
+    ]
+    shop.database.close()

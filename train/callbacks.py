@@ -134,6 +134,7 @@ class RunLog(TrainerCallback):
         self._tokens = 0.0
         self._since = time.monotonic()
         self._evaluation: dict[str, float] = {}
+        self._evaluated_at = -1
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         self._since = time.monotonic()
@@ -160,6 +161,7 @@ class RunLog(TrainerCallback):
         elif "eval_loss" in logs:
             record |= {ours: logs[name] for name, ours in VALID_NAMES.items() if name in logs}
             found = {ours: logs[name] for name, ours in VALID_NAMES.items()}
+            self._evaluated_at = state.global_step
             self._evaluation = found | {f"full_{name}": value for name, value in found.items()}
         else:
             return  # the closing summary
@@ -177,7 +179,9 @@ class RunLog(TrainerCallback):
             )
         self._run.mark_complete(step)
         if self._published(step):
-            metrics = {"step": step, **self._training, **self._evaluation}
+            metrics: dict[str, float] = {"step": step, **self._training}
+            if self._evaluated_at == step:
+                metrics |= self._evaluation
             message = f"Checkpoint created at step {step}"
             self._run.tell(message, step=step, checkpoint=step, metrics=metrics)
 

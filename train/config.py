@@ -122,6 +122,10 @@ class SftConfig(StrictModel):
             problems.append("early_stopping needs validation_file or validation_fraction")
         if self.n_evals is not None and not has_validation:
             problems.append("n_evals needs validation_file or validation_fraction")
+        if self.early_stopping.enabled and self.n_checkpoints is not None:
+            problems.append(
+                "early_stopping saves at every evaluation; set n_evals, not n_checkpoints"
+            )
         given = self.lora.model_fields_set - {"dropout"}
         if self.start_adapter is not None and given:
             problems.append(

@@ -7,6 +7,7 @@ from typing import Any
 
 from data import checkpoints, jobs, registry
 from data.errors import AdapterRefused
+from data.estimate import measured_speed
 from data.tables import Job
 from train.job_config import resolved_hyperparameters
 from train.job_log import (
@@ -39,8 +40,10 @@ class Follower:
         made = [(record, checkpoint_of(record)) for record in told]
         found = [*map(metrics_event, metrics)]
         found += [trainer_event(record) for record, checkpoint in made if checkpoint is None]
-        lines = [line for line in found if line is not None]
         fields = self._fields(metrics)
+        if "hyperparameters" in fields:
+            found.append(self._plan_event())
+        lines = [line for line in found if line is not None]
         if fields or lines:
             self._record(sorted(lines, key=lambda line: line.time), fields)
         for _, checkpoint in made:
@@ -126,6 +129,23 @@ class Follower:
         if total_tokens:
             left_s = total_tokens * (1 - step / total_steps) / speed
         return {"estimated_finish": int(moment + left_s), "tokens_per_s": round(speed, 1)}
+
+    def _plan_event(self) -> EventLine | None:
+        """Tell how much there is to train on, and for how long by what earlier jobs took."""
+        examples = ((self._resolved or {}).get("train_data") or {}).get("examples")
+        total = self._total_tokens()
+        if not examples or not total:
+            return None
+        speed = measured_speed(self._shop.database, self._job.base)
+        price = self._shop.settings.training_price
+        data = {
+            "examples": examples,
+            "tokens": total,
+            "est_seconds": round(total / speed, 1) if speed else None,
+            "est_cost": total * price / 1e6,
+        }
+        message = f"Training on {examples} examples, {total} tokens in all"
+        return EventLine(0.0, message, "info", "message", data, "plan")
 
     def _total_tokens(self) -> int:
         resolved = self._resolved or {}
