@@ -36,6 +36,7 @@ STAGING = ".staging-"
 VERSION = "advr_"
 DEFAULT_SUFFIX = "default"
 ORPHAN_AGE_S = 3600.0
+GRACE_S = 300  # for requests that were admitted before a version was deleted
 CHECKPOINT = re.compile(r":ckpt-step-\d+$")
 
 
@@ -348,6 +349,18 @@ def sweep(database: Database, adapters_dir: Path, min_age_s: float = ORPHAN_AGE_
             shutil.rmtree(folder)
             removed.append(folder.name)
     return removed
+
+
+def sweep_job(database: Database, adapters_dir: Path, job_id: str) -> None:
+    """Remove the folders of a job's versions that were deleted GRACE_S ago, which `sweep` would
+    leave lying for longer: a job of many checkpoints fills a disk soon."""
+    query = select(AdapterVersion.path).where(
+        AdapterVersion.job_id == job_id, AdapterVersion.deleted_at <= now() - GRACE_S
+    )
+    with database.read() as session:
+        paths = list(session.scalars(query))
+    for path in paths:
+        shutil.rmtree(adapters_dir / path, ignore_errors=True)
 
 
 def find_own(session: Session, project_id: str, name: str) -> AdapterVersion:

@@ -23,9 +23,7 @@ from sqlalchemy import select
 
 from data import accounts, jobs, registry
 from data.job_spec import JobSpec
-from data.settings import read_config
 from data.tables import AdapterVersion, File, Job, JobEvent, Project
-from train.config import SftConfig
 from train.job_training import MAX_CRASHES
 from train.trainer_process import RUN_MARK
 from train.worker import Worker
@@ -187,25 +185,6 @@ def test_a_job_from_file_to_model(shop: Workshop, project: Project) -> None:
     ]
     assert not any((shop.run_of(job).path / name).exists() for name in BULK["succeeded"])
     assert shop.run_of(job).metrics.exists()
-
-
-def test_the_configuration_says_all_that_was_asked(shop: Workshop, project: Project) -> None:
-    asked = {
-        "lora": {"r": 8, "alpha": 16, "target_modules": ["q_proj"]},
-        "max_seq_length": 99,
-        "n_checkpoints": 2,
-        "on_long": "error",
-    }
-    numbers = {"n_epochs": 2, "batch_size": 4, "learning_rate_multiplier": 0.5}
-    job = add_job(shop, project, seed=5, hyperparameters=numbers, options=asked)
-    Worker(shop).run(once=True)
-
-    config = read_config(SftConfig, shop.run_of(job).path / "config.yaml")
-    assert (config.num_epochs, config.batch_size, config.learning_rate_multiplier) == (2, 4, 0.5)
-    assert (config.lora.r, config.lora.alpha, config.lora.target_modules) == (8, 16, ["q_proj"])
-    assert (config.max_length, config.n_checkpoints, config.on_long) == (99, 2, "error")
-    assert (config.seed, config.min_examples, config.base_model) == (5, 10, MODEL)
-    assert config.train_file.name == "train.jsonl"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Pausing a job at any moment, and what its checkpoints become; with a fake trainer."""
+"""Pausing a job at any moment, what its checkpoints become, and what its trainer is told."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from typing import Any
 
 import fake_worker
 import pytest
+from sqlalchemy import select
 from test_train_worker import (
+    MODEL,
     ROWS,
     add_job,
     behave,
@@ -30,7 +32,7 @@ from test_train_worker import (
 from data import accounts, job_pause, jobs, registry
 from data.errors import InvalidInput
 from data.settings import read_config
-from data.tables import Job, Project
+from data.tables import AdapterVersion, Job, Project
 from train.config import SftConfig
 from train.worker import Worker
 from train.workshop import Workshop
@@ -164,6 +166,13 @@ def test_the_newest_checkpoints_stay(
         assert [checkpoint.step_number for checkpoint, _ in found] == steps
         assert found[0][0].metrics == {"step": 12, "train_loss": 1 / 12}
         assert sum("Checkpoint created" in text for text in messages_of(shop, job)) == 6
+    assert len(list(shop.settings.adapters_dir.iterdir())) == 2 + 6 + 6
+    with shop.database.write() as session:
+        for version in session.scalars(select(AdapterVersion)):
+            if version.deleted_at is not None and version.job_id == usual.id:
+                version.deleted_at -= registry.GRACE_S
+    registry.sweep_job(shop.database, shop.settings.adapters_dir, usual.id)
+    assert len(list(shop.settings.adapters_dir.iterdir())) == 2 + 3 + 6
     registry.sweep(shop.database, shop.settings.adapters_dir, min_age_s=0)
     assert len(list(shop.settings.adapters_dir.iterdir())) == 2 + 3 + 1
 
@@ -187,6 +196,25 @@ def test_a_job_goes_on_from_a_checkpoint(
     gone = jobs.get(shop.database, project.id, third.id)
     assert gone.error is not None
     assert gone.error["code"] == "model_gone"
+
+
+def test_the_configuration_says_all_that_was_asked(shop: Workshop, project: Project) -> None:
+    asked = {
+        "lora": {"r": 8, "alpha": 16, "target_modules": ["q_proj"]},
+        "max_seq_length": 99,
+        "n_checkpoints": 2,
+        "on_long": "error",
+    }
+    numbers = {"n_epochs": 2, "batch_size": 4, "learning_rate_multiplier": 0.5}
+    job = add_job(shop, project, seed=5, hyperparameters=numbers, options=asked)
+    Worker(shop).run(once=True)
+
+    config = read_config(SftConfig, shop.run_of(job).path / "config.yaml")
+    assert (config.num_epochs, config.batch_size, config.learning_rate_multiplier) == (2, 4, 0.5)
+    assert (config.lora.r, config.lora.alpha, config.lora.target_modules) == (8, 16, ["q_proj"])
+    assert (config.max_length, config.n_checkpoints, config.on_long) == (99, 2, "error")
+    assert (config.seed, config.min_examples, config.base_model) == (5, 10, MODEL)
+    assert config.train_file.name == "train.jsonl"
 
 
 def test_early_stopping_reaches_the_trainer(shop: Workshop, project: Project) -> None:

@@ -93,6 +93,7 @@ class Follower:
                 data = {"step": step, "model": version.name, "metrics": metrics}
                 jobs.record_event(session, job_id, message, data=data, source=f"checkpoint:{step}")
                 published = True
+            registry.sweep_job(self._shop.database, adapters_dir, job_id)
         finally:
             if not published:
                 registry.discard(adapters_dir, staged)
