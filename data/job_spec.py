@@ -29,11 +29,23 @@ OPTIONS: dict[str, tuple[type, float | None, float]] = {
     "max_seq_length": (int, 8, 1 << 20),
     "n_checkpoints": (int, 1, 100),
     "n_evals": (int, 1, 1000),
+    "keep_checkpoints": (int, 1, 100),
 }
+TEXTS = ("from_checkpoint",)
 SECTIONS: dict[str, dict[str, tuple[type, float | None, float]]] = {
     "lora": {"r": (int, 1, 256), "alpha": (float, None, 1024), "dropout": (float, 0, 0.9)},
-    "early_stopping": {"patience": (int, 1, 100), "min_delta": (float, 0, 100)},
+    "early_stopping": {
+        "patience": (int, 1, 100),
+        "min_delta": (float, 0, 100),
+        "warmup_evals": (int, 0, 1000),
+    },
 }
+
+
+def auto_epochs(num_rows: int) -> int:
+    """Return the passes over the data that "auto" becomes: the fewer, the more rows there are."""
+    limits = ((100, 8), (500, 5), (2000, 3), (20_000, 2))
+    return next((epochs for limit, epochs in limits if num_rows < limit), 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +73,10 @@ class JobSpec:
                 _check_choice(name, value, ("truncate", "error", "drop"))
             elif name in OPTIONS:
                 _check_number(name, value, OPTIONS[name])
+            elif name in TEXTS:
+                _check_text(name, value)
             else:
-                raise _unknown(name, name, [*OPTIONS, *SECTIONS, "on_long"])
+                raise _unknown(name, name, [*OPTIONS, *SECTIONS, *TEXTS, "on_long"])
         self._check_evaluations()
         self._check_integrations()
 
@@ -92,6 +106,13 @@ class JobSpec:
         return {name: AUTO if asked.get(name) is None else asked[name] for name in HYPERPARAMETERS}
 
     def _check_evaluations(self) -> None:
+        early = self.options.get("early_stopping")
+        if early and early.get("enabled", True) and "n_checkpoints" in self.options:
+            raise InvalidInput(
+                "Invalid 'n_checkpoints': a job that may stop early makes a checkpoint at every "
+                "evaluation; set 'n_evals' instead.",
+                param="n_checkpoints",
+            )
         if self.validation_file is not None:
             return
         stopping = self.options.get("early_stopping")
@@ -150,6 +171,15 @@ def _check_number(name: str, value: Any, rule: tuple[type, float | None, float])
         raise InvalidInput(
             f"Invalid '{name}': expected {wanted} of {bounds}, but got {value!r} instead.",
             param=name,
+        )
+
+
+def _check_text(name: str, value: Any) -> None:
+    if not isinstance(value, str):
+        raise InvalidInput(
+            f"Invalid type for '{name}': expected a string, but got {value!r} instead.",
+            param=name,
+            code="invalid_type",
         )
 
 

@@ -19,22 +19,23 @@ from typing import Any
 from sqlalchemy import Select, func, or_, select
 from sqlalchemy.orm import Session
 
+from data import webhooks
 from data.db import Database
 from data.errors import InvalidInput, NotFound, StateConflict
 from data.files import LIVE_JOBS
 from data.job_spec import JobSpec
-from data.tables import AdapterVersion, Checkpoint, File, Job, JobEvent, new_id, now
+from data.job_start import check_file, find_start
+from data.tables import AdapterVersion, Checkpoint, Job, JobEvent, new_id, now
 
 FINAL = ("succeeded", "failed", "cancelled")
 # Where each state may lead. A job taken over after a crash stays in its state.
 TRANSITIONS: dict[str, tuple[str, ...]] = {
-    "validating_files": ("queued", "failed", "cancelled"),
-    "queued": ("running", "failed", "cancelled"),
+    "validating_files": ("queued", "paused", "failed", "cancelled"),
+    "queued": ("running", "paused", "failed", "cancelled"),
     "running": ("queued", "paused", "succeeded", "failed", "cancelled"),
     "paused": ("queued", "cancelled"),
 }
 CLAIMABLE = ("validating_files", "queued", "running")
-TRAINING_PURPOSE = "fine-tune"
 LOG_LEVELS = {"info": logging.INFO, "warn": logging.WARNING, "error": logging.ERROR}
 
 log = logging.getLogger("hone.jobs")
@@ -45,6 +46,7 @@ class Standing(Enum):
 
     KEEP = "keep"
     CANCEL = "cancel"
+    PAUSE = "pause"
     LOST = "lost"
 
 
@@ -52,25 +54,22 @@ def create(database: Database, project_id: str, spec: JobSpec, base_models: Sequ
     """Store a job that waits to be validated.
 
     Raises:
-        InvalidInput: The base model is not served here, or a file is absent or of a wrong purpose.
+        InvalidInput: The model is neither a base that is served here nor the account's own, or a
+            file is absent or of a wrong purpose.
     """
-    if spec.model not in base_models:
-        raise InvalidInput(
-            f"The model `{spec.model}` cannot be fine-tuned here. Available: "
-            f"{', '.join(f'`{name}`' for name in base_models)}.",
-            param="model",
-            code="model_not_available",
-        )
     hyperparameters = spec.resolved_hyperparameters()
     with database.write() as session:
         for name in ("training_file", "validation_file"):
             file_id = getattr(spec, name)
             if file_id is not None:
-                _check_file(session, project_id, name, file_id)
+                check_file(session, project_id, name, file_id)
+        start = find_start(session, project_id, spec, base_models)
         job = Job(
             id=new_id("ftjob-"),
             project_id=project_id,
             model=spec.model,
+            base_model=start.base_model if start else spec.model,
+            start_version_id=start.id if start else None,
             method={
                 "type": spec.method_type,
                 spec.method_type: {"hyperparameters": hyperparameters},
@@ -99,7 +98,7 @@ def get(database: Database, project_id: str, job_id: str) -> Job:
         NotFound: There is none, or it is another account's.
     """
     with database.read() as session:
-        return _find(session, project_id, job_id)
+        return find(session, project_id, job_id)
 
 
 def list_jobs(
@@ -137,7 +136,7 @@ def list_events(
     """Return a page of a job's events, newest first, and whether more follow."""
     query = select(JobEvent).where(JobEvent.job_id == job_id)
     with database.read() as session:
-        _find(session, project_id, job_id)
+        find(session, project_id, job_id)
         if after is not None:
             seq = session.scalar(
                 select(JobEvent.seq).where(JobEvent.id == after, JobEvent.job_id == job_id)
@@ -158,15 +157,15 @@ def _matches(wanted: Mapping[str, str] | None, carried: Mapping[str, str]) -> bo
 def list_checkpoints(
     database: Database, project_id: str, job_id: str
 ) -> list[tuple[Checkpoint, AdapterVersion]]:
-    """Return a job's checkpoints with their versions, newest first."""
+    """Return a job's usable checkpoints with their versions, newest first."""
     query = (
         select(Checkpoint, AdapterVersion)
         .join(AdapterVersion, Checkpoint.version_id == AdapterVersion.id)
-        .where(Checkpoint.job_id == job_id)
+        .where(Checkpoint.job_id == job_id, AdapterVersion.deleted_at.is_(None))
         .order_by(Checkpoint.step_number.desc())
     )
     with database.read() as session:
-        _find(session, project_id, job_id)
+        find(session, project_id, job_id)
         return [(row[0], row[1]) for row in session.execute(query)]
 
 
@@ -177,14 +176,14 @@ def request_cancel(database: Database, project_id: str, job_id: str) -> Job:
         StateConflict: The job has ended.
     """
     with database.write() as session:
-        job = _find(session, project_id, job_id)
+        job = find(session, project_id, job_id)
         if job.status in FINAL:
             raise StateConflict(
                 f"The job {job_id} has ended ({job.status}), so it cannot be cancelled.",
                 param="id",
             )
         job.cancel_requested = True
-        if not _is_held(job):
+        if job.status == "paused" or not is_held(job):
             move(session, job, "cancelled")
     return job
 
@@ -210,6 +209,7 @@ def claim(
         job = min(waiting, key=lambda job: (held.get(job.project_id, 0), job.created_at, job.id))
         job.worker_id = worker_id
         job.lease_expires_at = time.time() + lease_s
+        job.pause_requested = False  # of a worker that died; the job was resumed since
         return job
 
 
@@ -264,19 +264,28 @@ def move(session: Session, job: Job, status: str, **fields: Any) -> None:
         job.finished_at = now()
         job.estimated_finish = None
         job.worker_id = job.lease_expires_at = None
+        job.pause_requested = False
+        webhooks.enqueue(
+            session, job.project_id, f"fine_tuning.job.{status}", job.finished_at, {"id": job.id}
+        )
     if status == "cancelled":
         record_event(session, job.id, "Fine-tuning job cancelled")
 
 
 def enqueue(session: Session, job: Job, data: Mapping[str, Any]) -> None:
     """Queue a validated job and let go of it."""
-    move(session, job, "queued")
+    move(session, job, "queued", validated=True)
     message = "Files validated, moving job to queued state"
     record_event(session, job.id, message, data=data)
+    tell_position(session, job)
+    job.worker_id = job.lease_expires_at = None
+
+
+def tell_position(session: Session, job: Job) -> None:
+    """Record how many jobs are ahead of one that is queued."""
     position = queue_position(session, job)
     message = f"Job enqueued. Waiting for jobs ahead to complete. Queue number: {position}."
     record_event(session, job.id, message, data={"queue_position": position})
-    job.worker_id = job.lease_expires_at = None
 
 
 def fail(
@@ -347,10 +356,13 @@ def live_jobs(database: Database, project_id: str) -> int:
 def _standing(job: Job, worker_id: str) -> Standing:
     if job.worker_id != worker_id or job.status in FINAL:
         return Standing.LOST
-    return Standing.CANCEL if job.cancel_requested else Standing.KEEP
+    if job.cancel_requested:
+        return Standing.CANCEL
+    return Standing.PAUSE if job.pause_requested else Standing.KEEP
 
 
-def _is_held(job: Job) -> bool:
+def is_held(job: Job) -> bool:
+    """Tell whether a worker works on a job."""
     return job.worker_id is not None and (job.lease_expires_at or 0) >= time.time()
 
 
@@ -364,24 +376,13 @@ def _held_by_project(session: Session) -> dict[str, int]:
     return {row[0]: row[1] for row in session.execute(query.group_by(Job.project_id))}
 
 
-def _find(session: Session, project_id: str, job_id: str) -> Job:
+def find(session: Session, project_id: str, job_id: str) -> Job:
+    """Return a job for reading or writing, inside the caller's transaction.
+
+    Raises:
+        NotFound: There is none, or it is another account's.
+    """
     job = session.scalar(select(Job).where(Job.id == job_id, Job.project_id == project_id))
     if job is None:
         raise NotFound(f"No such FineTuningJob object: {job_id}", param="id")
     return job
-
-
-def _check_file(session: Session, project_id: str, name: str, file_id: str) -> None:
-    file = session.scalar(
-        select(File).where(
-            File.id == file_id, File.project_id == project_id, File.deleted_at.is_(None)
-        )
-    )
-    if file is None or (file.expires_at is not None and file.expires_at <= now()):
-        raise InvalidInput(f"No such File object: {file_id}", param=name)
-    if file.purpose != TRAINING_PURPOSE:
-        raise InvalidInput(
-            f"The file {file_id} has the purpose '{file.purpose}'; a {name} must be uploaded with "
-            f"the purpose '{TRAINING_PURPOSE}'.",
-            param=name,
-        )

@@ -5,13 +5,16 @@ folder, and inserting its row. A crash in between leaves a folder without a row,
 removes; a row without its folder cannot happen. Promoting moves the account's alias, and every move
 is kept, which is what rollback reads.
 
-Names: a version is `ft:BASE:ACCOUNT:SUFFIX:8chars`, its alias the same without the last part.
+Names: a version is `ft:BASE:ACCOUNT:SUFFIX:8chars`, its alias the same without the last part. A
+checkpoint of a job has its job's name and `:ckpt-step-N`. A version that another account shared is
+found by its full name; only its owner can move, delete or train on it.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -28,11 +31,14 @@ from data.db import Database
 from data.errors import AdapterRefused, InvalidInput, ModelNotFound, StateConflict
 from data.files import sync_folder
 from data.tables import AdapterVersion, Alias, AliasMove, Project, new_id, now
+from data.tables_jobs import CheckpointPermission
 
 STAGING = ".staging-"
 VERSION = "advr_"
 DEFAULT_SUFFIX = "default"
 ORPHAN_AGE_S = 3600.0
+GRACE_S = 300  # for requests that were admitted before a version was deleted
+CHECKPOINT = re.compile(r":ckpt-step-\d+$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +87,18 @@ def record(
     suffix: str | None = None,
     job_id: str | None = None,
     lineage: Mapping[str, Any] | None = None,
+    mark: str | None = None,
+    step: int | None = None,
 ) -> AdapterVersion:
-    """Insert the row of a staged adapter, inside the caller's transaction."""
-    name = f"{alias_name(base_model, project.slug, suffix)}:{new_id('', 8)}"
+    """Insert the row of a staged adapter, inside the caller's transaction.
+
+    Args:
+        mark: The eight characters of the version's name; drawn if not given.
+        step: Makes it a checkpoint of that step.
+    """
+    name = f"{alias_name(base_model, project.slug, suffix)}:{mark or new_id('', 8)}"
+    if step is not None:
+        name += f":ckpt-step-{step}"
     version = AdapterVersion(
         id=staged.id,
         project_id=project.id,
@@ -170,17 +185,36 @@ def alias_name(base_model: str, account: str, suffix: str | None) -> str:
 
 def alias_of(version_name: str) -> str:
     """Return the alias that a version's name belongs to."""
-    return version_name.rpartition(":")[0]
+    return CHECKPOINT.sub("", version_name).rpartition(":")[0]
+
+
+def owner_of(version: AdapterVersion) -> str:
+    """Return the slug of the account that a version belongs to."""
+    return alias_of(version.name).split(":")[-2]
 
 
 def resolve(database: Database, project_id: str, name: str) -> AdapterVersion:
-    """Find the version that a version's name or an alias stands for now.
+    """Find the version that an account may use by a version's name or an alias.
 
     Raises:
-        ModelNotFound: There is none, or it is another account's.
+        ModelNotFound: There is none, or it is another account's that does not share it.
     """
     with database.read() as session:
-        return _resolve(session, project_id, name)
+        try:
+            return find_own(session, project_id, name)
+        except ModelNotFound:
+            shared = session.scalar(
+                select(AdapterVersion)
+                .join(CheckpointPermission, CheckpointPermission.version_id == AdapterVersion.id)
+                .where(
+                    AdapterVersion.name == name,
+                    AdapterVersion.deleted_at.is_(None),
+                    CheckpointPermission.project_id == project_id,
+                )
+            )
+            if shared is None:
+                raise
+            return shared
 
 
 def list_versions(database: Database, project_id: str) -> list[AdapterVersion]:
@@ -215,7 +249,7 @@ def promote(database: Database, project_id: str, version_name: str) -> Alias:
         ModelNotFound: There is no such version.
     """
     with database.write() as session:
-        return point_alias(session, _resolve(session, project_id, version_name))
+        return point_alias(session, find_own(session, project_id, version_name))
 
 
 def point_alias(session: Session, version: AdapterVersion, action: str = "promote") -> Alias:
@@ -321,7 +355,7 @@ def delete(database: Database, project_id: str, name: str) -> AdapterVersion:
         ModelNotFound: There is no such version of this account.
     """
     with database.write() as session:
-        version = _resolve(session, project_id, name)
+        version = find_own(session, project_id, name)
         version.deleted_at = now()
         alias = session.get(Alias, alias_of(version.name))
         if alias is not None and alias.version_id == version.id:
@@ -348,7 +382,19 @@ def sweep(database: Database, adapters_dir: Path, min_age_s: float = ORPHAN_AGE_
     return removed
 
 
-def _resolve(session: Session, project_id: str, name: str) -> AdapterVersion:
+def sweep_job(database: Database, adapters_dir: Path, job_id: str) -> None:
+    """Remove the folders of a job's versions that were deleted GRACE_S ago, which `sweep` would
+    leave lying for longer: a job of many checkpoints fills a disk soon."""
+    query = select(AdapterVersion.path).where(
+        AdapterVersion.job_id == job_id, AdapterVersion.deleted_at <= now() - GRACE_S
+    )
+    with database.read() as session:
+        paths = list(session.scalars(query))
+    for path in paths:
+        shutil.rmtree(adapters_dir / path, ignore_errors=True)
+
+
+def find_own(session: Session, project_id: str, name: str) -> AdapterVersion:
     alias = session.get(Alias, name)
     if alias is not None and alias.project_id == project_id:
         version = session.get(AdapterVersion, alias.version_id)

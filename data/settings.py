@@ -100,6 +100,19 @@ class Settings(StrictModel):
     cancel_grace_s: float = Field(
         7.0, gt=0, description="Seconds a trainer has to stop when its job is cancelled."
     )
+    keep_checkpoints: int = Field(
+        3, ge=1, description="Checkpoints of a job that stay usable as models; jobs may ask else."
+    )
+    training_price: float = Field(
+        0.0, ge=0, description="US dollars a million trained tokens; told in estimates."
+    )
+    webhooks_allow_private: bool = Field(
+        False, description="Let webhooks call private addresses, and by plain http."
+    )
+    webhook_timeout_s: float = Field(10.0, gt=0, description="Seconds that a receiver may take.")
+    webhook_retry_s: float = Field(
+        5.0, gt=0, description="Seconds before a webhook's second attempt; tripled each time."
+    )
     wandb_project: str | None = Field(None, description="Log training runs to this wandb project.")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="debug, info, warning or error."

@@ -114,11 +114,21 @@ class Job(Record):
     fine_tuned_model: Mapped[str | None]
     result_files: Mapped[list[Any]]
     error: Mapped[dict[str, Any] | None]
+    base_model: Mapped[str | None]  # of `model`, where that is a fine-tuned one
+    start_version_id: Mapped[str | None] = mapped_column(String(64))  # the adapter to go on from
+    tokens_per_s: Mapped[float | None] = mapped_column(Float)  # as measured in training
+    validated: Mapped[bool] = mapped_column(default=False)
     cancel_requested: Mapped[bool] = mapped_column(default=False)
+    pause_requested: Mapped[bool] = mapped_column(default=False)
     attempts: Mapped[int] = mapped_column(default=0)  # crashes in a row without progress
     progress_step: Mapped[int] = mapped_column(default=0)  # checkpoint that the last start found
     worker_id: Mapped[str | None] = mapped_column(String(64))
     lease_expires_at: Mapped[float | None] = mapped_column(Float)
+
+    @property
+    def base(self) -> str:
+        """The name of the base model that the job's adapter is made for."""
+        return self.base_model or self.model
 
 
 class JobEvent(Record):

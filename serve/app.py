@@ -10,9 +10,23 @@ from starlette.concurrency import run_in_threadpool
 from starlette.middleware.cors import CORSMiddleware
 
 from data.settings import Settings
-from serve.api import chat, completions, errors, files, fine_tuning, health, models, tiers
+from serve.api import (
+    chat,
+    completions,
+    errors,
+    estimates,
+    files,
+    fine_tuning,
+    graders,
+    health,
+    models,
+    permissions,
+    tiers,
+    webhook_endpoints,
+)
 from serve.api.middleware import Authentication, BodyLimit, RequestContext
 from serve.runtime import Runtime, open_runtime
+from serve.webhook_sender import WebhookSender
 from serve.worker_process import WorkerProcess
 
 EXPOSED_HEADERS = ("x-request-id", "openai-processing-ms", "retry-after")
@@ -30,13 +44,16 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.runtime = runtime or await run_in_threadpool(open_runtime, settings)
         worker = WorkerProcess(settings) if settings.embedded_worker else None
+        sender = WebhookSender(app.state.runtime.database, settings)
         try:
+            sender.start()
             if worker is not None:
                 worker.start()
             yield
         finally:
             if worker is not None:
                 await worker.stop()
+            await sender.stop()
             await run_in_threadpool(app.state.runtime.close)
 
     app = FastAPI(
@@ -62,6 +79,7 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
             expose_headers=EXPOSED_HEADERS,
         )
     errors.install(app)
-    for routes in (models, completions, chat, files, fine_tuning, tiers, health):
+    jobs = (fine_tuning, estimates, permissions, graders, webhook_endpoints)
+    for routes in (models, completions, chat, files, *jobs, tiers, health):
         app.include_router(routes.router)
     return app

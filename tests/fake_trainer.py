@@ -69,16 +69,21 @@ def train(run: RunFolder, plan: dict[str, Any], config: dict[str, Any]) -> int:
     first = step_of(newest) if newest else 0
     run.trim_logs(first if newest else -1)
     numbers = {"num_epochs": 3, "batch_size": 4, "learning_rate_multiplier": 1.0}
-    write_json(run.resolved, {"plan": numbers})
+    write_json(run.resolved, {"plan": numbers, "train_data": plan.get("train_data")})
     run.tell("2 examples truncated to 16 tokens: lines 4, 9", level="warn")
     for step in range(first + 1, plan["steps"] + 1):
         time.sleep(plan["step_s"])
         loss = {"train_loss": 1 / step, "train_mean_token_accuracy": 0.5}
+        if "tokens" in plan:
+            loss["trained_tokens"] = step * plan["tokens"]
         run.append(run.metrics, {"step": step, "total_steps": plan["steps"], **loss})
         if step % plan["checkpoint_every"] == 0:
             (run.checkpoints / f"checkpoint-{step}").mkdir(parents=True, exist_ok=True)
+            write_adapter(run.model_of(step), fingerprint=FINGERPRINT)
             run.mark_complete(step)
-            run.tell(f"Checkpoint created at step {step}", step=step)
+            metrics = {"step": step, "train_loss": 1 / step}
+            message = f"Checkpoint created at step {step}"
+            run.tell(message, step=step, checkpoint=step, metrics=metrics)
         if step == plan["at"]:
             misbehave(run, plan, first)
     write_adapter(run.adapter, fingerprint="base-other" if plan["fault"] == "base" else FINGERPRINT)

@@ -182,6 +182,8 @@ def test_every_step_of_the_state_machine(
         ("running", "succeeded"),
         *product(("validating_files", "queued", "running"), ("failed", "cancelled")),
         ("paused", "cancelled"),
+        ("validating_files", "paused"),
+        ("queued", "paused"),
     }
     job = create(database, project, file_id)
     for before, after in product(STATES, STATES):

@@ -46,6 +46,7 @@ def test_a_run_leaves_what_it_promises(finished: Path) -> None:
         "checkpoints",
         "events.jsonl",
         "metrics.jsonl",
+        "models",
         "resolved_config.json",
         "result.json",
     }

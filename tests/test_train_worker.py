@@ -23,9 +23,7 @@ from sqlalchemy import select
 
 from data import accounts, jobs, registry
 from data.job_spec import JobSpec
-from data.settings import read_config
 from data.tables import AdapterVersion, File, Job, JobEvent, Project
-from train.config import SftConfig
 from train.job_training import MAX_CRASHES
 from train.trainer_process import RUN_MARK
 from train.worker import Worker
@@ -57,7 +55,8 @@ def behave(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 def add_job(shop: Workshop, project: Project, rows: list[str] = ROWS, **spec: Any) -> Job:
     text = "\n".join(rows).encode() + b"\n"
     file = shop.files.create(project.id, [text], "train.jsonl", "fine-tune")
-    return jobs.create(shop.database, project.id, JobSpec(MODEL, file.id, **spec), [MODEL])
+    asked = JobSpec(spec.pop("model", MODEL), file.id, **spec)
+    return jobs.create(shop.database, project.id, asked, [MODEL])
 
 
 def status_of(shop: Workshop, job: Job) -> str:
@@ -67,6 +66,11 @@ def status_of(shop: Workshop, job: Job) -> str:
 def messages_of(shop: Workshop, job: Job) -> list[str]:
     found, _ = jobs.list_events(shop.database, job.project_id, job.id, limit=1000)
     return [event.message for event in reversed(found)]
+
+
+def checkpoint_told(shop: Workshop, job: Job, step: int) -> bool:
+    start = f"Checkpoint created at step {step}: "
+    return any(message.startswith(start) for message in messages_of(shop, job))
 
 
 def wait_for(condition: Callable[[], Any], timeout_s: float = 30) -> Any:
@@ -120,10 +124,15 @@ def check_succeeded(shop: Workshop, job: Job) -> None:
     job = jobs.get(shop.database, job.project_id, job.id)
     assert job.status == "succeeded", job.error
     with shop.database.read() as session:
-        (version,) = session.scalars(select(AdapterVersion)).all()
+        versions = session.scalars(select(AdapterVersion).order_by(AdapterVersion.created_at)).all()
         (table,) = session.scalars(select(File).where(File.purpose == "fine-tune-results")).all()
         seqs = session.scalars(select(JobEvent.seq).where(JobEvent.job_id == job.id)).all()
+    (version,) = (v for v in versions if "ckpt" not in v.name)
     assert job.fine_tuned_model == version.name
+    names = [f"{version.name}:ckpt-step-{step}" for step in (2, 4, 6)]
+    assert sorted(v.name for v in versions) == [version.name, *names]
+    listed = jobs.list_checkpoints(shop.database, job.project_id, job.id)
+    assert [found.name for _, found in listed] == names[::-1]
     assert job.result_files == [table.id]
     registry.verify(version, shop.settings.adapters_dir)
     alias = registry.alias_of(version.name)
@@ -132,8 +141,8 @@ def check_succeeded(shop: Workshop, job: Job) -> None:
     told = Counter(messages_of(shop, job))
     for step in range(1, 7):
         assert told[f"Step {step}/6: training loss={1 / step:.4g}"] == 1
-    for step in (2, 4, 6):
-        assert told[f"Checkpoint created at step {step}"] == 1
+    for step, name in zip((2, 4, 6), names, strict=True):
+        assert told[f"Checkpoint created at step {step}: {name}"] == 1
     for message in ("Fine-tuning job started", "The job has successfully completed"):
         assert told[message] == 1
     assert len(seqs) == len(set(seqs))
@@ -141,8 +150,10 @@ def check_succeeded(shop: Workshop, job: Job) -> None:
     assert not (shop.run_of(job).path / "two-trainers-at-once").exists()
     registry.sweep(shop.database, shop.settings.adapters_dir, min_age_s=0)
     shop.files.sweep(min_age_s=0)
-    assert [path.name for path in shop.settings.adapters_dir.iterdir()] == [version.path]
-    registry.verify(version, shop.settings.adapters_dir)
+    folders = {path.name for path in shop.settings.adapters_dir.iterdir()}
+    assert folders == {found.path for found in versions}
+    for found in versions:
+        registry.verify(found, shop.settings.adapters_dir)
     with shop.files.open(job.project_id, table.id) as stream:
         assert len(stream.read().splitlines()) == 7
 
@@ -174,25 +185,6 @@ def test_a_job_from_file_to_model(shop: Workshop, project: Project) -> None:
     ]
     assert not any((shop.run_of(job).path / name).exists() for name in BULK["succeeded"])
     assert shop.run_of(job).metrics.exists()
-
-
-def test_the_configuration_says_all_that_was_asked(shop: Workshop, project: Project) -> None:
-    asked = {
-        "lora": {"r": 8, "alpha": 16, "target_modules": ["q_proj"]},
-        "max_seq_length": 99,
-        "n_checkpoints": 2,
-        "on_long": "error",
-    }
-    numbers = {"n_epochs": 2, "batch_size": 4, "learning_rate_multiplier": 0.5}
-    job = add_job(shop, project, seed=5, hyperparameters=numbers, options=asked)
-    Worker(shop).run(once=True)
-
-    config = read_config(SftConfig, shop.run_of(job).path / "config.yaml")
-    assert (config.num_epochs, config.batch_size, config.learning_rate_multiplier) == (2, 4, 0.5)
-    assert (config.lora.r, config.lora.alpha, config.lora.target_modules) == (8, 16, ["q_proj"])
-    assert (config.max_length, config.n_checkpoints, config.on_long) == (99, 2, "error")
-    assert (config.seed, config.min_examples, config.base_model) == (5, 10, MODEL)
-    assert config.train_file.name == "train.jsonl"
 
 
 @pytest.mark.parametrize(
@@ -249,8 +241,9 @@ def test_failures_tell_their_cause(
     assert job.error is not None
     assert job.error["code"] == code
     assert said in job.error["message"]
-    assert registry.list_versions(shop.database, project.id) == []
-    assert list(shop.settings.adapters_dir.glob("*")) == []
+    names = [version.name for version in registry.list_versions(shop.database, project.id)]
+    assert all(":ckpt-step-" in name for name in names)
+    assert len(list(shop.settings.adapters_dir.glob("*"))) == len(names)
     assert not list(shop.run_of(job).checkpoints.glob("checkpoint-99"))
 
 
@@ -288,7 +281,7 @@ def test_cancelling_stops_the_trainer_and_keeps_checkpoints(
     behave(steps=10_000, fault=fault)
     job = add_job(shop, project)
     with worker_thread(shop):
-        wait_for(lambda: "Checkpoint created at step 4" in messages_of(shop, job))
+        wait_for(lambda: checkpoint_told(shop, job, 4))
         assert jobs.request_cancel(shop.database, project.id, job.id).status == "running"
         asked = time.monotonic()
         wait_for(lambda: status_of(shop, job) == "cancelled")
@@ -304,7 +297,7 @@ def test_a_worker_that_lost_its_lease_stops_and_writes_nothing(
     behave(steps=10_000)
     job = add_job(shop, project)
     with worker_thread(shop):
-        wait_for(lambda: "Checkpoint created at step 2" in messages_of(shop, job))
+        wait_for(lambda: checkpoint_told(shop, job, 2))
         with shop.database.write() as session:
             record = session.get_one(Job, job.id)
             record.worker_id, record.lease_expires_at = "another", time.time() + 100
@@ -321,7 +314,7 @@ def test_sigterm_gives_the_job_back(
     behave(step_s=0.3)
     job = add_job(shop, project)
     with worker_process(shop) as process:
-        wait_for(lambda: "Checkpoint created at step 2" in messages_of(shop, job))
+        wait_for(lambda: checkpoint_told(shop, job, 2))
         process.terminate()
         assert process.wait(10) == 0
     left = jobs.get(shop.database, project.id, job.id)
@@ -398,4 +391,5 @@ def test_two_workers_do_every_job_once(
     assert {status_of(shop, job) for job in made} == {"succeeded"}
     for job in made:
         assert len((shop.run_of(job).path / "starts").read_text().split()) == 1
-    assert len(registry.list_versions(shop.database, project.id)) == len(made)
+    versions = registry.list_versions(shop.database, project.id)
+    assert len([v for v in versions if "ckpt" not in v.name]) == len(made)

@@ -26,6 +26,11 @@ class Base:
     context_length: int
 
     @property
+    def origin(self) -> dict[str, str]:
+        """What an adapter says of the base that it belongs to."""
+        return {"base_model": self.name, "base_fingerprint": self.fingerprint}
+
+    @property
     def num_parameters(self) -> int:
         return int(self.model.num_parameters())
 

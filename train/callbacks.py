@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from train.config import EarlyStopping
 from train.run import RunFolder
 
 STOPPED = 143  # the exit status of a run that was told to stop: 128 + SIGTERM
@@ -25,6 +27,8 @@ TRAIN_NAMES = {
     "learning_rate": "lr",
     "grad_norm": "grad_norm",
 }
+MODELS_KEPT = 3  # laid out for whoever publishes them
+CHECKPOINT_NAMES = ("train_loss", "train_mean_token_accuracy")
 VALID_NAMES = {
     "eval_loss": "valid_loss",
     "eval_mean_token_accuracy": "valid_mean_token_accuracy",
@@ -68,15 +72,69 @@ class Stopper(TrainerCallback):
             control.should_training_stop = True
 
 
-class RunLog(TrainerCallback):
-    """Writes metrics.jsonl and events.jsonl, and marks checkpoints whole."""
+class SaveAt(TrainerCallback):
+    """Has a checkpoint made at the steps of its own choice."""
 
-    def __init__(self, run: RunFolder, has_validation: bool):
+    def __init__(self, steps: Collection[int]):
+        self._steps = steps
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if state.global_step in self._steps:
+            control.should_save = True
+
+
+class EarlyStop(TrainerCallback):
+    """Ends a run whose validation loss no longer falls.
+
+    It counts from the trainer's log, which a checkpoint carries, so a resumed run counts alike.
+    """
+
+    def __init__(self, settings: EarlyStopping):
+        self._settings = settings
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
+        settings = self._settings
+        stalled = evals_without_gain(losses, settings.min_delta, settings.warmup_evals)
+        if stalled >= settings.patience:
+            control.should_training_stop = True
+
+
+def evals_without_gain(losses: Sequence[float], min_delta: float, warmup: int) -> int:
+    """Return how many evaluations in a row, those of the warm-up aside, brought no lower loss."""
+    best, count = float("inf"), 0
+    for index, loss in enumerate(losses):
+        if loss < best - min_delta:
+            best, count = loss, 0
+        elif index >= warmup:
+            count += 1
+    return count
+
+
+class RunLog(TrainerCallback):
+    """Writes metrics.jsonl and events.jsonl, and marks checkpoints whole.
+
+    Args:
+        published: Tells of a step whether its checkpoint becomes a model; others are only for
+            resuming.
+        origin: Which base the adapter belongs to, written beside it.
+    """
+
+    def __init__(
+        self, run: RunFolder, published: Callable[[int], bool], origin: Mapping[str, str]
+    ) -> None:
         self._run = run
-        self._has_validation = has_validation
+        self._published = published
+        self._origin = origin
+        self._training: dict[str, float] = {}
         self._tokens = 0.0
         self._since = time.monotonic()
         self._evaluation: dict[str, float] = {}
+        self._evaluated_at = -1
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         self._since = time.monotonic()
@@ -98,10 +156,13 @@ class RunLog(TrainerCallback):
         }
         if "loss" in logs:
             record |= {ours: logs[name] for name, ours in TRAIN_NAMES.items() if name in logs}
+            self._training = {name: record[name] for name in CHECKPOINT_NAMES if name in record}
             record |= self._speed(logs.get("num_tokens", 0.0))
         elif "eval_loss" in logs:
             record |= {ours: logs[name] for name, ours in VALID_NAMES.items() if name in logs}
-            self._evaluation = {f"full_{ours}": logs[name] for name, ours in VALID_NAMES.items()}
+            found = {ours: logs[name] for name, ours in VALID_NAMES.items()}
+            self._evaluated_at = state.global_step
+            self._evaluation = found | {f"full_{name}": value for name, value in found.items()}
         else:
             return  # the closing summary
         self._run.append(self._run.metrics, record)
@@ -109,13 +170,20 @@ class RunLog(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        if state.is_world_process_zero:
-            self._run.mark_complete(state.global_step)
-            self._run.tell(
-                f"Checkpoint created at step {state.global_step}",
-                step=state.global_step,
-                metrics=self._evaluation,
+        if not state.is_world_process_zero:
+            return
+        step = state.global_step
+        if self._published(step):
+            self._run.lay_out_model(
+                step, self._origin, max(MODELS_KEPT, args.save_total_limit or 0)
             )
+        self._run.mark_complete(step)
+        if self._published(step):
+            metrics: dict[str, float] = {"step": step, **self._training}
+            if self._evaluated_at == step:
+                metrics |= self._evaluation
+            message = f"Checkpoint created at step {step}"
+            self._run.tell(message, step=step, checkpoint=step, metrics=metrics)
 
     def _speed(self, num_tokens: float) -> dict[str, float]:
         """Return real (unpadded) tokens so far, and those a second since the last record."""

@@ -14,11 +14,12 @@ from typing import Literal, Self, TypeVar
 from pydantic import Field, model_validator
 
 from data.errors import ConfigError
+from data.estimate import MAX_AUTO_LENGTH
+from data.job_spec import auto_epochs
 from data.settings import StrictModel
 
 Auto = Literal["auto"]
 Number = TypeVar("Number", int, float)
-MAX_AUTO_LENGTH = 4096  # tokens; longer rows are truncated unless max_length says otherwise
 # Activations of a 135M model take 3 MB a token in float32; a CPU gains nothing beyond this.
 CPU_MICRO_BATCH_TOKENS = 1024
 GPU_MICRO_BATCH_TOKENS = 8192
@@ -42,6 +43,7 @@ class EarlyStopping(StrictModel):
     enabled: bool = Field(False, description="Needs validation rows.")
     patience: int = Field(2, ge=1, description="Evaluations without improvement.")
     min_delta: float = Field(0.0, ge=0, description="Smallest fall that counts.")
+    warmup_evals: int = Field(0, ge=0, description="First evaluations that never stop a run.")
 
 
 class WandbSettings(StrictModel):
@@ -86,8 +88,16 @@ class SftConfig(StrictModel):
     lora: LoraSettings = LoraSettings()
     early_stopping: EarlyStopping = EarlyStopping()
     n_evals: int | None = Field(None, ge=1, description="Evaluations in the run; default 4.")
-    n_checkpoints: int | None = Field(None, ge=1, description="Checkpoints; default 4.")
+    n_checkpoints: int | None = Field(
+        None, ge=1, description="Checkpoints; default one an epoch, and at least 4."
+    )
     keep_checkpoints: int = Field(3, ge=1, description="The newest, and the best.")
+    start_adapter: Path | None = Field(
+        None, description="PEFT folder of an adapter to go on from; its shape is kept."
+    )
+    score_examples: int = Field(
+        0, ge=0, description="Tell each training row's loss at the end, if there are no more rows."
+    )
 
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Of the base; auto is bfloat16 where the hardware multiplies it."
@@ -112,6 +122,15 @@ class SftConfig(StrictModel):
             problems.append("early_stopping needs validation_file or validation_fraction")
         if self.n_evals is not None and not has_validation:
             problems.append("n_evals needs validation_file or validation_fraction")
+        if self.early_stopping.enabled and self.n_checkpoints is not None:
+            problems.append(
+                "early_stopping saves at every evaluation; set n_evals, not n_checkpoints"
+            )
+        given = self.lora.model_fields_set - {"dropout"}
+        if self.start_adapter is not None and given:
+            problems.append(
+                f"start_adapter keeps its adapter's shape; leave out lora.{', lora.'.join(given)}"
+            )
         batch, micro = self.batch_size, self.micro_batch_size
         if isinstance(batch, int) and isinstance(micro, int) and micro > batch:
             problems.append(f"micro_batch_size {micro} is more than batch_size {batch}")
@@ -191,11 +210,10 @@ def resolve(
     Raises:
         ConfigError: The processes cannot share a step's rows evenly.
     """
-    epochs = _by_size(num_rows, ((100, 8), (500, 5), (2000, 3), (20_000, 2)), 1)
     batch = _by_size(num_rows, ((20_000, 8), (100_000, 16)), 32)
     rate = _by_size(num_parameters, ((300_000_000, 1e-3), (1_500_000_000, 5e-4)), 2e-4)
     tokens = GPU_MICRO_BATCH_TOKENS if on_gpu else CPU_MICRO_BATCH_TOKENS
-    num_epochs = _number(config.num_epochs, epochs)
+    num_epochs = _number(config.num_epochs, auto_epochs(num_rows))
     batch_size = _number(config.batch_size, max(batch, num_processes))
     if batch_size % num_processes:
         raise ConfigError(

@@ -25,11 +25,17 @@ FIELDS = {
     "n_checkpoints": "n_checkpoints",
     "lora": "lora",
 }
+SCORED_EXAMPLES = 5000  # a job with more training rows has no list of their losses
 RESOLVED = ("n_epochs", "batch_size", "learning_rate_multiplier")
 
 
 def write_config(
-    job: Job, settings: Settings, run: RunFolder, train_file: Path, validation_file: Path | None
+    job: Job,
+    settings: Settings,
+    run: RunFolder,
+    train_file: Path,
+    validation_file: Path | None,
+    start_adapter: Path | None = None,
 ) -> Path:
     """Write the configuration of a job's run and check it.
 
@@ -51,10 +57,13 @@ def write_config(
         "min_examples": settings.min_examples,
         "device": settings.device,
         "seed": job.seed,
+        "score_examples": SCORED_EXAMPLES,
         **{ours: asked[name] for name, ours in FIELDS.items() if name in asked},
     }
     if validation_file is not None:
         values["validation_file"] = str(validation_file.resolve())
+    if start_adapter is not None:
+        values["start_adapter"] = str(start_adapter.resolve())
     if "early_stopping" in asked:
         values["early_stopping"] = {"enabled": True, **asked["early_stopping"]}
     wandb = _wandb(job, settings)
@@ -67,7 +76,7 @@ def write_config(
 
 def base_of(job: Job, settings: Settings) -> str:
     """Return the base model by a name that the trainer finds: the server's may be a path."""
-    return settings.model if find_spec(settings.model).name == job.model else job.model
+    return settings.model if find_spec(settings.model).name == job.base else job.base
 
 
 def resolved_hyperparameters(resolved: Mapping[str, Any]) -> dict[str, Any]:

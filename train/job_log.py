@@ -99,6 +99,16 @@ def trainer_event(record: Mapping[str, Any]) -> EventLine | None:
     return EventLine(_time(record), message, level, "message", record.get("data"), f"told:{named}")
 
 
+def checkpoint_of(record: Mapping[str, Any]) -> tuple[int, dict[str, Any]] | None:
+    """Return step and metrics of the checkpoint that a record of events.jsonl tells of."""
+    data = record.get("data")
+    step = data.get("checkpoint") if isinstance(data, dict) else None
+    if not isinstance(data, dict) or not isinstance(step, int):
+        return None
+    metrics = data.get("metrics")
+    return step, metrics if isinstance(metrics, dict) else {}
+
+
 def step_metrics_csv(metrics: Path) -> bytes:
     """Return metrics.jsonl as the table that clients download: one row a step."""
     steps: dict[int, dict[str, Any]] = {}

@@ -13,7 +13,8 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from data import jobs, registry
+from data import job_pause, jobs, registry
+from data.checkpoints import mark_of
 from data.files import RESULTS
 from data.tables import Job, Project
 from train.job_config import resolved_hyperparameters
@@ -34,29 +35,42 @@ def publish_outcome(shop: Workshop, job: Job, lease: Lease, run: RunFolder) -> N
     """
     result = json.loads(run.result.read_text("utf-8"))
     resolved = read_object(run.resolved)
-    fingerprint = shop.base_fingerprint(job.model)
+    fingerprint = shop.base_fingerprint(job.base)
     adapters_dir = shop.settings.adapters_dir
-    table = shop.files.stage(job.project_id, [step_metrics_csv(run.metrics)], TABLE, RESULTS)
+    tables = [shop.files.stage(job.project_id, [step_metrics_csv(run.metrics)], TABLE, RESULTS)]
+    if run.losses.exists():
+        with run.losses.open("rb") as stream:
+            tables.append(shop.files.stage(job.project_id, stream, run.losses.name, RESULTS))
     staged = registry.stage(adapters_dir, run.adapter, fingerprint)
     published = False
     try:
         with shop.holding(job.id, lease) as (session, job):
-            if job.cancel_requested:
+            if job_pause.settle(session, job):
+                pass  # it is published when the job goes on
+            elif job.cancel_requested:
                 jobs.move(session, job, "cancelled")
             else:
+                if job.status == "queued":  # it was paused when its trainer had just ended
+                    jobs.move(session, job, "running")
                 version = registry.record(
                     session,
                     session.get_one(Project, job.project_id),
                     staged,
-                    job.model,
+                    job.base,
                     fingerprint,
                     suffix=job.suffix,
                     job_id=job.id,
-                    lineage={"result": result, "resolved": resolved},
+                    lineage={
+                        "result": result,
+                        "resolved": resolved,
+                        "start_version": job.start_version_id,
+                    },
+                    mark=mark_of(job.id),
                 )
                 registry.point_alias(session, version)
-                session.add(table)
-                _succeed(session, job, result, resolved, table.id, version.name)
+                session.add_all(tables)
+                file_ids = [table.id for table in tables]
+                _succeed(session, job, result, resolved, file_ids, version.name)
                 published = True
     finally:
         if not published:
@@ -68,20 +82,20 @@ def _succeed(
     job: Job,
     result: Mapping[str, Any],
     resolved: Mapping[str, Any] | None,
-    table_id: str,
+    file_ids: list[str],
     model: str,
 ) -> None:
     fields: dict[str, Any] = {}
     if resolved is not None:
         fields["hyperparameters"] = resolved_hyperparameters(resolved)
-    jobs.record_event(session, job.id, f"Uploaded result files: {table_id}")
+    jobs.record_event(session, job.id, f"Uploaded result files: {', '.join(file_ids)}")
     jobs.record_event(session, job.id, f"New fine-tuned model created: {model}")
     jobs.move(
         session,
         job,
         "succeeded",
         fine_tuned_model=model,
-        result_files=[table_id],
+        result_files=file_ids,
         trained_tokens=result.get("trained_tokens"),
         **fields,
     )

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from data import jobs
+from data import job_pause, jobs
 from data.errors import NotFound, ToolkitError
 from data.tables import Job, now
 from train.exit_cause import Cause, cause_of_exit
-from train.job_config import resolved_hyperparameters, write_config
-from train.job_log import EventLine, LineTail, metrics_event, read_object, trainer_event
+from train.job_config import write_config
+from train.job_follower import Follower
 from train.job_outcome import publish_outcome
+from train.job_validation import validate_late
 from train.lease import Lease
 from train.run import RunFolder, is_disk_full, step_of
 from train.trainer_process import TrainerProcess, end_trainers
@@ -38,8 +38,10 @@ def train_job(shop: Workshop, job: Job, lease: Lease) -> None:
     """
     training = _Training(shop, job, lease)
     end_trainers(training.run.path)
+    if not job.validated and not validate_late(shop, job, lease):
+        return
     if training.run.result.exists():  # an earlier worker died between training and publishing
-        training.publish(_Follower(shop, job, lease, training.run))
+        training.publish(Follower(shop, job, lease, training.run))
         return
     command = training.prepare()
     while training.begin_attempt():
@@ -59,6 +61,7 @@ class _Training:
         self.shop, self.job, self.lease = shop, job, lease
         self.run = shop.run_of(job)
         self.last_cause: Cause | None = None
+        self._reasons_to_stop = (lease.cancel, lease.pause, shop.stopping)
 
     def prepare(self) -> list[str]:
         """Lay out the run folder; returns the trainer's command."""
@@ -75,14 +78,18 @@ class _Training:
             raise NotFound(
                 "A file of the job was deleted or has expired.", code="invalid_training_file"
             ) from error
-        config = write_config(job, self.shop.settings, self.run, train_file, validation_file)
+        start = self.shop.place_start(job)
+        config = write_config(job, self.shop.settings, self.run, train_file, validation_file, start)
         return [*self.shop.trainer, "--config", str(config.resolve())]
 
     def begin_attempt(self) -> bool:
         """Note that the trainer is started; False when the job ended instead."""
         newest = self.run.newest_checkpoint()
         step = step_of(newest) if newest else 0
+        place = f"from the checkpoint of step {step}" if step else "from the start"
         with self.shop.holding(self.job.id, self.lease) as (session, job):
+            if job_pause.settle(session, job):
+                return False
             if job.cancel_requested:
                 jobs.move(session, job, "cancelled")
                 return False
@@ -93,11 +100,12 @@ class _Training:
                 return False
             job.attempts += 1
             if job.status == "queued":
-                jobs.move(session, job, "running", started_at=now())
-                jobs.record_event(session, job.id, "Fine-tuning job started")
+                first = job.started_at is None
+                jobs.move(session, job, "running", started_at=job.started_at or now())
+                message = "Fine-tuning job started" if first else f"Training goes on {place}."
+                jobs.record_event(session, job.id, message)
             else:
                 why = self.last_cause.message if self.last_cause else "The worker stopped"
-                place = f"from the checkpoint of step {step}" if step else "from the start"
                 message = f"{why}. Training goes on {place}."
                 jobs.record_event(session, job.id, message, level="warn")
         return True
@@ -106,13 +114,13 @@ class _Training:
         """Run the trainer once; returns what ended it too early, or None when all is settled."""
         self.run.error.unlink(missing_ok=True)
         log_start = self.run.log.stat().st_size if self.run.log.exists() else 0
-        follower = _Follower(self.shop, self.job, self.lease, self.run)
+        follower = Follower(self.shop, self.job, self.lease, self.run)
         trainer = TrainerProcess(command, self.run.path, self.run.log)
         try:
             while (status := trainer.poll()) is None:
                 if self.lease.lost.is_set():
                     break
-                if self.lease.cancel.is_set() or self.shop.stopping.is_set():
+                if any(flag.is_set() for flag in self._reasons_to_stop):
                     trainer.stop(self.shop.settings.cancel_grace_s)
                     break
                 follower.look()
@@ -128,7 +136,7 @@ class _Training:
             return None
         return cause_of_exit(self.run, status, log_start)
 
-    def publish(self, follower: _Follower) -> None:
+    def publish(self, follower: Follower) -> None:
         """Tell the rest of the story, and end the job with its adapter."""
         follower.look()
         publish_outcome(self.shop, self.job, self.lease, self.run)
@@ -138,15 +146,18 @@ class _Training:
         if cause.code == "disk_full":
             _make_room(self.run)
         with self.shop.holding(self.job.id, self.lease) as (session, job):
-            jobs.fail(session, job, cause.code, cause.message)
+            if not job_pause.settle(session, job):  # a paused job fails when it goes on
+                jobs.fail(session, job, cause.code, cause.message)
 
     def _settle_stop(self) -> None:
         """The trainer was stopped on purpose: the job is cancelled, or given back as it stands."""
         with self.shop.holding(self.job.id, self.lease) as (session, job):
+            job.attempts -= 1  # that was no crash
+            if job_pause.settle(session, job):
+                return
             if job.cancel_requested:
                 jobs.move(session, job, "cancelled")
                 return
-            job.attempts -= 1  # that was no crash
             jobs.record_event(session, job.id, "The worker stops; training will go on later")
             job.worker_id = job.lease_expires_at = None
 
@@ -161,61 +172,6 @@ class _Training:
         )
 
 
-class _Follower:
-    """Turns what the trainer writes into the job's events, numbers and expected end."""
-
-    def __init__(self, shop: Workshop, job: Job, lease: Lease, run: RunFolder):
-        self._shop, self._job, self._lease, self._run = shop, job, lease, run
-        self._metrics, self._told = LineTail(run.metrics), LineTail(run.events)
-        self._first: tuple[float, int] | None = None  # time and step at which this start began
-        self._resolved = False
-
-    def look(self) -> None:
-        """Record what is new; writes nothing when nothing is."""
-        metrics = self._metrics.read()
-        found = [*map(metrics_event, metrics), *map(trainer_event, self._told.read())]
-        lines = [line for line in found if line is not None]
-        fields = self._fields(metrics)
-        if fields or lines:
-            self._record(sorted(lines, key=lambda line: line.time), fields)
-
-    def _record(self, lines: Sequence[EventLine], fields: Mapping[str, Any]) -> None:
-        with self._shop.holding(self._job.id, self._lease) as (session, job):
-            for name, value in fields.items():
-                setattr(job, name, value)
-            for line in lines:
-                jobs.record_event(
-                    session,
-                    job.id,
-                    line.message,
-                    level=line.level,
-                    type=line.type,
-                    data=line.data,
-                    source=line.source,
-                )
-
-    def _fields(self, metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        fields: dict[str, Any] = {}
-        resolved = None if self._resolved else read_object(self._run.resolved)
-        if resolved is not None:
-            self._resolved = True
-            fields["hyperparameters"] = resolved_hyperparameters(resolved)
-        steps = [(line.get("step"), line.get("total_steps")) for line in metrics]
-        for step, total_steps in steps[-1:]:
-            if isinstance(step, int) and isinstance(total_steps, int):
-                fields |= self._estimate(step, total_steps)
-        return fields
-
-    def _estimate(self, step: int, total_steps: int) -> dict[str, int]:
-        """Tell when the last step will be done, if this start goes on as it began."""
-        moment = time.time()
-        begun, first_step = self._first = self._first or (moment, step)
-        if step <= first_step:
-            return {}
-        step_s = (moment - begun) / (step - first_step)
-        return {"estimated_finish": int(moment + (total_steps - step) * step_s)}
-
-
 def fail_job(shop: Workshop, job: Job, lease: Lease, error: Exception) -> None:
     """End a job with an error that stopped the worker from going on with it."""
     code, message, param = "internal_error", f"{type(error).__name__}: {error}", None
@@ -228,7 +184,8 @@ def fail_job(shop: Workshop, job: Job, lease: Lease, error: Exception) -> None:
         code = "disk_full"
         message = f"The disk of {place} is full; free some space and create the job again"
     with shop.holding(job.id, lease) as (session, held):
-        jobs.fail(session, held, code, message, param)
+        if not job_pause.settle(session, held):
+            jobs.fail(session, held, code, message, param)
 
 
 def _make_room(run: RunFolder) -> None:

@@ -6,16 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from data import jobs
+from sqlalchemy.orm import Session
+
+from data import job_pause, jobs
 from data.errors import NotFound
+from data.estimate import TRAINABLE
 from data.report import Problem, Report
-from data.rows import Format
 from data.tables import Job
 from data.validate import validate
 from train.lease import Lease
 from train.workshop import Workshop
 
-TRAINABLE = (Format.PROMPT_COMPLETION, Format.CHAT, Format.TEXT)
 LISTED = 20
 
 
@@ -31,23 +32,45 @@ class _Fault:
 def validate_job(shop: Workshop, job: Job, lease: Lease) -> None:
     """Check a claimed job's files and queue it, or fail it with every problem found."""
     warnings: list[tuple[str, dict[str, Any]]] = []
-    fault, examples = _check_files(shop, job, warnings)
+    fault, facts = _check_files(shop, job, warnings)
     with shop.holding(job.id, lease) as (session, job):
-        if job.cancel_requested:
-            jobs.move(session, job, "cancelled")
-            return
-        for message, data in warnings:
-            jobs.record_event(session, job.id, message, level="warn", data=data)
-        if fault is not None:
-            code = f"invalid_{fault.param}"
-            jobs.fail(session, job, code, fault.message, fault.param, data=fault.data)
-            return
-        jobs.enqueue(session, job, {"examples": examples})
+        if _settle(session, job, fault, warnings):
+            jobs.enqueue(session, job, facts)
+
+
+def validate_late(shop: Workshop, job: Job, lease: Lease) -> bool:
+    """Check the files of a queued job that was paused before that; False if it goes no further."""
+    warnings: list[tuple[str, dict[str, Any]]] = []
+    fault, facts = _check_files(shop, job, warnings)
+    with shop.holding(job.id, lease) as (session, job):
+        if not _settle(session, job, fault, warnings):
+            return False
+        job.validated = True
+        jobs.record_event(session, job.id, "Files validated", data=facts)
+        return True
+
+
+def _settle(
+    session: Session, job: Job, fault: _Fault | None, warnings: Sequence[tuple[str, dict[str, Any]]]
+) -> bool:
+    """Tell what was found; False when the job ended or was paused."""
+    if job_pause.settle(session, job):
+        return False
+    if job.cancel_requested:
+        jobs.move(session, job, "cancelled")
+        return False
+    for message, data in warnings:
+        jobs.record_event(session, job.id, message, level="warn", data=data)
+    if fault is not None:
+        code = f"invalid_{fault.param}"
+        jobs.fail(session, job, code, fault.message, fault.param, data=fault.data)
+        return False
+    return True
 
 
 def _check_files(
     shop: Workshop, job: Job, warnings: list[tuple[str, dict[str, Any]]]
-) -> tuple[_Fault | None, int]:
+) -> tuple[_Fault | None, dict[str, Any]]:
     files = {"training_file": job.training_file, "validation_file": job.validation_file}
     least = {"training_file": shop.settings.min_examples, "validation_file": 1}
     reports: dict[str, Report] = {}
@@ -57,19 +80,19 @@ def _check_files(
         try:
             path = shop.place(job, file_id, param)
         except (NotFound, FileNotFoundError):
-            return _Fault(param, f"The file {file_id} was deleted or has expired."), 0
+            return _Fault(param, f"The file {file_id} was deleted or has expired."), {}
         report = validate(path, min_examples=least[param], name=path.name)
         if not report.ok:
-            return _invalid(param, file_id, report), 0
+            return _invalid(param, file_id, report), {}
         if report.format not in TRAINABLE:
-            return _wrong_format(param, file_id, report), 0
+            return _wrong_format(param, file_id, report), {}
         reports[param] = report
         _note(warnings, f"{file_id}: ", report.warnings, report.warning_counts)
     formats = {report.format for report in reports.values()}
     if len(formats) > 1:
         told = " and ".join(sorted(str(kind) for kind in formats))
-        return _Fault("validation_file", f"The two files hold different kinds of row: {told}."), 0
-    return None, reports["training_file"].num_examples
+        return _Fault("validation_file", f"The two files hold different kinds of row: {told}."), {}
+    return None, {"examples": reports["training_file"].num_examples}
 
 
 def _invalid(param: str, file_id: str, report: Report) -> _Fault:

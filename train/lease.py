@@ -29,6 +29,7 @@ class Lease:
     Attributes:
         lost: Set when the job is no longer this worker's.
         cancel: Set when the job's owner wants it to stop.
+        pause: Set when the job's owner wants it to go on later.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Lease:
     ):
         self.lost = threading.Event()
         self.cancel = threading.Event()
+        self.pause = threading.Event()
         self._database = database
         self._job_id = job_id
         self._worker_id = worker_id
@@ -77,6 +79,8 @@ class Lease:
                 return
             if standing is jobs.Standing.CANCEL:
                 self.cancel.set()
+            if standing is jobs.Standing.PAUSE:
+                self.pause.set()
 
     def _renew(self) -> jobs.Standing:
         return jobs.heartbeat(self._database, self._job_id, self._worker_id, self._lease_s)

@@ -23,9 +23,8 @@ from serve.engine.base import AdapterRef, GenerationRequest, SamplingParams
 from serve.engine.local import EngineConfig, LocalEngine
 from train.base_model import Base
 from train.config import SftConfig
-from train.run import RunFolder, write_json
+from train.run import ORIGIN, RunFolder, write_json
 
-ORIGIN = "hone.json"
 PROBE_ROWS = 3
 PROBE_TOKENS = 192
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}  # of a log-probability
@@ -52,7 +51,7 @@ def write_adapter(
     shutil.rmtree(folder, ignore_errors=True)
     model.peft_config["default"].base_model_name_or_path = base.name  # no path of this machine
     model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
-    write_json(folder / ORIGIN, {"base_model": base.name, "base_fingerprint": base.fingerprint})
+    write_json(folder / ORIGIN, base.origin)
     (folder / "README.md").write_text(model_card(base, summary), encoding="utf-8")
     plot_losses(run.metrics, folder / "loss.png")
     rows = [example.input_ids[:PROBE_TOKENS] for example in examples[:PROBE_ROWS]]

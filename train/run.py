@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 COMPLETE = "complete"  # the mark of a whole checkpoint
+ORIGIN = "hone.json"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -27,11 +29,13 @@ class RunFolder:
         self.path = path
         self.adapter = path / "adapter"
         self.checkpoints = path / "checkpoints"
+        self.models = path / "models"
         self.result = path / "result.json"
         self.error = path / "error.json"
         self.resolved = path / "resolved_config.json"
         self.metrics = path / "metrics.jsonl"
         self.events = path / "events.jsonl"
+        self.losses = path / "example_losses.jsonl"
         self.log = path / "trainer.log"
 
     def prepare(self) -> None:
@@ -41,6 +45,34 @@ class RunFolder:
         for path in self.checkpoints.glob("checkpoint-*"):
             if not (path / COMPLETE).exists():
                 shutil.rmtree(path)
+
+    def model_of(self, step: int) -> Path:
+        """Return the folder in which the adapter of a checkpoint is laid out."""
+        return self.models / f"step-{step}"
+
+    def lay_out_model(self, step: int, origin: Mapping[str, str], keep: int) -> None:
+        """Put the adapter of a checkpoint into a folder of its own, as serving reads it.
+
+        Args:
+            origin: `base_model` and `base_fingerprint`.
+            keep: How many of the newest such folders stay.
+        """
+        config, weights = (self.checkpoints / f"checkpoint-{step}" / name for name in ADAPTER_FILES)
+        folder, partial = self.model_of(step), self.models / ".partial"
+        for path in (folder, partial):
+            shutil.rmtree(path, ignore_errors=True)
+        partial.mkdir(parents=True)
+        values = json.loads(config.read_text("utf-8"))
+        values["base_model_name_or_path"] = origin["base_model"]  # no path of this machine
+        write_json(partial / config.name, values)
+        try:
+            os.link(weights, partial / weights.name)
+        except OSError:  # a file system without links
+            shutil.copyfile(weights, partial / weights.name)
+        write_json(partial / ORIGIN, dict(origin))
+        partial.rename(folder)
+        for old in sorted(self.models.glob("step-*"), key=step_of)[:-keep]:
+            shutil.rmtree(old)
 
     def mark_complete(self, step: int) -> None:
         """Declare a checkpoint whole, once its files are on disk."""
@@ -75,9 +107,9 @@ class RunFolder:
         self.append(self.events, record)
 
 
-def step_of(checkpoint: Path) -> int:
-    """Return the step in a checkpoint's name."""
-    return int(checkpoint.name.rpartition("-")[2])
+def step_of(folder: Path) -> int:
+    """Return the step in the name of a checkpoint or of its model."""
+    return int(folder.name.rpartition("-")[2])
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -7,26 +7,30 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
 from rich.console import Console
-from transformers import EarlyStoppingCallback, PrinterCallback, set_seed
+from transformers import PrinterCallback, set_seed
 from transformers.trainer_callback import ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
 from data.render import IGNORED
 from train.batches import LengthGroupedSampler, as_dataset
-from train.callbacks import ProgressBar, RunLog, Stopper
+from train.callbacks import EarlyStop, ProgressBar, RunLog, SaveAt, Stopper
+from train.config import Plan, SftConfig
+from train.example_losses import write_losses
 from train.prepare import TrainingJob
 from train.publish import write_adapter
 from train.run import RunFolder
 from train.sft_trainer import LoraTrainer
+from train.start import read_shape, set_weights
 
 LOG_RECORDS = 200  # about so many metrics records a run
 DEFAULT_EVALS = 4
-DEFAULT_CHECKPOINTS = 4
+FEWEST_CHECKPOINTS = 4  # to resume from, in a run of few epochs
 EVAL_ROWS = 64  # of one validation batch, which is cut up as a step is
 
 
@@ -69,6 +73,7 @@ def train(
         summary = {**result, **job.plan.model_dump(), "training data": job.train.path.name}
         model = trainer.accelerator.unwrap_model(trainer.model)
         write_adapter(run, model, job.base, job.config, job.train.examples, summary)
+        write_losses(run, model, job)
     return result
 
 
@@ -96,14 +101,18 @@ def _make_trainer(job: TrainingJob, run: RunFolder, stopper: Stopper) -> LoraTra
     config, plan, base = job.config, job.plan, job.base
     lora = config.lora
     set_seed(config.seed)  # so that the adapter starts the same however the data were read
-    peft_config = LoraConfig(
-        r=lora.r,
-        lora_alpha=2 * lora.r if lora.alpha is None else lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
-        use_rslora=lora.use_rslora,
-        task_type="CAUSAL_LM",
-    )
+    if config.start_adapter is None:
+        peft_config = LoraConfig(
+            r=lora.r,
+            lora_alpha=2 * lora.r if lora.alpha is None else lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=lora.target_modules,
+            use_rslora=lora.use_rslora,
+            task_type="CAUSAL_LM",
+        )
+    else:
+        peft_config = read_shape(config.start_adapter, base, lora.dropout)
+    steps = checkpoint_steps(config, plan)
     lengths = [len(example) for example in job.train.examples]
     trainer = LoraTrainer(
         order=LengthGroupedSampler(lengths, plan.batch_size, config.seed),
@@ -115,23 +124,55 @@ def _make_trainer(job: TrainingJob, run: RunFolder, stopper: Stopper) -> LoraTra
         eval_dataset=as_dataset(job.valid.examples) if job.valid else None,
         processing_class=base.tokenizer,
         peft_config=peft_config,
-        callbacks=[stopper, RunLog(run, job.valid is not None)],
+        callbacks=[stopper, RunLog(run, _published(config, plan, steps), base.origin)],
     )
+    if config.start_adapter is not None:
+        set_weights(trainer.model, config.start_adapter)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     if sys.stderr.isatty() and trainer.is_world_process_zero():
         trainer.add_callback(ProgressBar(Console(stderr=True)))
     if config.early_stopping.enabled:
-        patience, min_delta = config.early_stopping.patience, config.early_stopping.min_delta
-        trainer.add_callback(EarlyStoppingCallback(patience, min_delta))
+        trainer.add_callback(EarlyStop(config.early_stopping))
+    else:
+        trainer.add_callback(SaveAt(steps))
     return trainer
+
+
+def checkpoint_steps(config: SftConfig, plan: Plan) -> set[int]:
+    """Return the steps after which the state is saved: every epoch's last, or `n_checkpoints`.
+
+    A run of few epochs is saved within them too, so that a crash costs less.
+    """
+    total = plan.total_steps
+    if config.n_checkpoints is not None:
+        every = math.ceil(total / config.n_checkpoints)
+        return {*range(every, total, every), total}
+    parts = math.ceil(FEWEST_CHECKPOINTS / plan.num_epochs)
+    within = {
+        epoch * plan.steps_per_epoch + plan.steps_per_epoch * part // parts
+        for epoch in range(plan.num_epochs)
+        for part in range(1, parts + 1)
+    }
+    return within - {0}
+
+
+def _published(config: SftConfig, plan: Plan, steps: set[int]) -> Callable[[int], bool]:
+    """Tell which checkpoints become models: what was asked for, or the epochs'.
+
+    A run that stops early publishes the checkpoint of every evaluation; one that is told to stop,
+    its last.
+    """
+    if config.n_checkpoints is not None or config.early_stopping.enabled:
+        return lambda step: True
+    within_epochs = {step for step in steps if step % plan.steps_per_epoch}
+    return lambda step: step not in within_epochs
 
 
 def _training_arguments(job: TrainingJob, run: RunFolder) -> SFTConfig:
     config, plan = job.config, job.plan
     evals = config.n_evals or DEFAULT_EVALS
     eval_steps = max(1, math.ceil(plan.total_steps / evals))
-    save_steps = max(1, math.ceil(plan.total_steps / (config.n_checkpoints or DEFAULT_CHECKPOINTS)))
     keep_best = config.early_stopping.enabled
     if config.wandb.project:
         os.environ["WANDB_PROJECT"] = config.wandb.project
@@ -155,7 +196,7 @@ def _training_arguments(job: TrainingJob, run: RunFolder) -> SFTConfig:
         eval_strategy="steps" if job.valid else "no",
         eval_steps=eval_steps if job.valid else None,
         save_strategy="steps",
-        save_steps=eval_steps if keep_best else save_steps,
+        save_steps=eval_steps if keep_best else plan.total_steps,  # and where SaveAt says
         save_total_limit=config.keep_checkpoints,
         load_best_model_at_end=keep_best,
         metric_for_best_model="eval_loss" if keep_best else None,

@@ -13,21 +13,22 @@ from pathlib import Path
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from data import jobs
+from data import jobs, registry
 from data.db import Database
-from data.errors import StateConflict
+from data.errors import NotFound, StateConflict
 from data.files import FileStore
 from data.settings import Settings
-from data.tables import Job
+from data.tables import AdapterVersion, Job
 from train.lease import Lease
 from train.run import RunFolder
 
 ACCELERATE = Path(__file__).parents[1] / "configs" / "accelerate" / "one_process.yaml"
 INPUTS = "data"  # folder of a run for the job's files
+MODELS = "models"  # of checkpoints, for publishing
 BULK = {  # folders of a run that nobody needs once its job has ended so
-    "succeeded": (INPUTS, "adapter.tmp", "checkpoints", "adapter"),  # it is published
-    "failed": (INPUTS, "adapter.tmp", "checkpoints"),
-    "cancelled": (INPUTS, "adapter.tmp"),
+    "succeeded": (INPUTS, MODELS, "adapter.tmp", "checkpoints", "adapter"),  # it is published
+    "failed": (INPUTS, MODELS, "adapter.tmp", "checkpoints"),
+    "cancelled": (INPUTS, MODELS, "adapter.tmp"),
 }
 TRAINER = (
     sys.executable,
@@ -61,6 +62,26 @@ class Workshop:
     def place(self, job: Job, file_id: str, param: str) -> Path:
         """Put one of a job's files into its run folder."""
         return self.files.place(job.project_id, file_id, self.run_of(job).path / INPUTS / param)
+
+    def place_start(self, job: Job) -> Path | None:
+        """Put the adapter that a job goes on from into its run folder; None if there is none.
+
+        Raises:
+            NotFound: It was deleted since the job was made.
+            AdapterRefused: Its files are damaged.
+        """
+        if job.start_version_id is None:
+            return None
+        folder = self.run_of(job).path / INPUTS / "start_adapter"
+        with self.database.read() as session:
+            version = session.get(AdapterVersion, job.start_version_id)
+        if folder.exists():
+            return folder
+        if version is None or version.deleted_at is not None:
+            raise NotFound(
+                "The model that the job goes on from was deleted.", param="model", code="model_gone"
+            )
+        return registry.export(version, self.settings.adapters_dir, folder)
 
     def forget_bulk(self, job_ids: Sequence[str]) -> None:
         """Remove from the runs of jobs that have ended what nobody needs any more.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from alembic import context
 
+import data.tables_jobs  # noqa: F401 - its tables belong to the metadata
 from data.tables import Record
 
 context.configure(

@@ -42,9 +42,15 @@ async def _operator(request: Request) -> Principal:
     return principal
 
 
+async def _any_key(request: Request) -> Principal:
+    principal: Principal = request.state.principal
+    return principal
+
+
 Running = Annotated[Runtime, Depends(_runtime)]
 Caller = Annotated[Account, Depends(_account)]  # the key of an account
 Operator = Annotated[Principal, Depends(_operator)]  # an admin key
+AnyKey = Annotated[Principal, Depends(_any_key)]  # either
 
 
 def json_response(body: Any) -> Response:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -11,17 +12,22 @@ from pydantic import ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
-from data import jobs
+from data import job_events, job_examples, job_pause, jobs
 from data.errors import InvalidInput
 from data.tables import AdapterVersion, Checkpoint, Job, JobEvent
 from serve.api.deps import Caller, Running, json_response, page
 from serve.api.errors import unknown_parameter
+from serve.api.estimates import describe_estimate
 from serve.api.job_schemas import JobRequest
 from serve.api.json_route import StrictJsonRoute
 from serve.api.middleware import ORGANIZATION
 from serve.api.schemas import QueryModel
+from serve.api.stream import KEEP_ALIVE_S, EventStream, Frames
+from serve.runtime import Runtime
 
 MAX_LIMIT = 100
+MAX_EXAMPLES = 1000
+STREAM_POLL_S = 0.5
 METADATA_FILTER = re.compile(r"metadata\[(.+)\]")
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", route_class=StrictJsonRoute)
@@ -39,6 +45,14 @@ class ListEvents(QueryModel):
     """Which events to list."""
 
     limit: int = Field(20, ge=1, le=MAX_LIMIT)
+    stream: bool = False
+
+
+class ListExamples(QueryModel):
+    """Which training rows to list, and in which order."""
+
+    limit: int = Field(20, ge=1, le=MAX_EXAMPLES)
+    sort: str = "-loss"
 
 
 class ListCheckpoints(QueryModel):
@@ -49,7 +63,7 @@ class ListCheckpoints(QueryModel):
 
 @router.post("")
 async def create_job(body: JobRequest, caller: Caller, runtime: Running) -> Response:
-    """Queue a fine-tuning job."""
+    """Queue a fine-tuning job; with `dry_run`, tell what it would take instead."""
     spec = body.spec()
     if spec.integrations and runtime.settings.wandb_project is None:
         raise InvalidInput(
@@ -57,6 +71,8 @@ async def create_job(body: JobRequest, caller: Caller, runtime: Running) -> Resp
             "`wandb_project`.",
             param="integrations",
         )
+    if body.dry_run:
+        return json_response(await describe_estimate(spec, caller, runtime))
     bases = [runtime.models.base_model]
     job = await run_in_threadpool(jobs.create, runtime.database, caller.id, spec, bases)
     return json_response(describe_job(job))
@@ -88,15 +104,55 @@ async def cancel_job(job_id: str, caller: Caller, runtime: Running) -> Response:
     return json_response(describe_job(job))
 
 
+@router.post("/{job_id}/pause")
+async def pause_job(job_id: str, caller: Caller, runtime: Running) -> Response:
+    """Pause a job; its trainer stops within seconds, at a checkpoint."""
+    job = await run_in_threadpool(job_pause.pause, runtime.database, caller.id, job_id)
+    return json_response(describe_job(job))
+
+
+@router.post("/{job_id}/resume")
+async def resume_job(job_id: str, caller: Caller, runtime: Running) -> Response:
+    """Queue a paused job again."""
+    job = await run_in_threadpool(job_pause.resume, runtime.database, caller.id, job_id)
+    return json_response(describe_job(job))
+
+
 @router.get("/{job_id}/events")
 async def list_events(
-    job_id: str, query: Annotated[ListEvents, Query()], caller: Caller, runtime: Running
+    job_id: str,
+    query: Annotated[ListEvents, Query()],
+    request: Request,
+    caller: Caller,
+    runtime: Running,
 ) -> Response:
-    """List a job's events, newest first."""
+    """List a job's events, newest first; or stream them, oldest first, until the job ends."""
+    if query.stream:
+        if "limit" in query.model_fields_set:
+            raise InvalidInput("Invalid 'limit': a stream has no pages.", param="limit")
+        return await EventStream.begin(request, _frames(runtime, caller.id, job_id, query.after))
     found, has_more = await run_in_threadpool(
         jobs.list_events, runtime.database, caller.id, job_id, query.limit, query.after
     )
     return page([_describe_event(event) for event in found], has_more)
+
+
+@router.get("/{job_id}/examples")
+async def list_examples(
+    job_id: str, query: Annotated[ListExamples, Query()], caller: Caller, runtime: Running
+) -> Response:
+    """List a job's training rows with their loss under the finished model."""
+    found, has_more = await run_in_threadpool(
+        job_examples.list_examples,
+        runtime.database,
+        runtime.files,
+        caller.id,
+        job_id,
+        query.sort,
+        query.limit,
+        query.after,
+    )
+    return page(found, has_more)
 
 
 @router.get("/{job_id}/checkpoints")
@@ -138,6 +194,24 @@ def describe_job(job: Job) -> dict[str, Any]:
         "error": job.error,
         "user_provided_suffix": job.suffix,
     }
+
+
+async def _frames(runtime: Runtime, account: str, job_id: str, after: str | None) -> Frames:
+    seq = await run_in_threadpool(job_events.position_of, runtime.database, account, job_id, after)
+    silent_s = KEEP_ALIVE_S  # nothing was sent yet, so the first look ends in a frame
+    while True:
+        found, ended = await run_in_threadpool(
+            job_events.events_since, runtime.database, account, job_id, seq
+        )
+        for event in found:
+            seq = event.seq
+            yield _describe_event(event)
+        if not found and silent_s >= KEEP_ALIVE_S:
+            yield None
+        if ended:
+            return
+        silent_s = 0.0 if found or silent_s >= KEEP_ALIVE_S else silent_s + STREAM_POLL_S
+        await asyncio.sleep(STREAM_POLL_S)
 
 
 def _describe_method(job: Job) -> dict[str, Any]:

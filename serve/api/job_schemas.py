@@ -16,6 +16,8 @@ from serve.api.schemas import RequestModel
 MAX_INTEGRATIONS = 5
 OPTIONS = (
     "early_stopping",
+    "from_checkpoint",
+    "keep_checkpoints",
     "lora",
     "max_seq_length",
     "n_checkpoints",
@@ -70,14 +72,18 @@ class JobRequest(RequestModel):
 
     lora: dict[str, Any] | None = None
     early_stopping: dict[str, Any] | None = None
+    from_checkpoint: str | None = None
+    keep_checkpoints: int | None = None
     max_seq_length: int | None = None
     n_checkpoints: int | None = None
     n_evals: int | None = None
     on_long: str | None = None
 
+    dry_run: bool = False
+
     def spec(self) -> JobSpec:
         """Return the checked job; raises InvalidInput that names the field."""
-        given = self.model_dump(exclude_none=True)
+        given = self.model_dump(exclude_none=True, exclude={"dry_run"})
         options = {name: given.pop(name) for name in OPTIONS if name in given}
         integrations = tuple(given.pop("integrations"))
         return JobSpec(**given, integrations=integrations, options=options)

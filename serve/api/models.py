@@ -30,7 +30,7 @@ async def retrieve_model(model: str, caller: Caller, runtime: Running) -> Respon
     if model == runtime.models.base_model:
         return json_response(_base(runtime))
     version = await run_in_threadpool(registry.resolve, runtime.database, caller.id, model)
-    return json_response(_describe(model, version, caller))
+    return json_response(_describe(model, version))
 
 
 @router.delete("/models/{model:path}")
@@ -48,7 +48,7 @@ def _tuned(runtime: Runtime, account: Account) -> list[dict[str, Any]]:
     # A version may be deleted between the two reads, so an alias may point at none of them.
     named = [(a.name, versions[a.version_id]) for a in aliases if a.version_id in versions]
     named += [(version.name, version) for version in versions.values()]
-    return [_describe(name, version, account) for name, version in named]
+    return [_describe(name, version) for name, version in named]
 
 
 def _base(runtime: Runtime) -> dict[str, Any]:
@@ -56,11 +56,10 @@ def _base(runtime: Runtime) -> dict[str, Any]:
     return _model(name, runtime.created, "system", root=name, parent=None)
 
 
-def _describe(name: str, version: AdapterVersion, account: Account) -> dict[str, Any]:
+def _describe(name: str, version: AdapterVersion) -> dict[str, Any]:
     """Describe a version under one of its names; `root` is the name that never moves."""
-    return _model(
-        name, version.created_at, account.slug, root=version.name, parent=version.base_model
-    )
+    owner = registry.owner_of(version)
+    return _model(name, version.created_at, owner, root=version.name, parent=version.base_model)
 
 
 def _model(name: str, created: int, owner: str, *, root: str, parent: str | None) -> dict[str, Any]:

@@ -1,0 +1,72 @@
+"""Pausing a job and letting it go on.
+
+A paused job is in no worker's queue, whatever dies meanwhile. When a worker holds it, the state
+changes at once and the worker is told (`pause_requested`): it stops the trainer at a checkpoint and
+lets go of the job. A job that is resumed before that waits until then.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy.orm import Session
+
+from data import jobs
+from data.db import Database
+from data.errors import StateConflict
+from data.tables import Job
+
+
+def pause(database: Database, project_id: str, job_id: str) -> Job:
+    """Stop a job so that it can go on later.
+
+    Raises:
+        NotFound: There is no such job.
+        StateConflict: The job is paused already, is being cancelled, or has ended.
+    """
+    with database.write() as session:
+        job = jobs.find(session, project_id, job_id)
+        if job.cancel_requested or "paused" not in jobs.TRANSITIONS.get(job.status, ()):
+            standing = "being cancelled" if job.cancel_requested else job.status
+            raise StateConflict(
+                f"The job {job_id} is {standing}, so it cannot be paused.", param="id"
+            )
+        job.pause_requested = jobs.is_held(job)
+        if not job.pause_requested:
+            job.worker_id = job.lease_expires_at = None
+        jobs.move(session, job, "paused", estimated_finish=None)
+        jobs.record_event(session, job.id, "Fine-tuning job paused")
+    return job
+
+
+def resume(database: Database, project_id: str, job_id: str) -> Job:
+    """Queue a paused job again; its trainer goes on from the newest checkpoint.
+
+    Raises:
+        NotFound: There is no such job.
+        StateConflict: The job is not paused.
+    """
+    with database.write() as session:
+        job = jobs.find(session, project_id, job_id)
+        if job.status != "paused":
+            raise StateConflict(
+                f"The job {job_id} is {job.status}, so it cannot be resumed; only a paused job "
+                "can.",
+                param="id",
+            )
+        jobs.move(session, job, "queued")
+        jobs.record_event(session, job.id, "Fine-tuning job resumed")
+        jobs.tell_position(session, job)
+    return job
+
+
+def settle(session: Session, job: Job) -> bool:
+    """Let go of a held job that is to pause, inside the worker's transaction; False if none is.
+
+    The job may have been resumed meanwhile: it is queued then, and free for any worker.
+    """
+    if not job.pause_requested:
+        return False
+    job.pause_requested = False
+    job.worker_id = job.lease_expires_at = job.estimated_finish = None
+    if job.cancel_requested and job.status not in jobs.FINAL:
+        jobs.move(session, job, "cancelled")
+    return True

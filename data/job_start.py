@@ -1,0 +1,101 @@
+"""What a job starts from: its files, and a base model or the adapter of an earlier job."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from data import registry
+from data.checkpoints import PREFIX, find_name
+from data.errors import InvalidInput, ModelNotFound
+from data.job_spec import JobSpec
+from data.tables import AdapterVersion, File, now
+
+TRAINING_PURPOSE = "fine-tune"
+SHAPE = ("r", "alpha", "target_modules")
+
+
+def find_start(
+    session: Session, project_id: str, spec: JobSpec, base_models: Sequence[str]
+) -> AdapterVersion | None:
+    """Return the version whose adapter a job goes on from; None when it starts from the base.
+
+    That is `from_checkpoint`, or `model` where that is the account's own fine-tune or checkpoint.
+
+    Raises:
+        InvalidInput: There is no such model of this account, it belongs to a base that is not
+            served here, or the job asks for another shape than the adapter has.
+    """
+    given = spec.options.get("from_checkpoint")
+    start = None
+    if spec.model not in base_models:
+        start = _find(session, project_id, spec.model)
+        if start is None or start.base_model not in base_models:
+            raise InvalidInput(
+                f"The model `{spec.model}` cannot be fine-tuned here. Available: "
+                f"{', '.join(f'`{name}`' for name in base_models)}, and your own fine-tuned "
+                "models of them.",
+                param="model",
+                code="model_not_available",
+            )
+    if given is not None:
+        found = _find(session, project_id, given)
+        if found is None:
+            raise InvalidInput(
+                f"Invalid 'from_checkpoint': you have no model or checkpoint `{given}`; "
+                "`GET /v1/fine_tuning/jobs/JOB/checkpoints` lists a job's.",
+                param="from_checkpoint",
+                code="model_not_available",
+            )
+        wanted = start.id if start else spec.model
+        if wanted not in (found.id, found.base_model):
+            raise InvalidInput(
+                f"Invalid 'from_checkpoint': `{given}` is not of the model `{spec.model}`; give "
+                f"its base `{found.base_model}` as `model`.",
+                param="from_checkpoint",
+            )
+        start = found
+    if start is not None:
+        _check_shape(spec)
+    return start
+
+
+def check_file(session: Session, project_id: str, name: str, file_id: str) -> None:
+    """Check that a job may use one of an account's files as its `name`.
+
+    Raises:
+        InvalidInput: It is absent, or was uploaded for another purpose.
+    """
+    file = session.scalar(
+        select(File).where(
+            File.id == file_id, File.project_id == project_id, File.deleted_at.is_(None)
+        )
+    )
+    if file is None or (file.expires_at is not None and file.expires_at <= now()):
+        raise InvalidInput(f"No such File object: {file_id}", param=name)
+    if file.purpose != TRAINING_PURPOSE:
+        raise InvalidInput(
+            f"The file {file_id} has the purpose '{file.purpose}'; a {name} must be uploaded with "
+            f"the purpose '{TRAINING_PURPOSE}'.",
+            param=name,
+        )
+
+
+def _find(session: Session, project_id: str, name: str) -> AdapterVersion | None:
+    try:
+        known = find_name(session, project_id, name) if name.startswith(PREFIX) else name
+        return registry.find_own(session, project_id, known) if known else None
+    except ModelNotFound:
+        return None
+
+
+def _check_shape(spec: JobSpec) -> None:
+    for name in SHAPE:
+        if name in (spec.options.get("lora") or {}):
+            raise InvalidInput(
+                f"Invalid 'lora.{name}': the job goes on from an adapter, whose shape it keeps. "
+                "Leave it out, or start from the base model.",
+                param=f"lora.{name}",
+            )

@@ -1,0 +1,167 @@
+"""Running a grader over one sample; what is wrong with the sample is told in flags."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+
+from data.errors import EngineFailure, InvalidInput
+from data.grader_text import MissingVariable, SampleNotJson, fill
+from data.similarity import MAX_CHARS, MEASURES
+from data.tables import new_id
+from serve.api.grader_schemas import Multi, RunRequest, ScoreModel, StringCheck, TextSimilarity
+from serve.api.prompts import read_messages, room_for
+from serve.api.schemas import ChatMessage
+from serve.engine.base import GenerationRequest, SamplingParams
+from serve.runtime import Runtime
+
+NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
+ANSWER_KEYS = ("result", "score", "reward")
+FLAGS = (
+    *("formula_parse_error", "sample_parse_error", "truncated_observation_error"),
+    *("unresponsive_reward_error", "invalid_variable_error", "other_error"),
+    *("python_grader_server_error", "python_grader_runtime_error"),
+    *("model_grader_server_error", "model_grader_refusal_error", "model_grader_parse_error"),
+)
+DETAILS = (
+    *("python_grader_server_error_type", "python_grader_runtime_error_details"),
+    "model_grader_server_error_details",
+)
+
+
+@dataclass
+class _Run:
+    """One sample under one grader."""
+
+    runtime: Runtime
+    account: str
+    sample: str
+    item: dict[str, Any]
+    errors: dict[str, Any] = field(
+        default_factory=lambda: dict.fromkeys(FLAGS, False) | dict.fromkeys(DETAILS)
+    )
+    tokens: dict[str, int] = field(default_factory=dict)
+
+    async def score(self, grader: Any) -> float:
+        """Return a grader's score; 0, with a flag set, where it has none."""
+        try:
+            if isinstance(grader, StringCheck):
+                return _compare(grader, self._fill(grader.input), self._fill(grader.reference))
+            if isinstance(grader, TextSimilarity):
+                return await self._similarity(grader)
+            return await self._ask(grader)
+        except MissingVariable:
+            self.errors["invalid_variable_error"] = True
+        except SampleNotJson:
+            self.errors["sample_parse_error"] = True
+        except EngineFailure as error:
+            self.errors["model_grader_server_error"] = True
+            self.errors["model_grader_server_error_details"] = error.public
+        return 0.0
+
+    def _fill(self, text: str) -> str:
+        return fill(text, self.sample, self.item)
+
+    async def _similarity(self, grader: TextSimilarity) -> float:
+        texts = [self._fill(grader.input), self._fill(grader.reference)]
+        if max(map(len, texts)) > MAX_CHARS:
+            raise InvalidInput(
+                f"The texts to compare have {len(texts[0])} and {len(texts[1])} characters; at "
+                f"most {MAX_CHARS} are compared.",
+                param="model_sample",
+            )
+        return await run_in_threadpool(MEASURES[grader.evaluation_metric], *texts)
+
+    async def _ask(self, grader: ScoreModel) -> float:
+        served = await self.runtime.models.resolve(self.account, grader.model)
+        messages = [
+            ChatMessage(role=message.role, content=self._fill(message.content))
+            for message in grader.input
+        ]
+        prompt = await run_in_threadpool(read_messages, messages, served.tokens)
+        sampling, room = grader.sampling_params, self.runtime.engine.max_context
+        params = SamplingParams(
+            max_tokens=room_for(prompt, None, sampling.max_completions_tokens, room, "grader"),
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=sampling.seed,
+            stop_token_ids=served.eos_token_ids,
+        )
+        request = GenerationRequest(
+            new_id("grade-"), prompt.ids, params, served.adapter, self.account
+        )
+        [answer] = await self.runtime.generator.answer([request])
+        used = len(prompt.ids) + len(answer.token_ids)
+        self.tokens[grader.model] = self.tokens.get(grader.model, 0) + used
+        score = read_score(answer.text)
+        if score is None or not grader.range[0] <= score <= grader.range[1]:
+            self.errors["model_grader_parse_error"] = True
+            return 0.0
+        return score
+
+
+async def run_grader(request: RunRequest, runtime: Runtime, account: str) -> dict[str, Any]:
+    """Return the API's answer for one sample.
+
+    Raises:
+        ModelNotFound: The account has no such model to grade with.
+        InvalidInput: The texts are too long, or the model has no chat template.
+    """
+    started = time.monotonic()
+    grader, run = request.grader, _Run(runtime, account, request.model_sample, request.item)
+    parts = grader.graders if isinstance(grader, Multi) else {grader.name: grader}
+    scores = {name: await run.score(part) for name, part in parts.items()}
+    reward = 0.0
+    if not any(run.errors.values()):
+        if isinstance(grader, Multi):
+            try:
+                reward = grader.formula().compute(scores)
+            except ArithmeticError:
+                run.errors["other_error"] = True
+        else:
+            [reward] = scores.values()
+    models = list(run.tokens)
+    return {
+        "reward": reward,
+        "sub_rewards": scores if isinstance(grader, Multi) else {},
+        "metadata": {
+            "name": grader.name,
+            "type": grader.type,
+            "errors": run.errors,
+            "execution_time": round(time.monotonic() - started, 6),
+            "scores": scores,
+            "token_usage": sum(run.tokens.values()) if models else None,
+            "sampled_model_name": models[0] if len(models) == 1 else None,
+        },
+        "model_grader_token_usage_per_model": run.tokens,
+    }
+
+
+def read_score(text: str) -> float | None:
+    """Return the number that a model answered: alone, in a JSON object, or first in its text."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if isinstance(value, dict):
+        value = next((value[key] for key in ANSWER_KEYS if key in value), None)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        found = NUMBER.search(text)
+        value = float(found[0]) if found else math.nan
+    return float(value) if math.isfinite(value) else None
+
+
+def _compare(grader: StringCheck, text: str, reference: str) -> float:
+    outcome = {
+        "eq": text == reference,
+        "ne": text != reference,
+        "like": reference in text,
+        "ilike": reference.casefold() in text.casefold(),
+    }
+    return float(outcome[grader.operation])
