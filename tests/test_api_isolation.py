@@ -25,7 +25,20 @@ ROWS = b"".join(
     json.dumps({"prompt": f"q {i}", "completion": f" a {i}"}).encode() + b"\n" for i in range(12)
 )
 OPEN = {"/health"}
-NAMES_OF_IDS = {"model": "model", "name": "model", "file_id": "file", "job_id": "job"}
+EVENT = "fine_tuning.job.succeeded"
+NAMES_OF_IDS = {
+    "model": "model",
+    "name": "model",
+    "file_id": "file",
+    "job_id": "job",
+    "endpoint_id": "endpoint",
+    "permission_id": "permission",
+}
+# What a route needs in its body before it looks at the id in its path.
+PATH_BODIES: dict[str, dict[str, Any]] = {
+    "/v1/webhook_endpoints/{endpoint_id}/test": {"event_type": EVENT},
+    "/v1/fine_tuning/checkpoints/{model}/permissions": {"project_ids": ["proj_1"]},
+}
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +50,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def owned(server: Server, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """One object of each kind, of the first account, by kind."""
-    return {kind: make(server, tmp_path_factory) for kind, make in MAKERS.items()}
+    found: dict[str, str] = {}
+    for kind, make in MAKERS.items():
+        found[kind] = make(server, tmp_path_factory)
+    found["permission"] = make_permission(server, found["model"])
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +80,26 @@ def make_model(server: Server, scratch: pytest.TempPathFactory) -> str:
     return registry.publish(database, home, server.project, folder, MODEL, fingerprint).name
 
 
+def make_endpoint(server: Server, _: Any) -> str:
+    body = {"name": "a", "url": "https://93.184.216.34/", "event_types": [EVENT]}
+    answer = server.http().post("/v1/webhook_endpoints", json=body)
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["id"])
+
+
+def make_permission(server: Server, model: str) -> str:
+    friend, _ = server.new_account("friend")
+    path = f"/v1/fine_tuning/checkpoints/{quote(model, safe='')}/permissions"
+    answer = server.http().post(path, json={"project_ids": [friend.id]})
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["data"][0]["id"])
+
+
 MAKERS: dict[str, Callable[[Server, Any], str]] = {
     "file": make_file,
     "job": make_job,
     "model": make_model,
+    "endpoint": make_endpoint,
 }
 
 # Bodies that name an object: (method, path, body with the object's kind in braces).
@@ -80,6 +113,7 @@ BODIES: list[tuple[str, str, dict[str, Any]]] = [
     ),
     ("POST", "/v1/fine_tuning/jobs", {"model": MODEL, "training_file": "{file}"}),
     ("POST", "/v1/fine_tuning/jobs", {"model": "{model}", "training_file": "{file}"}),
+    ("POST", "/v1/fine_tuning/estimate", {"model": MODEL, "training_file": "{file}"}),
 ]
 
 
@@ -117,12 +151,12 @@ def test_ids_in_paths(server: Server, owned: dict[str, str], stranger: httpx.Cli
         assert not unknown, f"{path}: tell NAMES_OF_IDS and MAKERS what a {unknown} is"
         answers = []
         for change in (str, absent_like):
-            filled, last = path, ""
-            for name in names:
-                last = change(owned[NAMES_OF_IDS[name]])
-                filled = filled.replace("{" + name + "}", quote(last, safe=""))
-            body = {} if method in ("POST", "PUT", "PATCH") else None
-            answers.append(told(stranger.request(method, filled, json=body), [last]))
+            filled = path
+            ids = [change(owned[NAMES_OF_IDS[name]]) for name in names]
+            for name, known in zip(names, ids, strict=True):
+                filled = filled.replace("{" + name + "}", quote(known, safe=""))
+            body = PATH_BODIES.get(path, {}) if method in ("POST", "PUT", "PATCH") else None
+            answers.append(told(stranger.request(method, filled, json=body), ids))
         assert answers[0] == answers[1], f"{method} {path}"
         assert answers[0][0] in (400, 403, 404), f"{method} {path}: {answers[0]}"
         tried += 1
