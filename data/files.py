@@ -122,6 +122,13 @@ class FileStore:
         with self._database.read() as session:
             return _find(session, project_id, file_id)
 
+    def find_all(self, project_id: str, file_ids: Sequence[str]) -> Sequence[File]:
+        """Return the rows of those of the ids that are there, in order."""
+        query = _visible(select(File).where(File.project_id == project_id, File.id.in_(file_ids)))
+        with self._database.read() as session:
+            found = {record.id: record for record in session.scalars(query)}
+        return [found[file_id] for file_id in file_ids if file_id in found]
+
     def list(
         self,
         project_id: str,

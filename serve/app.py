@@ -19,9 +19,11 @@ from serve.api import (
     fine_tuning,
     graders,
     health,
+    legacy,
     models,
     permissions,
     tiers,
+    tokens,
     webhook_endpoints,
 )
 from serve.api.middleware import Authentication, BodyLimit, RequestContext
@@ -80,6 +82,6 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
         )
     errors.install(app)
     jobs = (fine_tuning, estimates, permissions, graders, webhook_endpoints)
-    for routes in (models, completions, chat, files, *jobs, tiers, health):
+    for routes in (models, completions, chat, files, *jobs, tiers, tokens, legacy, health):
         app.include_router(routes.router)
     return app

@@ -130,7 +130,7 @@ async def list_events(
     if query.stream:
         if "limit" in query.model_fields_set:
             raise InvalidInput("Invalid 'limit': a stream has no pages.", param="limit")
-        return await EventStream.begin(request, _frames(runtime, caller.id, job_id, query.after))
+        return await EventStream.begin(request, job_frames(runtime, caller.id, job_id, query.after))
     found, has_more = await run_in_threadpool(
         jobs.list_events, runtime.database, caller.id, job_id, query.limit, query.after
     )
@@ -196,7 +196,8 @@ def describe_job(job: Job) -> dict[str, Any]:
     }
 
 
-async def _frames(runtime: Runtime, account: str, job_id: str, after: str | None) -> Frames:
+async def job_frames(runtime: Runtime, account: str, job_id: str, after: str | None) -> Frames:
+    """Yield a job's events as they come, until it ends."""
     seq = await run_in_threadpool(job_events.position_of, runtime.database, account, job_id, after)
     silent_s = KEEP_ALIVE_S  # nothing was sent yet, so the first look ends in a frame
     while True:

@@ -42,6 +42,11 @@ async def delete_model(model: str, caller: Caller, runtime: Running) -> Response
     return json_response({"id": model, "object": "model", "deleted": True})
 
 
+def names(runtime: Runtime, account: Account) -> list[str]:
+    """Return what the account's aliases and versions are called."""
+    return [str(described["id"]) for described in _tuned(runtime, account)]
+
+
 def _tuned(runtime: Runtime, account: Account) -> list[dict[str, Any]]:
     aliases = registry.list_aliases(runtime.database, account.id)
     versions = {v.id: v for v in registry.list_versions(runtime.database, account.id)}

@@ -1,0 +1,204 @@
+"""The routes of 2020 to 2022: `/v1/engines` and `/v1/fine-tunes`, for scripts that never moved on.
+
+An engine is a model. A fine-tune is a fine-tuning job in its former shape, events inline.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar
+
+from fastapi import APIRouter, Query, Request
+from pydantic import Field
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import Response
+
+from data import jobs
+from data.errors import InvalidInput
+from data.job_spec import JobSpec
+from data.tables import Job, JobEvent
+from serve.api import completions, models
+from serve.api.deps import Account, Caller, Running, json_response
+from serve.api.files import describe_file
+from serve.api.fine_tuning import job_frames
+from serve.api.json_route import StrictJsonRoute
+from serve.api.middleware import ORGANIZATION
+from serve.api.schemas import CompletionRequest, QueryModel, RequestModel
+from serve.api.stream import EventStream, Frames
+from serve.runtime import Runtime
+
+MAX_LISTED = 100
+MAX_SUFFIX = 40
+STATUS = {"validating_files": "pending", "queued": "pending", "paused": "pending"}
+
+router = APIRouter(prefix="/v1", route_class=StrictJsonRoute)
+
+
+class EngineCompletionRequest(CompletionRequest):
+    """A completion whose model is named by the path."""
+
+    model: str = ""
+
+
+class FineTuneRequest(RequestModel):
+    """`POST /v1/fine-tunes`."""
+
+    unsupported: ClassVar[frozenset[str]] = frozenset(
+        {
+            *("prompt_loss_weight", "compute_classification_metrics", "classification_n_classes"),
+            *("classification_positive_class", "classification_betas"),
+        }
+    )
+
+    training_file: str
+    validation_file: str | None = None
+    model: str | None = None
+    n_epochs: int = Field(4, ge=1, le=50)
+    batch_size: int | None = Field(None, ge=1, le=256)
+    learning_rate_multiplier: float | None = Field(None, gt=0)
+    suffix: str | None = Field(None, max_length=MAX_SUFFIX)
+
+
+class EventsQuery(QueryModel):
+    """Whether to follow the events."""
+
+    stream: bool = False
+
+
+@router.get("/engines")
+async def list_engines(caller: Caller, runtime: Running) -> Response:
+    """List the models as engines."""
+    names = [runtime.models.base_model, *await run_in_threadpool(models.names, runtime, caller)]
+    return json_response({"object": "list", "data": [_engine(n, caller, runtime) for n in names]})
+
+
+@router.get("/engines/{model:path}")
+async def retrieve_engine(model: str, caller: Caller, runtime: Running) -> Response:
+    """Describe a model as an engine."""
+    await runtime.models.resolve(caller.id, model)
+    return json_response(_engine(model, caller, runtime))
+
+
+@router.post("/engines/{model:path}/completions")
+async def create_completion(
+    model: str, body: EngineCompletionRequest, request: Request, caller: Caller, runtime: Running
+) -> Response:
+    """Continue each prompt, as `POST /v1/completions` does."""
+    if body.model and body.model != model:
+        raise InvalidInput(
+            f"Invalid 'model': the path names the engine '{model}', but got '{body.model}' "
+            "instead. Leave 'model' out.",
+            param="model",
+        )
+    named = body.model_copy(update={"model": model})
+    return await completions.create_completion(named, request, caller, runtime)
+
+
+@router.post("/fine-tunes")
+async def create_fine_tune(body: FineTuneRequest, caller: Caller, runtime: Running) -> Response:
+    """Queue a fine-tuning job."""
+    chosen = {"n_epochs": body.n_epochs, "batch_size": body.batch_size}
+    chosen["learning_rate_multiplier"] = body.learning_rate_multiplier  # type: ignore[assignment]
+    spec = JobSpec(
+        model=body.model or runtime.models.base_model,
+        training_file=body.training_file,
+        validation_file=body.validation_file,
+        suffix=body.suffix,
+        hyperparameters={name: value for name, value in chosen.items() if value is not None},
+    )
+    bases = [runtime.models.base_model]
+    job = await run_in_threadpool(jobs.create, runtime.database, caller.id, spec, bases)
+    return json_response(await run_in_threadpool(_describe, runtime, caller, job, True))
+
+
+@router.get("/fine-tunes")
+async def list_fine_tunes(caller: Caller, runtime: Running) -> Response:
+    """List the account's newest jobs, without their events."""
+    found, _ = await run_in_threadpool(jobs.list_jobs, runtime.database, caller.id, MAX_LISTED)
+    shown = [await run_in_threadpool(_describe, runtime, caller, job, False) for job in found]
+    return json_response({"object": "list", "data": shown})
+
+
+@router.get("/fine-tunes/{job_id}")
+async def retrieve_fine_tune(job_id: str, caller: Caller, runtime: Running) -> Response:
+    """Describe a job with its events."""
+    job = await run_in_threadpool(jobs.get, runtime.database, caller.id, job_id)
+    return json_response(await run_in_threadpool(_describe, runtime, caller, job, True))
+
+
+@router.post("/fine-tunes/{job_id}/cancel")
+async def cancel_fine_tune(job_id: str, caller: Caller, runtime: Running) -> Response:
+    """Cancel a job."""
+    job = await run_in_threadpool(jobs.request_cancel, runtime.database, caller.id, job_id)
+    return json_response(await run_in_threadpool(_describe, runtime, caller, job, True))
+
+
+@router.get("/fine-tunes/{job_id}/events")
+async def list_fine_tune_events(
+    job_id: str,
+    query: Annotated[EventsQuery, Query()],
+    request: Request,
+    caller: Caller,
+    runtime: Running,
+) -> Response:
+    """List a job's events, oldest first; or stream them until it ends."""
+    if query.stream:
+        return await EventStream.begin(
+            request, _frames(job_frames(runtime, caller.id, job_id, query.after))
+        )
+    await run_in_threadpool(jobs.get, runtime.database, caller.id, job_id)
+    found = await run_in_threadpool(_events, runtime, caller.id, job_id)
+    return json_response({"object": "list", "data": found})
+
+
+async def _frames(events: Frames) -> Frames:
+    async for event in events:
+        yield None if event is None else _former(event)
+
+
+def _former(event: dict[str, Any]) -> dict[str, Any]:
+    """Return an event of a job as one of a fine-tune."""
+    kept = {name: event[name] for name in ("created_at", "level", "message")}
+    return {"object": "fine-tune-event", **kept}
+
+
+def _engine(model: str, caller: Account, runtime: Runtime) -> dict[str, Any]:
+    owner = "system" if model == runtime.models.base_model else caller.slug
+    return {"id": model, "object": "engine", "owner": owner, "ready": True, "created": None}
+
+
+def _describe(runtime: Runtime, caller: Account, job: Job, with_events: bool) -> dict[str, Any]:
+    described: dict[str, Any] = {
+        "id": job.id,
+        "object": "fine-tune",
+        "created_at": job.created_at,
+        "updated_at": job.finished_at or job.started_at or job.created_at,
+        "model": job.model,
+        "fine_tuned_model": job.fine_tuned_model,
+        "organization_id": ORGANIZATION,
+        "status": STATUS.get(job.status, job.status),
+        "hyperparams": job.hyperparameters,
+        "training_files": _files(runtime, caller, [job.training_file]),
+        "validation_files": _files(runtime, caller, [job.validation_file]),
+        "result_files": _files(runtime, caller, job.result_files),
+    }
+    if with_events:
+        described["events"] = _events(runtime, caller.id, job.id)
+    return described
+
+
+def _files(runtime: Runtime, caller: Account, ids: list[str | None]) -> list[dict[str, Any]]:
+    found = runtime.files.find_all(caller.id, [file_id for file_id in ids if file_id is not None])
+    return [describe_file(record) for record in found]
+
+
+def _events(runtime: Runtime, account_id: str, job_id: str) -> list[dict[str, Any]]:
+    found: list[JobEvent] = []
+    more, after = True, None
+    while more:
+        page, more = jobs.list_events(runtime.database, account_id, job_id, MAX_LISTED, after)
+        found += page
+        after = page[-1].id if page else None
+    return [
+        _former({"created_at": e.created_at, "level": e.level, "message": e.message})
+        for e in reversed(found)
+    ]

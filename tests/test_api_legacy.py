@@ -1,0 +1,194 @@
+"""The routes of 2020 to 2022, with the client of that time, and those of the tokenizer."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import textwrap
+import venv
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from api_server import MODEL, Server, running, tiny_settings
+from tiny_models import tiny_tokenizer
+
+from data import jobs
+from data.tables import Job
+
+ROWS = b"".join(
+    json.dumps({"prompt": f"q {i}", "completion": f" a {i}"}).encode() + b"\n" for i in range(12)
+)
+FORMER_CLIENT = """
+import json, sys
+import openai
+
+openai.api_base, openai.api_key, model, rows = sys.argv[1:]
+engines = [engine["id"] for engine in openai.Engine.list()["data"]]
+assert openai.Engine.retrieve(model)["ready"] is True
+options = dict(prompt="The cat", max_tokens=8, temperature=0)
+by_engine = openai.Completion.create(engine=model, **options)
+by_model = openai.Completion.create(model=model, **options)
+chunks = openai.Completion.create(engine=model, stream=True, **options)
+pieces = [chunk["choices"][0]["text"] for chunk in chunks]
+uploaded = openai.File.create(file=open(rows, "rb"), purpose="fine-tune")
+made = openai.FineTune.create(training_file=uploaded["id"], n_epochs=1, suffix="old")
+listed = [tune["id"] for tune in openai.FineTune.list()["data"]]
+openai.FineTune.cancel(made["id"])
+events = [event["message"] for event in openai.FineTune.stream_events(made["id"])]
+try:
+    openai.Completion.create(engine="absent", prompt="x")
+except openai.error.InvalidRequestError as error:
+    missing = str(error)
+print(json.dumps({
+    "engines": engines,
+    "texts": [by_engine["choices"][0]["text"], by_model["choices"][0]["text"], "".join(pieces)],
+    "made": made.to_dict_recursive(),
+    "listed": listed,
+    "events": events,
+    "status": openai.FineTune.retrieve(made["id"])["status"],
+    "missing": missing,
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with running(tiny_settings(tmp_path_factory.mktemp("legacy"))) as found:
+        yield found
+
+
+def upload(server: Server) -> str:
+    return server.client().files.create(file=("rows.jsonl", ROWS), purpose="fine-tune").id
+
+
+def finish(server: Server, job_id: str) -> None:
+    with server.runtime.database.write() as session:
+        job = session.get_one(Job, job_id)
+        job.status = "succeeded"
+        jobs.record_event(session, job_id, "The job has successfully completed")
+
+
+# ---- engines ----
+
+
+def test_engines_are_models(server: Server) -> None:
+    http = server.http()
+    listed = http.get("/v1/engines").json()
+    assert listed["object"] == "list"
+    assert [engine["id"] for engine in listed["data"]] == [MODEL]
+    engine = http.get(f"/v1/engines/{MODEL}").json()
+    assert (engine["object"], engine["ready"]) == ("engine", True)
+    assert http.get("/v1/engines/absent").status_code == 404
+
+
+def test_completions_of_an_engine(server: Server) -> None:
+    body = {"prompt": "The cat", "max_tokens": 8, "temperature": 0}
+    http = server.http()
+    former = http.post(f"/v1/engines/{MODEL}/completions", json=body).json()
+    today = http.post("/v1/completions", json={"model": MODEL, **body}).json()
+    assert former["choices"] == today["choices"]
+    other = http.post(f"/v1/engines/{MODEL}/completions", json={"model": "x", **body})
+    assert other.json()["error"]["param"] == "model"
+    streamed = http.post(f"/v1/engines/{MODEL}/completions", json={"stream": True, **body})
+    assert streamed.text.endswith("data: [DONE]\n\n")
+
+
+# ---- fine-tunes ----
+
+
+def test_a_fine_tune_is_a_job(server: Server) -> None:
+    http, file_id = server.http(), upload(server)
+    made = http.post("/v1/fine-tunes", json={"training_file": file_id, "suffix": "old"}).json()
+    assert (made["object"], made["status"], made["model"]) == ("fine-tune", "pending", MODEL)
+    assert made["hyperparams"]["n_epochs"] == 4
+    assert [file["id"] for file in made["training_files"]] == [file_id]
+    assert made["events"][0]["object"] == "fine-tune-event"
+    job = server.client().fine_tuning.jobs.retrieve(made["id"])
+    assert (job.training_file, job.user_provided_suffix) == (file_id, "old")
+    listed = http.get("/v1/fine-tunes").json()["data"]
+    assert made["id"] in [tune["id"] for tune in listed]
+    assert "events" not in listed[0]
+    assert http.post(f"/v1/fine-tunes/{made['id']}/cancel").json()["status"] == "cancelled"
+
+
+def test_events_of_a_fine_tune_are_streamed(server: Server) -> None:
+    http = server.http()
+    made = http.post("/v1/fine-tunes", json={"training_file": upload(server)}).json()
+    finish(server, made["id"])
+    text = http.get(f"/v1/fine-tunes/{made['id']}/events?stream=true").text
+    frames = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data")]
+    assert frames[-1] == "[DONE]"
+    streamed = [json.loads(frame) for frame in frames[:-1]]
+    assert streamed == http.get(f"/v1/fine-tunes/{made['id']}/events").json()["data"]
+    assert streamed[0]["message"].startswith("Created fine-tuning job")
+    assert streamed[-1]["message"] == "The job has successfully completed"
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "training_file"),
+        ({"training_file": "file-x"}, "training_file"),
+        ({"training_file": "FILE", "n_epochs": 0}, "n_epochs"),
+        ({"training_file": "FILE", "prompt_loss_weight": 0.1}, "prompt_loss_weight"),
+        ({"training_file": "FILE", "suffix": 41 * "x"}, "suffix"),
+    ],
+)
+def test_refused_fine_tunes(server: Server, body: dict[str, Any], param: str) -> None:
+    named = {k: upload(server) if v == "FILE" else v for k, v in body.items()}
+    answer = server.http().post("/v1/fine-tunes", json=named)
+    assert answer.status_code in (400, 404)
+    assert answer.json()["error"]["param"] == param
+
+
+# ---- the tokenizer ----
+
+
+@pytest.mark.parametrize("root", ["", "/v1"])
+def test_tokens_of_a_text_and_back(server: Server, root: str) -> None:
+    http = server.http()
+    text = "Grüße, <|im_end|> 猫"
+    expected = tiny_tokenizer().encode(text)
+    found = http.post(f"{root}/tokenize", json={"prompt": text, "return_token_strs": True}).json()
+    assert (found["tokens"], found["count"]) == (expected, len(expected))
+    assert found["max_model_len"] == 512
+    assert len(found["token_strs"]) == len(expected)
+    back = http.post(f"{root}/detokenize", json={"tokens": found["tokens"]}).json()
+    assert back == {"prompt": tiny_tokenizer().decode(expected)}
+    info = http.get(f"{root}/tokenizer_info").json()
+    assert (info["eos_token"], info["bos_token"]) == ("<|im_end|>", "<|im_start|>")
+    assert "im_start" in info["chat_template"]
+
+
+def test_refused_tokens(server: Server) -> None:
+    http = server.http()
+    assert http.post("/detokenize", json={"tokens": [10**6]}).json()["error"]["param"] == "tokens"
+    assert http.post("/tokenize", json={"prompt": 1}).json()["error"]["code"] == "invalid_type"
+    assert http.post("/tokenize", json={"prompt": "x", "model": "absent"}).status_code == 404
+
+
+# ---- the client itself ----
+
+
+@pytest.mark.slow
+def test_the_client_of_that_time(server: Server, tmp_path: Path) -> None:
+    venv.create(tmp_path / "env", with_pip=True)
+    python = tmp_path / "env" / "bin" / "python"
+    install = [python, "-m", "pip", "install", "-q", "openai==0.28.1", "setuptools<81"]
+    subprocess.run(install, check=True)
+    rows, script = tmp_path / "rows.jsonl", tmp_path / "former.py"
+    rows.write_bytes(ROWS)
+    script.write_text(textwrap.dedent(FORMER_CLIENT))
+    command = [python, script, f"{server.url}/v1", server.key, MODEL, rows]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert MODEL in told["engines"]
+    assert len(set(told["texts"])) == 1
+    assert told["made"]["id"] in told["listed"]
+    assert told["made"]["hyperparams"]["n_epochs"] == 1
+    assert told["events"][0].startswith("Created fine-tuning job")
+    assert told["status"] == "cancelled"
+    assert "does not exist" in told["missing"]
