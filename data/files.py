@@ -23,6 +23,7 @@ from sqlalchemy.orm import Session
 
 from data.db import Database
 from data.errors import DataError, InvalidInput, NotFound, StateConflict
+from data.parts import PartStore
 from data.tables import File, Job, new_id, now
 from data.validate import upload_error_message, validate
 
@@ -65,6 +66,7 @@ class FileStore:
             ) from error
         self._is_local = "file" in _protocols(self._blobs)
         self._max_bytes = max_bytes
+        self.parts = PartStore(self._blobs, self._root)
 
     def create(
         self,
@@ -92,11 +94,12 @@ class FileStore:
         filename: str,
         purpose: str,
         expires_after_s: int | None = None,
+        max_bytes: int | None = None,
     ) -> File:
         """Store a file's bytes for good; the caller adds the row in a transaction of its own."""
-        _check_request(purpose, expires_after_s)
+        check_request(purpose, expires_after_s)
         filename = safe_name(filename)
-        with self._staged(stream) as (path, size, digest):
+        with self._staged(stream, max_bytes or self._max_bytes) as (path, size, digest):
             if purpose in JSONL_PURPOSES:
                 _check_lines(path, filename)
             file_id = new_id("file-")
@@ -261,7 +264,9 @@ class FileStore:
         return time.time() - self._blobs.modified(path).timestamp()
 
     @contextmanager
-    def _staged(self, stream: BinaryIO | Iterable[bytes]) -> Iterator[tuple[Path, int, str]]:
+    def _staged(
+        self, stream: BinaryIO | Iterable[bytes], max_bytes: int
+    ) -> Iterator[tuple[Path, int, str]]:
         folder = Path(self._root) / ".staging" if self._is_local else Path(tempfile.gettempdir())
         folder.mkdir(parents=True, exist_ok=True)
         digest, size = hashlib.sha256(), 0
@@ -270,9 +275,9 @@ class FileStore:
             try:
                 for chunk in _chunks(stream):
                     size += len(chunk)
-                    if size > self._max_bytes:
+                    if size > max_bytes:
                         raise InvalidInput(
-                            f"The file is larger than {self._max_bytes} bytes, the most that one "
+                            f"The file is larger than {max_bytes} bytes, the most that one "
                             "upload may hold; split it",
                             param="file",
                             code="file_too_large",
@@ -324,7 +329,8 @@ def _chunks(stream: BinaryIO | Iterable[bytes]) -> Iterator[bytes]:
         yield from stream
 
 
-def _check_request(purpose: str, expires_after_s: int | None) -> None:
+def check_request(purpose: str, expires_after_s: int | None) -> None:
+    """Raise InvalidInput unless a file may have this purpose and expiry."""
     if purpose not in (*PURPOSES, RESULTS):
         raise InvalidInput(
             f"Invalid value: '{purpose}'. Supported values are: {', '.join(map(repr, PURPOSES))}.",

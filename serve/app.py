@@ -22,8 +22,10 @@ from serve.api import (
     legacy,
     models,
     permissions,
+    stored_chats,
     tiers,
     tokens,
+    uploads,
     webhook_endpoints,
 )
 from serve.api.middleware import Authentication, BodyLimit, RequestContext
@@ -82,6 +84,18 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
         )
     errors.install(app)
     jobs = (fine_tuning, estimates, permissions, graders, webhook_endpoints)
-    for routes in (models, completions, chat, files, *jobs, tiers, tokens, legacy, health):
+    for routes in (
+        models,
+        completions,
+        chat,
+        stored_chats,
+        files,
+        uploads,
+        *jobs,
+        tiers,
+        tokens,
+        legacy,
+        health,
+    ):
         app.include_router(routes.router)
     return app

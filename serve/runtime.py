@@ -18,6 +18,7 @@ from data.db import Database
 from data.files import FileStore
 from data.settings import Settings
 from data.tables import new_id
+from data.uploads import UploadStore
 from serve.api.adapters import ModelCatalog
 from serve.api.generation import Generator
 from serve.engine import base_model
@@ -40,11 +41,13 @@ class Runtime:
     models: ModelCatalog
     created: int  # when the base model was fetched
     generator: Generator = field(init=False)
+    uploads: UploadStore = field(init=False)
     metrics: Metrics = field(default_factory=Metrics)
     probe_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def __post_init__(self) -> None:
         self.generator = Generator(self.engine)
+        self.uploads = UploadStore(self.database, self.files)
 
     def probe(self) -> GenerationRequest:
         """Return the smallest question that shows whether the model answers."""

@@ -33,9 +33,12 @@ NAMES_OF_IDS = {
     "job_id": "job",
     "endpoint_id": "endpoint",
     "permission_id": "permission",
+    "upload_id": "upload",
+    "completion_id": "chat",
 }
 # What a route needs in its body before it looks at the id in its path.
 PATH_BODIES: dict[str, dict[str, Any]] = {
+    "/v1/uploads/{upload_id}/complete": {"part_ids": []},
     "/v1/webhook_endpoints/{endpoint_id}/test": {"event_type": EVENT},
     "/v1/fine_tuning/checkpoints/{model}/permissions": {"project_ids": ["proj_1"]},
 }
@@ -87,6 +90,17 @@ def make_endpoint(server: Server, _: Any) -> str:
     return str(answer.json()["id"])
 
 
+def make_upload(server: Server, _: Any) -> str:
+    create = server.client().uploads.create
+    return create(bytes=9, filename="a", mime_type="a/b", purpose="user_data").id
+
+
+def make_chat(server: Server, _: Any) -> str:
+    messages: Any = [{"role": "user", "content": "x"}]
+    create = server.client().chat.completions.create
+    return create(model=MODEL, messages=messages, max_tokens=1, store=True).id
+
+
 def make_permission(server: Server, model: str) -> str:
     friend, _ = server.new_account("friend")
     path = f"/v1/fine_tuning/checkpoints/{quote(model, safe='')}/permissions"
@@ -100,6 +114,8 @@ MAKERS: dict[str, Callable[[Server, Any], str]] = {
     "job": make_job,
     "model": make_model,
     "endpoint": make_endpoint,
+    "upload": make_upload,
+    "chat": make_chat,
 }
 
 # Bodies that name an object: (method, path, body with the object's kind in braces).

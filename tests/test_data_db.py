@@ -13,7 +13,8 @@ from alembic.migration import MigrationContext
 from sqlalchemy import func, select, text
 from sqlalchemy.exc import IntegrityError
 
-import data.tables_jobs  # noqa: F401 - its tables belong to the metadata
+import data.tables_jobs
+import data.tables_surface  # noqa: F401 - likewise
 from data.db import Database
 from data.errors import InvalidInput
 from data.tables import Job, Project, Record, new_id

@@ -24,6 +24,7 @@ from data.errors import StateConflict, ToolkitError
 from data.files import FileStore
 from data.settings import Settings, load_settings
 from data.tables import Job, new_id
+from data.uploads import UploadStore
 from train.job_training import fail_job, train_job
 from train.job_validation import validate_job
 from train.lease import Lease
@@ -109,6 +110,7 @@ class Worker:
     def _sweep(self) -> None:
         try:
             removed = [*self._shop.files.sweep()]
+            UploadStore(self._shop.database, self._shop.files).sweep()
             removed += registry.sweep(self._shop.database, self._shop.settings.adapters_dir)
             runs = self._shop.settings.runs_dir
             self._shop.forget_bulk([path.name for path in runs.glob("*")])

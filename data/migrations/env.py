@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from alembic import context
 
-import data.tables_jobs  # noqa: F401 - its tables belong to the metadata
+import data.tables_jobs
+import data.tables_surface  # noqa: F401 - likewise
 from data.tables import Record
 
 context.configure(

@@ -11,10 +11,11 @@ from fastapi import APIRouter, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
+from data import stored_chats
 from data.tables import new_id, now
 from serve.api.adapters import ServedModel
 from serve.api.deps import Caller, Running, json_response
-from serve.api.generation import Answer, Generator, unless_disconnected
+from serve.api.generation import Answer, unless_disconnected
 from serve.api.json_route import StrictJsonRoute
 from serve.api.logprobs import chat_logprobs
 from serve.api.prompts import Prompt, read_messages, room_for
@@ -22,6 +23,9 @@ from serve.api.sampling import engine_requests, num_generated, sampling_params, 
 from serve.api.schemas import ChatRequest
 from serve.api.stream import KEEP_ALIVE_S, EventStream, Frames
 from serve.engine.base import Delta, GenerationRequest, TokenLogprob
+from serve.runtime import Runtime
+
+STORED_FIELDS = ("temperature", "top_p", "presence_penalty", "frequency_penalty", "seed")
 
 router = APIRouter(prefix="/v1", route_class=StrictJsonRoute)
 
@@ -34,9 +38,27 @@ async def create_chat_completion(
     served = await runtime.models.resolve_for(caller.id, body)
     plan = await run_in_threadpool(_plan, body, served, runtime.engine.max_context, caller.id)
     if body.stream:
-        return await EventStream.begin(request, _frames(plan, runtime.generator))
-    answers = await unless_disconnected(request, runtime.generator.answer(plan.requests))
-    return json_response(_whole(plan, answers))
+        return await EventStream.begin(request, _frames(plan, runtime, caller.id))
+    return json_response(await unless_disconnected(request, _answer(plan, runtime, caller.id)))
+
+
+async def _answer(plan: _Plan, runtime: Runtime, account_id: str) -> dict[str, Any]:
+    answers = await runtime.generator.answer(plan.requests)
+    whole = _whole(plan, answers)
+    await _store(plan, whole, runtime, account_id)
+    return whole
+
+
+async def _store(plan: _Plan, whole: dict[str, Any], runtime: Runtime, account_id: str) -> None:
+    """Keep an answer if its client asked for it."""
+    body = plan.body
+    if body.store:
+        request = {name: getattr(body, name) for name in STORED_FIELDS}
+        messages = [{"role": m.role, "content": m.content} for m in body.messages]
+        await run_in_threadpool(
+            stored_chats.save,
+            *(runtime.database, account_id, whole, request, messages, body.metadata),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,22 +121,22 @@ def _choice(plan: _Plan, index: int, answer: Answer) -> dict[str, Any]:
     return choice
 
 
-async def _frames(plan: _Plan, generator: Generator) -> Frames:
+async def _frames(plan: _Plan, runtime: Runtime, account_id: str) -> Frames:
     options = plan.body.stream_options
     with_usage = options is not None and options.include_usage
     head = plan.head("chat.completion.chunk")
     if with_usage:
         head["usage"] = None
     begun: set[int] = set()
-    total, cached = 0, [0] * len(plan.requests)
-    async with aclosing(generator.start(plan.requests).events(KEEP_ALIVE_S)) as events:
+    answers = [Answer() for _ in plan.requests]
+    generation = runtime.generator.start(plan.requests)
+    async with aclosing(generation.events(KEEP_ALIVE_S)) as events:
         async for event in events:
             if event is None:
                 yield None
                 continue
             index, delta = event
-            total += len(delta.token_ids)
-            cached[index] = delta.num_cached
+            answers[index].add(delta)
             if index not in begun:
                 begun.add(index)
                 yield {**head, "choices": [_piece(index, {"role": "assistant", "content": ""})]}
@@ -123,8 +145,10 @@ async def _frames(plan: _Plan, generator: Generator) -> Frames:
             if delta.finish_reason is not None:
                 last = _piece(index, {}) | {"finish_reason": delta.finish_reason}
                 yield {**head, "choices": [last]}
+    whole = _whole(plan, answers)
+    await _store(plan, whole, runtime, account_id)
     if with_usage:
-        yield {**head, "choices": [], "usage": usage([plan.prompt], total, cached)}
+        yield {**head, "choices": [], "usage": whole["usage"]}
 
 
 def _content(plan: _Plan, index: int, delta: Delta) -> dict[str, Any]:

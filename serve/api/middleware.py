@@ -9,6 +9,7 @@ leave the disconnect message to whoever streams.
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Awaitable, Callable
 
@@ -22,6 +23,7 @@ from data.accounts import Principal
 from data.db import Database
 from data.errors import Forbidden, ToolkitError, Unauthorized
 from data.tables import new_id
+from data.uploads import MAX_PART_BYTES
 from serve.api.errors import error_response, internal_error
 from serve.logs import FIELDS
 
@@ -29,6 +31,7 @@ API_VERSION = "2020-10-01"
 ORGANIZATION = "org-hone"  # one installation is one organization; its accounts are projects
 OPEN_PATHS = {"/health"}
 UPLOAD_PATHS = ("/v1/files", "/v1/adapters")
+PARTS = re.compile(r"/v1/uploads/[^/]+/parts")
 MIB = 1 << 20
 MAX_JSON_BYTES = 32 * MIB
 MULTIPART_OVERHEAD_BYTES = MIB
@@ -111,12 +114,19 @@ class BodyLimit:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        limit = self.max_upload_bytes if scope["path"] in UPLOAD_PATHS else MAX_JSON_BYTES
+        limit = self._limit(scope["path"])
         announced = Headers(scope=scope).get("content-length", "")
         if announced.isdigit() and int(announced) > limit:
             await error_response(_too_large(limit))(scope, receive, send)
             return
         await self.app(scope, _counting(receive, limit), send)
+
+    def _limit(self, path: str) -> int:
+        if path in UPLOAD_PATHS:
+            return self.max_upload_bytes
+        return (
+            MAX_PART_BYTES + MULTIPART_OVERHEAD_BYTES if PARTS.fullmatch(path) else MAX_JSON_BYTES
+        )
 
 
 def _log(request_id: str, scope: Scope, route: str, status: int, took_ms: int) -> None:

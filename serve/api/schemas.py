@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from pydantic_core import PydanticCustomError
 
 from data.errors import InvalidInput
+from data.stored_chats import check_metadata
 
 MAX_STOPS = 16
 MAX_N = 128
@@ -217,7 +218,6 @@ class ChatRequest(SamplingFields):
             "audio",
             "function_call",
             "functions",
-            "metadata",
             "moderation",
             "parallel_tool_calls",
             "prediction",
@@ -235,13 +235,21 @@ class ChatRequest(SamplingFields):
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     response_format: ResponseFormat | None = None
     modalities: list[Literal["text"]] | None = None
-    store: Literal[False] = False
+    store: bool = False
+    metadata: dict[str, str] | None = None
     service_tier: Literal["auto", "default"] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
 
     @model_validator(mode="after")
     def _check_combinations(self) -> ChatRequest:
+        if self.metadata is not None:
+            check_metadata(self.metadata)
+            if not self.store:
+                raise InvalidInput(
+                    "The 'metadata' parameter is only allowed when 'store' is enabled.",
+                    param="metadata",
+                )
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidInput(
                 "Invalid 'top_logprobs': it is only allowed when 'logprobs' is true.",

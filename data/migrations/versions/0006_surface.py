@@ -1,0 +1,103 @@
+"""Uploads in parts, stored chat completions, batches
+
+Revision: 0006_surface; follows 0005_jobs
+"""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0006_surface"
+down_revision = "0005_jobs"
+branch_labels = None
+depends_on = None
+
+
+def _id(name: str = "id", nullable: bool = False) -> sa.Column[str]:
+    return sa.Column(name, sa.String(length=64), nullable=nullable)
+
+
+def _text(name: str, nullable: bool = False) -> sa.Column[str]:
+    return sa.Column(name, sa.Text(), nullable=nullable)
+
+
+def _number(name: str, nullable: bool = False) -> sa.Column[int]:
+    return sa.Column(name, sa.BigInteger(), nullable=nullable)
+
+
+def upgrade() -> None:
+    op.create_table(
+        "uploads",
+        _id(),
+        _id("project_id"),
+        _text("filename"),
+        sa.Column("purpose", sa.String(length=32), nullable=False),
+        _text("mime_type"),
+        _number("bytes"),
+        sa.Column("status", sa.String(length=16), nullable=False),
+        sa.Column("expires_after_s", sa.Integer(), nullable=True),
+        _id("file_id", nullable=True),
+        _number("created_at"),
+        _number("expires_at"),
+        sa.ForeignKeyConstraint(["project_id"], ["projects.id"]),
+        sa.PrimaryKeyConstraint("id"),
+    )
+    op.create_index("ix_uploads_project_id", "uploads", ["project_id"])
+    op.create_index("ix_uploads_status", "uploads", ["status"])
+    op.create_table(
+        "upload_parts",
+        _id(),
+        _id("upload_id"),
+        _number("bytes"),
+        _number("created_at"),
+        sa.ForeignKeyConstraint(["upload_id"], ["uploads.id"]),
+        sa.PrimaryKeyConstraint("id"),
+    )
+    op.create_index("ix_upload_parts_upload_id", "upload_parts", ["upload_id"])
+    op.create_table(
+        "chat_completions",
+        _id(),
+        _id("project_id"),
+        _text("model"),
+        sa.Column("completion", sa.JSON(), nullable=False),
+        sa.Column("request", sa.JSON(), nullable=False),
+        sa.Column("messages", sa.JSON(), nullable=False),
+        sa.Column("metadata", sa.JSON(), nullable=True),
+        _number("created_at"),
+        sa.ForeignKeyConstraint(["project_id"], ["projects.id"]),
+        sa.PrimaryKeyConstraint("id"),
+    )
+    op.create_index(
+        "ix_chat_completions_project_created", "chat_completions", ["project_id", "created_at"]
+    )
+    op.create_table(
+        "batches",
+        _id(),
+        _id("project_id"),
+        _id("endpoint"),
+        _id("input_file_id"),
+        _id("output_file_id", nullable=True),
+        _id("error_file_id", nullable=True),
+        sa.Column("completion_window", sa.String(length=8), nullable=False),
+        sa.Column("status", sa.String(length=16), nullable=False),
+        sa.Column("errors", sa.JSON(), nullable=False),
+        sa.Column("total", sa.Integer(), nullable=False),
+        sa.Column("completed", sa.Integer(), nullable=False),
+        sa.Column("failed", sa.Integer(), nullable=False),
+        sa.Column("metadata", sa.JSON(), nullable=True),
+        sa.Column("times", sa.JSON(), nullable=False),
+        _number("created_at"),
+        _number("expires_at"),
+        _id("worker_id", nullable=True),
+        _number("lease_expires_at", nullable=True),
+        sa.ForeignKeyConstraint(["project_id"], ["projects.id"]),
+        sa.PrimaryKeyConstraint("id"),
+    )
+    op.create_index("ix_batches_project_id", "batches", ["project_id"])
+    op.create_index("ix_batches_status_created", "batches", ["status", "created_at"])
+
+
+def downgrade() -> None:
+    for table in ("batches", "chat_completions", "upload_parts", "uploads"):
+        op.drop_table(table)
