@@ -13,6 +13,7 @@ from data.settings import Settings
 from serve.api import (
     chat,
     completions,
+    embeddings,
     errors,
     estimates,
     files,
@@ -88,6 +89,7 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
         models,
         completions,
         chat,
+        embeddings,
         stored_chats,
         files,
         uploads,

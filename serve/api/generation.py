@@ -36,6 +36,7 @@ class Answer:
     prompt_logprobs: Sequence[TokenLogprob | None] | None = None
     finish_reason: str = ""
     num_cached: int = 0
+    embedding: Sequence[float] = ()
 
     def add(self, delta: Delta) -> None:
         """Append what the engine reports."""
@@ -46,6 +47,7 @@ class Answer:
             self.prompt_logprobs = delta.prompt_logprobs
         self.finish_reason = delta.finish_reason or ""
         self.num_cached = delta.num_cached
+        self.embedding = delta.embedding or ()
 
 
 class Generator:

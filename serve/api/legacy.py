@@ -16,8 +16,9 @@ from data import jobs
 from data.errors import InvalidInput
 from data.job_spec import JobSpec
 from data.tables import Job, JobEvent
-from serve.api import completions, models
+from serve.api import completions, embeddings, models
 from serve.api.deps import Account, Caller, Running, json_response
+from serve.api.embeddings import EmbeddingRequest
 from serve.api.files import describe_file
 from serve.api.fine_tuning import job_frames
 from serve.api.json_route import StrictJsonRoute
@@ -35,6 +36,12 @@ router = APIRouter(prefix="/v1", route_class=StrictJsonRoute)
 
 class EngineCompletionRequest(CompletionRequest):
     """A completion whose model is named by the path."""
+
+    model: str = ""
+
+
+class EngineEmbeddingRequest(EmbeddingRequest):
+    """Embeddings of a model that is named by the path."""
 
     model: str = ""
 
@@ -83,14 +90,19 @@ async def create_completion(
     model: str, body: EngineCompletionRequest, request: Request, caller: Caller, runtime: Running
 ) -> Response:
     """Continue each prompt, as `POST /v1/completions` does."""
-    if body.model and body.model != model:
-        raise InvalidInput(
-            f"Invalid 'model': the path names the engine '{model}', but got '{body.model}' "
-            "instead. Leave 'model' out.",
-            param="model",
-        )
+    _check_model(model, body.model)
     named = body.model_copy(update={"model": model})
     return await completions.create_completion(named, request, caller, runtime)
+
+
+@router.post("/engines/{model:path}/embeddings")
+async def create_embeddings(
+    model: str, body: EngineEmbeddingRequest, request: Request, caller: Caller, runtime: Running
+) -> Response:
+    """Embed texts, as `POST /v1/embeddings` does."""
+    _check_model(model, body.model)
+    named = body.model_copy(update={"model": model})
+    return await embeddings.create_embeddings(named, request, caller, runtime)
 
 
 @router.post("/fine-tunes")
@@ -153,6 +165,15 @@ async def list_fine_tune_events(
 async def _frames(events: Frames) -> Frames:
     async for event in events:
         yield None if event is None else _former(event)
+
+
+def _check_model(engine: str, model: str) -> None:
+    if model and model != engine:
+        raise InvalidInput(
+            f"Invalid 'model': the path names the engine '{engine}', but got '{model}' instead. "
+            "Leave 'model' out.",
+            param="model",
+        )
 
 
 def _former(event: dict[str, Any]) -> dict[str, Any]:

@@ -46,6 +46,7 @@ class SamplingParams:
         logprobs: Number of most likely alternatives to report with each token; 0 reports the
             chosen token alone; None reports nothing.
         prompt_logprobs: Likewise for the prompt's tokens.
+        embed: Only read the prompt (`max_tokens` is 0), and report its embedding.
     """
 
     max_tokens: int = 16
@@ -64,8 +65,14 @@ class SamplingParams:
     seed: int | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    embed: bool = False
 
     def __post_init__(self) -> None:
+        if self.embed and self.max_tokens:
+            raise InvalidInput(
+                f'"max_tokens" is {self.max_tokens}; an embedding generates none, so it must be 0',
+                param="max_tokens",
+            )
         for name, low, high in _RANGES:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
@@ -227,6 +234,8 @@ class Delta:
         finish_reason: None, "stop", "length", "cancelled" or "error".
         error: Set with "error".
         num_cached: Prompt tokens that were taken from the prefix cache.
+        embedding: With "length", if asked: the mean over the prompt's tokens of what the model's
+            last layer, its final norm included, gives to the head.
     """
 
     request_id: str
@@ -237,6 +246,7 @@ class Delta:
     finish_reason: str | None = None
     error: ToolkitError | None = None
     num_cached: int = 0
+    embedding: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,6 +259,7 @@ class Completion:
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None
     finish_reason: str
     num_cached: int = 0
+    embedding: tuple[float, ...] | None = None
 
 
 class Engine(Protocol):

@@ -43,6 +43,7 @@ class Collector:
             prompt_logprobs=told[0] if told else None,
             finish_reason=str(last.finish_reason),
             num_cached=last.num_cached,
+            embedding=last.embedding,
         )
 
 

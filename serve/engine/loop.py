@@ -171,7 +171,7 @@ class EngineLoop:
         has_probed = self._settle_adapters()
         self._scheduler.admit(self._try_admit)
         for stream in self._scheduler.running:
-            if stream.in_prompt and stream.request.params.prompt_logprobs is None:
+            if stream.in_prompt and not stream.needs_all_rows:
                 self._prefixes.reuse(stream)
         works = self._scheduler.plan(reads_prompts=not has_probed)
         if works:
@@ -247,6 +247,8 @@ class EngineLoop:
                 self._counts["prompt_tokens"] += work.num_tokens
                 if stream.request.params.prompt_logprobs is not None:
                     _note_prompt(work, logits)
+                if stream.request.params.embed:
+                    _note_hidden(work, output.hidden[rows])
             ends_prompt = stream.in_prompt
             stream.num_computed += work.num_tokens
             if not stream.in_prompt:
@@ -329,6 +331,13 @@ def _note_prompt(work: Work, logits: torch.Tensor) -> None:
     if targets:
         num_top = stream.request.params.prompt_logprobs or 0
         stream.prompt_logprobs += sampling.logprobs_of(logits[: len(targets)], targets, num_top)
+
+
+def _note_hidden(work: Work, hidden: torch.Tensor) -> None:
+    """Add what the head was given for these tokens."""
+    added = hidden.float().sum(dim=0).cpu()
+    known = work.stream.hidden_sum
+    work.stream.hidden_sum = added if known is None else known + added
 
 
 def _not_finite() -> EngineFailure:

@@ -35,10 +35,15 @@ LENGTH_DEPENDENT_ROPES = {"dynamic", "longrope"}
 
 @dataclass(frozen=True, slots=True)
 class StepLogits:
-    """Logits [K, V] of the rows that were asked for, and each work's share of them."""
+    """Logits [K, V] of the rows that were asked for, and each work's share of them.
+
+    Attributes:
+        hidden: [K, hidden], what the head was given; empty unless a work embeds its prompt.
+    """
 
     logits: torch.Tensor
     rows: list[tuple[Work, slice]]
+    hidden: torch.Tensor
 
 
 class ModelRunner:
@@ -110,7 +115,9 @@ class ModelRunner:
         keep_rows = self._tensor(keep)
         self.bank.begin([(w.stream.variant, w.num_tokens) for w in ordered], keep_rows)
         step = Step(self.cache, self._tensor(where), groups)
-        return StepLogits(self._forward(ids, positions, keep_rows, step), rows)
+        with self._noting_hidden(any(w.stream.request.params.embed for w in works)) as noted:
+            logits = self._forward(ids, positions, keep_rows, step)
+        return StepLogits(logits, rows, noted[0] if noted else logits.new_empty(0))
 
     @contextmanager
     def own_threads(self) -> Iterator[None]:
@@ -179,6 +186,20 @@ class ModelRunner:
             start += len(members) * num_queries
         return [*ordered, *(work for members in chunks for work in members)], groups
 
+    @contextmanager
+    def _noting_hidden(self, wanted: bool) -> Iterator[list[torch.Tensor]]:
+        """Keep what the head is given in a block, if wanted."""
+        noted: list[torch.Tensor] = []
+        if not wanted:
+            yield noted
+            return
+        head = self.model.get_output_embeddings()
+        hook = head.register_forward_pre_hook(lambda _, given: noted.append(given[0][0]))
+        try:
+            yield noted
+        finally:
+            hook.remove()
+
     def _forward(
         self, ids: list[int], positions: list[int], keep: torch.Tensor, step: Step | ProbeStep
     ) -> torch.Tensor:
@@ -227,9 +248,8 @@ def _block(work: Work) -> Block:
 
 def _wanted_rows(work: Work) -> int:
     """Return how many of a work's last rows need logits."""
-    request = work.stream.request
-    last = work.start + work.num_tokens >= len(request.prompt_ids)
-    if request.params.prompt_logprobs is not None and work.stream.in_prompt:
+    last = work.start + work.num_tokens >= len(work.stream.request.prompt_ids)
+    if work.stream.needs_all_rows and work.stream.in_prompt:
         return work.num_tokens
     return int(last)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import secrets
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from data.errors import ToolkitError
 from serve.engine.adapter_weights import variant_of
@@ -20,6 +20,9 @@ from serve.engine.base import (
 from serve.engine.blocks import Block
 from serve.engine.detokenize import TextStream
 
+if TYPE_CHECKING:
+    import torch
+
 
 @dataclass(eq=False)
 class Stream:
@@ -30,6 +33,7 @@ class Stream:
         num_cached: Those of them that came from the prefix cache.
         limit_s: Seconds that it may take.
         deadline: When they end, on the clock of time.monotonic.
+        hidden_sum: [hidden] float32, of the prompt's tokens so far, if it is embedded.
         finish_reason: Set once; no delta follows.
         prefix_keys: Names of the prompt's prefixes, once the prefix cache has made them.
         prefix_version: The state of the prefix cache that was searched last.
@@ -47,6 +51,7 @@ class Stream:
     output_ids: list[int] = field(default_factory=list)
     counts: Counter[int] = field(default_factory=Counter)
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])
+    hidden_sum: torch.Tensor | None = None
     finish_reason: str | None = None
     prefix_keys: list[bytes] | None = None
     prefix_version: int = -1
@@ -120,7 +125,16 @@ class Stream:
     def end(self, reason: str, error: ToolkitError | None = None) -> Delta:
         """Finish without a new token."""
         text = self.text.flush() if reason == FINISH_LENGTH else ""
-        return self._delta((), text, (), reason, error)
+        delta = self._delta((), text, (), reason, error)
+        if self.hidden_sum is None or error is not None:
+            return delta
+        mean = self.hidden_sum / len(self.request.prompt_ids)
+        return replace(delta, embedding=tuple(mean.tolist()))
+
+    @property
+    def needs_all_rows(self) -> bool:
+        """Whether every token of the prompt must be computed, and reach the head."""
+        return self.request.params.embed or self.request.params.prompt_logprobs is not None
 
     def _delta(
         self,
