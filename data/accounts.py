@@ -18,6 +18,7 @@ from typing import Literal
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from data import audit
 from data.db import Database
 from data.errors import Forbidden, InvalidInput, NotFound, StateConflict, Unauthorized
 from data.tables import ApiKey, Project, new_id, now
@@ -46,19 +47,26 @@ def create_account(database: Database, name: str) -> tuple[Project, str]:
     Raises:
         InvalidInput: The name is empty, too long, has no letter or digit, or is taken.
     """
-    slug = slug_of(name)
     with database.write() as session:
-        if session.scalar(select(Project).where(Project.slug == slug)) is not None:
-            raise InvalidInput(
-                f'There is an account "{slug}" already; choose another name, or make another key '
-                f"for it with `hone keys create --account {slug}`",
-                param="name",
-            )
-        project = Project(id=new_id("proj_"), name=name.strip(), slug=slug)
-        session.add(project)
-        session.flush()
-        _, key = _add_key(session, project.id, "first key")
+        project = add_project(session, name)
+        _, key = add_key(session, project.id, "first key")
     return project, key
+
+
+def add_project(session: Session, name: str) -> Project:
+    """Make an account without a key, inside the caller's transaction; raises InvalidInput."""
+    slug = slug_of(name)
+    if session.scalar(select(Project).where(Project.slug == slug)) is not None:
+        raise InvalidInput(
+            f'There is an account "{slug}" already; choose another name, or make another key '
+            f"for it with `hone keys create --account {slug}`",
+            param="name",
+        )
+    project = Project(id=new_id("proj_"), name=name.strip(), slug=slug)
+    session.add(project)
+    session.flush()
+    audit.record(session, "project.created", project.id, project.id, name=project.name, slug=slug)
+    return project
 
 
 def slug_of(name: str) -> str:
@@ -97,13 +105,15 @@ def create_key(
     with database.write() as session:
         if session.get(Project, project_id) is None:
             raise NotFound(f"No such account: {project_id}", param="project_id")
-        return _add_key(session, project_id, name, expires_at)
+        return add_key(session, project_id, name, expires_at)
 
 
-def create_admin_key(database: Database, name: str = "") -> tuple[ApiKey, str]:
+def create_admin_key(
+    database: Database, name: str = "", *, expires_at: int | None = None
+) -> tuple[ApiKey, str]:
     """Make a key for an operator; returns its record and its plain text."""
     with database.write() as session:
-        return _add_key(session, None, name)
+        return add_key(session, None, name, expires_at)
 
 
 def list_keys(database: Database, project_id: str | None) -> list[ApiKey]:
@@ -126,11 +136,20 @@ def revoke_key(database: Database, key_id: str) -> None:
             raise NotFound(f"No such key: {key_id}; `hone keys list` shows them", param="id")
         if record.revoked_at is not None:
             raise StateConflict(f"The key {key_id} was revoked before", param="id")
-        record.revoked_at = now()
+        revoke(session, record)
 
 
-def authenticate(database: Database, key: str | None) -> Principal:
+def revoke(session: Session, record: ApiKey) -> None:
+    """Make a key useless, inside the caller's transaction."""
+    record.revoked_at = now()
+    audit.record(session, "api_key.deleted", record.id, record.project_id, kind=record.kind)
+
+
+def authenticate(database: Database, key: str | None, *, also_closed: bool = False) -> Principal:
     """Tell whom a bearer key stands for.
+
+    Args:
+        also_closed: Let in the keys of accounts that are suspended or archived.
 
     Raises:
         Unauthorized: The key is missing, unknown, revoked or expired.
@@ -152,10 +171,8 @@ def authenticate(database: Database, key: str | None) -> Principal:
         record.expires_at is not None and record.expires_at <= now()
     ):
         raise _wrong(key)
-    if project is not None and project.status != "active":
-        raise Forbidden(
-            f"The account {project.slug} is {project.status}.", code="account_suspended"
-        )
+    if project is not None and project.status != "active" and not also_closed:
+        raise closed(project)
     _touch(database, record)
     kind: Literal["project", "admin"] = "admin" if project is None else "project"
     return Principal(
@@ -163,6 +180,16 @@ def authenticate(database: Database, key: str | None) -> Principal:
         project_slug=project.slug if project else None,
         key_id=record.id,
         kind=kind,
+    )
+
+
+def closed(project: Project) -> Forbidden:
+    """Return the error that calls of an account get that is not active."""
+    told = ""
+    if project.case_id is not None:
+        told = f" GET /v1/safety/cases/{project.case_id} with this key shows the case."
+    return Forbidden(
+        f"The account {project.slug} is {project.status}.{told}", code="account_suspended"
     )
 
 
@@ -179,9 +206,15 @@ def _digest(key: str) -> str:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def _add_key(
-    session: Session, project_id: str | None, name: str, expires_at: int | None = None
+def add_key(
+    session: Session,
+    project_id: str | None,
+    name: str,
+    expires_at: int | None = None,
+    *,
+    service_account_id: str | None = None,
 ) -> tuple[ApiKey, str]:
+    """Make a key inside the caller's transaction; None for the account makes an admin key."""
     kind = "project" if project_id else "admin"
     key = KEY_PREFIXES[kind] + secrets.token_urlsafe(32)
     record = ApiKey(
@@ -192,9 +225,11 @@ def _add_key(
         hash=_digest(key),
         redacted=redact(key),
         expires_at=expires_at,
+        service_account_id=service_account_id,
     )
     session.add(record)
     session.flush()
+    audit.record(session, "api_key.created", record.id, project_id, kind=kind, name=name)
     return record, key
 
 

@@ -46,8 +46,10 @@ class Project(Record):
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
     name: Mapped[str]
     slug: Mapped[str] = mapped_column(String(64), unique=True)  # the account part of ft: names
-    status: Mapped[str] = mapped_column(String(16), default="active")
+    status: Mapped[str] = mapped_column(String(16), default="active")  # suspended, archived
     created_at: Mapped[int] = mapped_column(BigInteger, default=now)
+    archived_at: Mapped[int | None] = mapped_column(BigInteger)
+    case_id: Mapped[str | None] = mapped_column(String(64))  # of the suspension at hand
 
 
 class ApiKey(Record):
@@ -65,6 +67,7 @@ class ApiKey(Record):
     last_used_at: Mapped[int | None] = mapped_column(BigInteger)
     expires_at: Mapped[int | None] = mapped_column(BigInteger)
     revoked_at: Mapped[int | None] = mapped_column(BigInteger)
+    service_account_id: Mapped[str | None] = mapped_column(String(64))
 
 
 class File(Record):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -11,6 +12,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from data.settings import Settings
 from serve.api import (
+    access,
     chat,
     completions,
     embeddings,
@@ -22,6 +24,8 @@ from serve.api import (
     health,
     legacy,
     models,
+    organization,
+    oversight,
     permissions,
     stored_chats,
     tiers,
@@ -30,6 +34,7 @@ from serve.api import (
     webhook_endpoints,
 )
 from serve.api.middleware import Authentication, BodyLimit, RequestContext
+from serve.closed_accounts import watch
 from serve.runtime import Runtime, open_runtime
 from serve.webhook_sender import WebhookSender
 from serve.worker_process import WorkerProcess
@@ -50,12 +55,14 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
         app.state.runtime = runtime or await run_in_threadpool(open_runtime, settings)
         worker = WorkerProcess(settings) if settings.embedded_worker else None
         sender = WebhookSender(app.state.runtime.database, settings)
+        watcher = asyncio.create_task(watch(app.state.runtime))
         try:
             sender.start()
             if worker is not None:
                 worker.start()
             yield
         finally:
+            watcher.cancel()
             if worker is not None:
                 await worker.stop()
             await sender.stop()
@@ -97,6 +104,9 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
         tiers,
         tokens,
         legacy,
+        organization,
+        oversight,
+        access,
         health,
     ):
         app.include_router(routes.router)

@@ -26,6 +26,7 @@ from serve.engine.base import Engine, GenerationRequest, SamplingParams
 from serve.engine.base_spec import ModelSpec
 from serve.engine.local import EngineConfig, LocalEngine
 from serve.metrics import Metrics
+from serve.throttle import Throttle
 
 MIB = 1 << 20
 
@@ -42,6 +43,7 @@ class Runtime:
     created: int  # when the base model was fetched
     generator: Generator = field(init=False)
     uploads: UploadStore = field(init=False)
+    access_throttle: Throttle = field(default_factory=Throttle)
     metrics: Metrics = field(default_factory=Metrics)
     probe_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 

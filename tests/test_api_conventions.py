@@ -47,7 +47,7 @@ def routes(server: Server) -> list[tuple[str, str]]:
 
 def test_no_route_without_a_key(server: Server) -> None:
     for method, path in [*routes(server), ("GET", "/nowhere"), ("GET", "/openapi.json")]:
-        if path == "/health":
+        if path == "/health" or (method, path) == ("POST", "/v1/access_requests"):
             continue
         for headers in ({}, {"authorization": "Basic abc"}, {"authorization": "Bearer"}):
             error = check_envelope(httpx.request(method, server.url + path, headers=headers), 401)

@@ -13,6 +13,7 @@ from alembic.migration import MigrationContext
 from sqlalchemy import func, select, text
 from sqlalchemy.exc import IntegrityError
 
+import data.tables_accounts
 import data.tables_jobs
 import data.tables_surface  # noqa: F401 - likewise
 from data.db import Database

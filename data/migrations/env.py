@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from alembic import context
 
+import data.tables_accounts
 import data.tables_jobs
 import data.tables_surface  # noqa: F401 - likewise
 from data.tables import Record

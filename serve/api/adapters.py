@@ -15,9 +15,9 @@ from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 
-from data import registry
+from data import model_access, registry
 from data.db import Database
-from data.errors import AdapterRefused, InvalidInput
+from data.errors import AdapterRefused, InvalidInput, ModelNotFound
 from data.tables import AdapterVersion
 from serve.api.schemas import SamplingFields
 from serve.api.token_text import TokenText
@@ -72,6 +72,13 @@ class ModelCatalog:
             base_model, None, self.base_tokens, engine.eos_token_ids, _mark(engine.fingerprint, "")
         )
 
+    async def bases(self, account_id: str) -> list[str]:
+        """Return the base models that an account may use."""
+        permitted = await run_in_threadpool(
+            model_access.permits, self._database, account_id, self.base_model
+        )
+        return [self.base_model] if permitted else []
+
     async def resolve(self, account_id: str, name: str) -> ServedModel:
         """Find a model for this account.
 
@@ -80,6 +87,8 @@ class ModelCatalog:
             AdapterRefused: Its files are not what was published.
         """
         if name == self.base_model:
+            if not await self.bases(account_id):
+                raise ModelNotFound(name)
             return self.base
         return await run_in_threadpool(self._resolve_adapter, account_id, name)
 
@@ -114,6 +123,8 @@ class ModelCatalog:
 
     def _resolve_adapter(self, account_id: str, name: str) -> ServedModel:
         version = registry.resolve(self._database, account_id, name)
+        if not model_access.permits(self._database, account_id, version.name, version.base_model):
+            raise ModelNotFound(name)
         if version.base_fingerprint != self.base_fingerprint:
             raise AdapterRefused(
                 f"The model {name} was trained on other weights ({version.base_model}, "

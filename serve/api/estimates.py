@@ -36,13 +36,14 @@ async def describe_estimate(spec: JobSpec, account: Account, runtime: Runtime) -
     Raises:
         InvalidInput: The job could not be made.
     """
+    bases = await runtime.models.bases(account.id)
     found = await run_in_threadpool(
         estimate,
         runtime.database,
         runtime.files,
         account.id,
         spec,
-        [runtime.models.base_model],
+        bases,
         runtime.models.base_tokens.tokenizer,
         context_length=runtime.engine.max_context,
         min_examples=runtime.settings.min_examples,

@@ -73,7 +73,7 @@ async def create_job(body: JobRequest, caller: Caller, runtime: Running) -> Resp
         )
     if body.dry_run:
         return json_response(await describe_estimate(spec, caller, runtime))
-    bases = [runtime.models.base_model]
+    bases = await runtime.models.bases(caller.id)
     job = await run_in_threadpool(jobs.create, runtime.database, caller.id, spec, bases)
     return json_response(describe_job(job))
 

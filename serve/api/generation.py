@@ -10,14 +10,16 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from contextlib import aclosing
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 from starlette.requests import ClientDisconnect, Request
 
-from data.errors import EngineFailure, Overloaded
+from data.errors import EngineFailure, Overloaded, ToolkitError
 from serve.engine.base import Delta, Engine, GenerationRequest, TokenLogprob
 
 IN_FLIGHT = 32  # sequences of one API request that wait or run in the engine at a time
@@ -56,6 +58,8 @@ class Generator:
     def __init__(self, engine: Engine):
         self.engine = engine
         self.last_answer_s = float("-inf")  # on time.monotonic(): the newest sign of life
+        self.closed: Mapping[str, ToolkitError] = {}  # accounts that are not served, and why
+        self._live: WeakSet[Generation] = WeakSet()
 
     def start(self, requests: Sequence[GenerationRequest]) -> Generation:
         """Submit the requests.
@@ -64,9 +68,23 @@ class Generator:
             Overloaded: The engine's queue is full.
             ContextTooLong: A prompt does not fit.
         """
+        self.check(requests[0].account)
         generation = Generation(self, requests)
+        self._live.add(generation)
         generation.fill()
         return generation
+
+    def check(self, account: str) -> None:
+        """Refuse the requests of a closed account."""
+        if account in self.closed:
+            raise copy(self.closed[account])
+
+    def close_accounts(self, closed: Mapping[str, ToolkitError]) -> None:
+        """Refuse accounts from now on, and end what runs for them with their error."""
+        self.closed = closed
+        for generation in list(self._live):
+            if generation.account in closed:
+                generation.end(copy(closed[generation.account]))
 
     async def answer(self, requests: Sequence[GenerationRequest]) -> list[Answer]:
         """Run the requests to their end and return their answers in order."""
@@ -83,6 +101,8 @@ class Generation:
     """The sequences of one API request."""
 
     def __init__(self, generator: Generator, requests: Sequence[GenerationRequest]):
+        self.account = requests[0].account
+        self._ended_by: ToolkitError | None = None
         self._generator = generator
         self._waiting = deque(enumerate(requests))
         self._running: dict[int, str] = {}
@@ -116,6 +136,8 @@ class Generation:
                 try:
                     async with asyncio.timeout(idle_s):
                         index, delta = await self._events.get()
+                        if self._ended_by is not None:
+                            raise self._ended_by
                 except TimeoutError:
                     yield None
                     continue
@@ -130,6 +152,11 @@ class Generation:
                 yield index, delta
         finally:
             self.cancel()
+
+    def end(self, error: ToolkitError) -> None:
+        """Make `events` raise an error as soon as it looks; what runs is cancelled then."""
+        self._ended_by = error
+        self._events.put_nowait((-1, Delta("")))
 
     def cancel(self) -> None:
         """Stop whatever still runs."""

@@ -74,7 +74,7 @@ class EventsQuery(QueryModel):
 @router.get("/engines")
 async def list_engines(caller: Caller, runtime: Running) -> Response:
     """List the models as engines."""
-    names = [runtime.models.base_model, *await run_in_threadpool(models.names, runtime, caller)]
+    names = await models.names(runtime, caller)
     return json_response({"object": "list", "data": [_engine(n, caller, runtime) for n in names]})
 
 
@@ -117,7 +117,7 @@ async def create_fine_tune(body: FineTuneRequest, caller: Caller, runtime: Runni
         suffix=body.suffix,
         hyperparameters={name: value for name, value in chosen.items() if value is not None},
     )
-    bases = [runtime.models.base_model]
+    bases = await runtime.models.bases(caller.id)
     job = await run_in_threadpool(jobs.create, runtime.database, caller.id, spec, bases)
     return json_response(await run_in_threadpool(_describe, runtime, caller, job, True))
 

@@ -18,7 +18,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from data import accounts
+from data import accounts, audit
 from data.accounts import Principal
 from data.db import Database
 from data.errors import Forbidden, ToolkitError, Unauthorized
@@ -30,6 +30,8 @@ from serve.logs import FIELDS
 API_VERSION = "2020-10-01"
 ORGANIZATION = "org-hone"  # one installation is one organization; its accounts are projects
 OPEN_PATHS = {"/health"}
+OPEN_POSTS = {"/v1/access_requests"}  # anybody may ask; the route limits how often
+CASES = "/v1/safety/cases/"  # what a suspended account may still read
 UPLOAD_PATHS = ("/v1/files", "/v1/adapters")
 PARTS = re.compile(r"/v1/uploads/[^/]+/parts")
 MIB = 1 << 20
@@ -89,17 +91,21 @@ class Authentication:
         self.database = database
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+        if scope["type"] == "http" and not _is_open(scope):
             headers = Headers(scope=scope)
             try:
                 principal = await run_in_threadpool(
-                    accounts.authenticate, self.database(), _bearer(headers)
+                    accounts.authenticate,
+                    self.database(),
+                    _bearer(headers),
+                    also_closed=scope["path"].startswith(CASES),
                 )
                 _check_claimed_account(headers, principal)
             except ToolkitError as error:
                 await error_response(error)(scope, receive, send)
                 return
             scope["state"]["principal"] = principal
+            audit.actor.set(_actor(scope, principal.key_id))
         await self.app(scope, receive, send)
 
 
@@ -127,6 +133,18 @@ class BodyLimit:
         return (
             MAX_PART_BYTES + MULTIPART_OVERHEAD_BYTES if PARTS.fullmatch(path) else MAX_JSON_BYTES
         )
+
+
+def _is_open(scope: Scope) -> bool:
+    posted = scope["method"] == "POST" and scope["path"] in OPEN_POSTS
+    if posted:
+        audit.actor.set(_actor(scope, None))
+    return posted or scope["path"] in OPEN_PATHS
+
+
+def _actor(scope: Scope, key_id: str | None) -> audit.Actor:
+    client = scope.get("client")
+    return audit.Actor(key_id, client[0] if client else None, scope["state"]["request_id"])
 
 
 def _log(request_id: str, scope: Scope, route: str, status: int, took_ms: int) -> None:

@@ -8,8 +8,8 @@ from fastapi import APIRouter
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
-from data import registry
-from data.errors import Forbidden
+from data import model_access, registry
+from data.errors import Forbidden, ModelNotFound
 from data.tables import AdapterVersion
 from serve.api.deps import Account, Caller, Running, json_response
 from serve.runtime import Runtime
@@ -21,15 +21,21 @@ router = APIRouter(prefix="/v1")
 async def list_models(caller: Caller, runtime: Running) -> Response:
     """List the base model, then what the account's aliases and versions are called."""
     tuned = await run_in_threadpool(_tuned, runtime, caller)
-    return json_response({"object": "list", "data": [_base(runtime), *tuned]})
+    bases = [_base(runtime) for _ in await runtime.models.bases(caller.id)]
+    return json_response({"object": "list", "data": [*bases, *tuned]})
 
 
 @router.get("/models/{model:path}")
 async def retrieve_model(model: str, caller: Caller, runtime: Running) -> Response:
     """Describe one model."""
-    if model == runtime.models.base_model:
+    if model in await runtime.models.bases(caller.id):
         return json_response(_base(runtime))
     version = await run_in_threadpool(registry.resolve, runtime.database, caller.id, model)
+    permitted = await run_in_threadpool(
+        model_access.permits, runtime.database, caller.id, version.name, version.base_model
+    )
+    if not permitted:
+        raise ModelNotFound(model)
     return json_response(_describe(model, version))
 
 
@@ -42,9 +48,10 @@ async def delete_model(model: str, caller: Caller, runtime: Running) -> Response
     return json_response({"id": model, "object": "model", "deleted": True})
 
 
-def names(runtime: Runtime, account: Account) -> list[str]:
-    """Return what the account's aliases and versions are called."""
-    return [str(described["id"]) for described in _tuned(runtime, account)]
+async def names(runtime: Runtime, account: Account) -> list[str]:
+    """Return what the models that an account may use are called."""
+    tuned = await run_in_threadpool(_tuned, runtime, account)
+    return [*await runtime.models.bases(account.id), *(str(model["id"]) for model in tuned)]
 
 
 def _tuned(runtime: Runtime, account: Account) -> list[dict[str, Any]]:
@@ -53,7 +60,12 @@ def _tuned(runtime: Runtime, account: Account) -> list[dict[str, Any]]:
     # A version may be deleted between the two reads, so an alias may point at none of them.
     named = [(a.name, versions[a.version_id]) for a in aliases if a.version_id in versions]
     named += [(version.name, version) for version in versions.values()]
-    return [_describe(name, version) for name, version in named]
+    database, account_id = runtime.database, account.id
+    return [
+        _describe(name, version)
+        for name, version in named
+        if model_access.permits(database, account_id, version.name, version.base_model)
+    ]
 
 
 def _base(runtime: Runtime) -> dict[str, Any]:

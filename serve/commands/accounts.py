@@ -22,6 +22,8 @@ admin_keys_app = typer.Typer(help="Keys of the operators.", no_args_is_help=True
 
 KeyName = Annotated[str, typer.Option("--name", help="What the key is for.")]
 
+Reason = Annotated[str, typer.Option("--reason", help="Why; the account reads it.")]
+
 
 @accounts_app.command("create")
 def create_account(name: str, as_json: AsJson = False) -> None:
@@ -48,6 +50,27 @@ def list_accounts(as_json: AsJson = False) -> None:
     else:
         rows = [(p.slug, p.id, p.status, clock(p.created_at), p.name) for p in projects]
         print_table(("account", "id", "status", "created", "name"), rows)
+
+
+@accounts_app.command("suspend")
+def suspend(name: str, reason: Reason) -> None:
+    """Stop an account: its calls, streams, jobs and adapters, within seconds."""
+    from data import safety
+
+    _, database = open_home()
+    project = choose_account(database, name)
+    case = safety.suspend(database, project.id, reason)
+    print(f"{project.slug} is suspended, case {case.id}; {len(case.paused_jobs)} jobs are paused")
+
+
+@accounts_app.command("reinstate")
+def reinstate(name: str) -> None:
+    """Let a suspended account go on, and its jobs."""
+    from data import safety
+
+    _, database = open_home()
+    project = safety.reinstate(database, choose_account(database, name).id)
+    print(f"{project.slug} is {project.status}")
 
 
 @keys_app.command("create")

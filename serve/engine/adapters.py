@@ -289,6 +289,7 @@ class AdapterStore:
         record = self._records.setdefault(
             adapter.digest, _Record(owner, adapter.rank, adapter.num_bytes)
         )
+        record.owner = owner
         record.num_loads += 1
         self._records.move_to_end(adapter.digest)
         if len(self._records) > REMEMBERED:

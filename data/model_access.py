@@ -1,0 +1,70 @@
+"""Which models an account may use: a list of those allowed, or of those denied.
+
+An entry stands for all that lies below it: a base for every fine-tune of it, an alias for its
+versions. A model that is not permitted is answered exactly as one that does not exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from data import audit, projects
+from data.db import Database
+from data.errors import InvalidInput
+from data.tables import now
+from data.tables_accounts import ModelPermission
+
+Mode = Literal["allow_list", "deny_list"]
+MAX_ENTRIES = 1000
+
+
+def permits(database: Database, project_id: str, name: str, base_model: str | None = None) -> bool:
+    """Tell whether an account may use a model; give the base of a fine-tune."""
+    with database.read() as session:
+        row = session.get(ModelPermission, project_id)
+    if row is None:
+        return True
+    listed = base_model in row.model_ids or any(
+        name == entry or name.startswith(f"{entry}:") for entry in row.model_ids
+    )
+    return listed if row.mode == "allow_list" else not listed
+
+
+def get(database: Database, project_id: str) -> ModelPermission:
+    """Return an account's list; without one, an empty list of denied models. Raises NotFound."""
+    with database.read() as session:
+        projects.find(session, project_id)
+        row = session.get(ModelPermission, project_id)
+    return row or ModelPermission(project_id=project_id, mode="deny_list", model_ids=[])
+
+
+def replace(
+    database: Database, project_id: str, mode: Mode, model_ids: Sequence[str]
+) -> ModelPermission:
+    """Set an account's list; raises NotFound or InvalidInput."""
+    if len(model_ids) > MAX_ENTRIES:
+        raise InvalidInput(
+            f"Invalid 'model_ids': {len(model_ids)} entries; at most {MAX_ENTRIES} are kept.",
+            param="model_ids",
+        )
+    with database.write() as session:
+        projects.find(session, project_id)
+        row = session.get(ModelPermission, project_id)
+        if row is None:
+            row = ModelPermission(project_id=project_id)
+            session.add(row)
+        row.mode, row.model_ids, row.updated_at = mode, list(dict.fromkeys(model_ids)), now()
+        details = {"mode": mode, "model_ids": row.model_ids}
+        audit.record(session, "model_permissions.updated", project_id, project_id, **details)
+    return row
+
+
+def clear(database: Database, project_id: str) -> None:
+    """Remove an account's list; raises NotFound for an unknown account."""
+    with database.write() as session:
+        projects.find(session, project_id)
+        row = session.get(ModelPermission, project_id)
+        if row is not None:
+            session.delete(row)
+            audit.record(session, "model_permissions.deleted", project_id, project_id)

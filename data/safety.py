@@ -1,0 +1,124 @@
+"""What happens after harmful use: a warning, a suspension that can be taken back, and its case.
+
+A suspended account's calls are refused, its open streams are cut and its adapters unloaded by the
+server within seconds, and its jobs are paused here. The case says why, to the account itself too.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import select
+
+from data import audit, job_pause, projects
+from data.db import Database
+from data.errors import InvalidInput, NotFound, StateConflict
+from data.files import LIVE_JOBS
+from data.tables import Job, Project, new_id, now
+from data.tables_accounts import SafetyCase
+
+MAX_REASON = 2000
+
+
+def warn(database: Database, project_id: str, reason: str) -> SafetyCase:
+    """Open a case that changes nothing; raises NotFound or InvalidInput."""
+    _check(reason)
+    with database.write() as session:
+        projects.find(session, project_id)
+        case = _new_case(project_id, "warning", reason)
+        session.add(case)
+        audit.record(session, "account.warned", project_id, project_id, case=case.id)
+    return case
+
+
+def suspend(database: Database, project_id: str, reason: str) -> SafetyCase:
+    """Stop an account until it is reinstated; its jobs are paused.
+
+    Raises:
+        NotFound: There is no such account.
+        StateConflict: It is not active.
+        InvalidInput: The reason is empty or too long.
+    """
+    _check(reason)
+    with database.write() as session:
+        project = projects.find(session, project_id)
+        if project.status != "active":
+            raise StateConflict(f"The account {project.slug} is {project.status}.", param="id")
+        case = _new_case(project_id, "deactivation", reason)
+        session.add(case)
+        project.status, project.case_id = "suspended", case.id
+        audit.record(session, "account.suspended", project_id, project_id, case=case.id)
+        live = select(Job.id).where(
+            Job.project_id == project_id, Job.status.in_(LIVE_JOBS), Job.status != "paused"
+        )
+        job_ids = session.scalars(live).all()
+    paused = [job_id for job_id in job_ids if _pause(database, project_id, job_id)]
+    with database.write() as session:
+        case = session.get_one(SafetyCase, case.id)
+        case.paused_jobs = paused
+    return case
+
+
+def reinstate(database: Database, project_id: str) -> Project:
+    """Let an account go on, and the jobs that its suspension paused.
+
+    Raises:
+        NotFound: There is no such account.
+        StateConflict: It is not suspended.
+    """
+    with database.write() as session:
+        project = projects.find(session, project_id)
+        if project.status != "suspended":
+            raise StateConflict(f"The account {project.slug} is {project.status}.", param="id")
+        case = session.get_one(SafetyCase, project.case_id)
+        case.closed_at = now()
+        project.status, project.case_id = "active", None
+        audit.record(session, "account.reinstated", project_id, project_id, case=case.id)
+    for job_id in case.paused_jobs:
+        try:
+            job_pause.resume(database, project_id, job_id)
+        except StateConflict:
+            continue  # it ended, or goes on already
+    return project
+
+
+def find_case(database: Database, project_id: str | None, case_id: str) -> SafetyCase:
+    """Return a case of an account, or any for None; raises NotFound."""
+    with database.read() as session:
+        case = session.get(SafetyCase, case_id)
+    if case is None or project_id not in (None, case.project_id):
+        raise NotFound(f"No such Case object: {case_id}", param="id")
+    return case
+
+
+def closed_accounts(database: Database) -> dict[str, Project]:
+    """Return the accounts that may not be served, by id."""
+    with database.read() as session:
+        found = session.scalars(select(Project).where(Project.status != "active"))
+        return {project.id: project for project in found}
+
+
+def _new_case(project_id: str, notice: str, reason: str) -> SafetyCase:
+    return SafetyCase(
+        id=new_id("case_"),
+        project_id=project_id,
+        notice=notice,
+        reason=reason.strip(),
+        paused_jobs=[],
+        created_at=now(),
+    )
+
+
+def _pause(database: Database, project_id: str, job_id: str) -> bool:
+    try:
+        job_pause.pause(database, project_id, job_id)
+    except StateConflict:
+        return False  # it ended meanwhile
+    return True
+
+
+def _check(reason: str) -> None:
+    if not 0 < len(reason.strip()) <= MAX_REASON:
+        raise InvalidInput(
+            f"Invalid 'reason': expected 1 to {MAX_REASON} characters, but got {len(reason)}. The "
+            "account reads it.",
+            param="reason",
+        )
