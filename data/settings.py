@@ -49,6 +49,25 @@ class StrictModel(BaseModel):
         return value
 
 
+class Prices(StrictModel):
+    """What a million tokens cost, in USD."""
+
+    prompt: float = Field(0.0, ge=0, description="Prompt tokens that were computed.")
+    cached: float = Field(0.0, ge=0, description="Prompt tokens taken from the prefix cache.")
+    completion: float = Field(0.0, ge=0, description="Sampled tokens.")
+    training: float = Field(0.0, ge=0, description="Tokens trained on.")
+
+
+class Limits(StrictModel):
+    """What an account may do unless it has limits of its own; null is unlimited."""
+
+    requests_per_minute: int | None = Field(None, ge=0)
+    tokens_per_minute: int | None = Field(None, ge=0, description="Prompt plus completion.")
+    requests_per_day: int | None = Field(None, ge=0)
+    concurrent_jobs: int | None = Field(None, ge=0, description="Jobs that wait or run.")
+    stored_mb: int | None = Field(None, ge=0, description="Uploaded and produced files, MiB.")
+
+
 class Settings(StrictModel):
     """Everything that one installation of hone may be told. Paths are relative to where it runs."""
 
@@ -97,6 +116,8 @@ class Settings(StrictModel):
     cancel_grace_s: float = Field(
         7.0, gt=0, description="Seconds a trainer has to stop when its job is cancelled."
     )
+    prices: Prices = Field(Prices(), description="USD per million tokens: ledger and limits.")
+    limits: Limits = Field(Limits(), description="Limits of accounts that have none of their own.")
     wandb_project: str | None = Field(None, description="Log training runs to this wandb project.")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 

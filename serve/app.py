@@ -9,7 +9,17 @@ from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
 
 from data.settings import Settings
-from serve.api import chat, completions, errors, files, fine_tuning, health, models, tiers
+from serve.api import (
+    chat,
+    completions,
+    errors,
+    files,
+    fine_tuning,
+    health,
+    models,
+    tiers,
+    usage,
+)
 from serve.api.middleware import Authentication, BodyLimit, RequestContext
 from serve.runtime import Runtime, open_runtime
 from serve.worker_process import WorkerProcess
@@ -51,6 +61,6 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
         RequestContext, observe=lambda *seen: app.state.runtime.metrics.observe(*seen)
     )
     errors.install(app)
-    for routes in (models, completions, chat, files, fine_tuning, tiers, health):
+    for routes in (models, completions, chat, files, fine_tuning, tiers, health, usage):
         app.include_router(routes.router)
     return app

@@ -16,6 +16,7 @@ import torch
 
 from data.db import Database
 from data.files import FileStore
+from data.metering import Meter
 from data.settings import Settings
 from data.tables import new_id
 from serve.api.adapters import ModelCatalog
@@ -40,11 +41,13 @@ class Runtime:
     models: ModelCatalog
     created: int  # when the base model was fetched
     generator: Generator = field(init=False)
+    meter: Meter = field(init=False)
     metrics: Metrics = field(default_factory=Metrics)
     probe_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def __post_init__(self) -> None:
         self.generator = Generator(self.engine)
+        self.meter = Meter(self.database, self.settings.prices).start()
 
     def probe(self) -> GenerationRequest:
         """Return the smallest question that shows whether the model answers."""
@@ -56,6 +59,7 @@ class Runtime:
     def close(self) -> None:
         """Stop the engine and let go of the database."""
         self.engine.close()
+        self.meter.close()
         self.database.close()
 
 

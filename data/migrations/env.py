@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from alembic import context
 
+from data import tables_metering  # noqa: F401  # its tables belong to the schema
 from data.tables import Record
 
 context.configure(

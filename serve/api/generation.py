@@ -13,17 +13,33 @@ from collections import deque
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
-from data.errors import EngineFailure, Overloaded
+from data.errors import EngineFailure, Overloaded, ToolkitError
 from serve.engine.base import Delta, Engine, GenerationRequest, TokenLogprob
 
 IN_FLIGHT = 32  # sequences of one API request that wait or run in the engine at a time
 
 T = TypeVar("T")
 Event = tuple[int, Delta]  # which of the request's sequences, and what happened to it
+
+
+class Watcher(Protocol):
+    """Learns of all that the engine does for one API request; see `serve.api.metered.Tally`."""
+
+    def submitted(self, index: int) -> None:
+        """A sequence goes to the engine."""
+
+    def refused(self, index: int) -> None:
+        """The engine did not take it."""
+
+    def saw(self, index: int, delta: Delta) -> None:
+        """The engine reports; called on its thread."""
+
+    def ended(self, status: Literal["complete", "aborted", "error"]) -> None:
+        """The API request is over, though cancelled sequences may still report."""
 
 
 @dataclass(slots=True)
@@ -80,8 +96,14 @@ class Generator:
 class Generation:
     """The sequences of one API request."""
 
-    def __init__(self, generator: Generator, requests: Sequence[GenerationRequest]):
+    def __init__(
+        self,
+        generator: Generator,
+        requests: Sequence[GenerationRequest],
+        watcher: Watcher | None = None,
+    ):
         self._generator = generator
+        self._watcher = watcher
         self._waiting = deque(enumerate(requests))
         self._running: dict[int, str] = {}
         self._events: asyncio.Queue[Event] = asyncio.Queue()
@@ -91,13 +113,15 @@ class Generation:
         """Hand waiting sequences to the engine while it takes them."""
         while self._waiting and len(self._running) < IN_FLIGHT:
             index, request = self._waiting[0]
+            if self._watcher:
+                self._watcher.submitted(index)
             try:
                 self._generator.engine.submit(request, self._listener(index))
-            except Overloaded:
-                if not self._running:
-                    raise
-                return  # tried again when one of ours has finished
-            except BaseException:
+            except BaseException as error:
+                if self._watcher:
+                    self._watcher.refused(index)
+                if isinstance(error, Overloaded) and self._running:
+                    return  # tried again when one of ours has finished
                 self.cancel()
                 raise
             self._waiting.popleft()
@@ -109,6 +133,7 @@ class Generation:
         Raises:
             ToolkitError: The engine could not go on with one of them; the others are cancelled.
         """
+        status: Literal["complete", "aborted", "error"] = "aborted"
         try:
             while self._running or self._waiting:
                 try:
@@ -126,8 +151,14 @@ class Generation:
                         )
                     self.fill()
                 yield index, delta
+            status = "complete"
+        except ToolkitError:
+            status = "error"
+            raise
         finally:
             self.cancel()
+            if self._watcher:
+                self._watcher.ended(status)
 
     def cancel(self) -> None:
         """Stop whatever still runs."""
@@ -138,6 +169,8 @@ class Generation:
 
     def _listener(self, index: int) -> Any:
         def on_delta(delta: Delta) -> None:  # on the engine's thread
+            if self._watcher:
+                self._watcher.saw(index, delta)
             self._loop.call_soon_threadsafe(self._events.put_nowait, (index, delta))
 
         return on_delta
