@@ -22,6 +22,7 @@ class ToolkitError(Exception):
     """
 
     code: str | None = None
+    kind: str | None = None  # the envelope's `type`, where the HTTP status does not tell it
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None):
         super().__init__(message)
@@ -152,6 +153,31 @@ class Overloaded(ToolkitError, RuntimeError):
     def __init__(self, message: str, *, retry_after_s: int = 1, code: str | None = None):
         super().__init__(message, code=code)
         self.retry_after_s = retry_after_s
+
+
+class RateLimited(ToolkitError, RuntimeError):
+    """Too much in too short a time; `retry_after_s` is None where waiting does not help."""
+
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, *, kind: str, retry_after_s: int | None = None):
+        super().__init__(message)
+        self.kind = kind  # requests, tokens
+        self.retry_after_s = retry_after_s
+
+
+class QuotaExceeded(ToolkitError, RuntimeError):
+    """The account has used up, or holds, all that it may."""
+
+    code = "insufficient_quota"
+    kind = "insufficient_quota"
+
+
+class IdempotencyMismatch(InvalidInput):
+    """A key that names one call was sent with another."""
+
+    code = None  # type: ignore[assignment]
+    kind = "idempotency_error"
 
 
 class DeadlineExceeded(ToolkitError, TimeoutError):

@@ -19,10 +19,12 @@ from typing import Any
 from sqlalchemy import Select, func, or_, select
 from sqlalchemy.orm import Session
 
+from data import caps
 from data.db import Database
 from data.errors import InvalidInput, NotFound, StateConflict
 from data.files import LIVE_JOBS
 from data.job_spec import JobSpec
+from data.settings import Limits
 from data.tables import AdapterVersion, Checkpoint, File, Job, JobEvent, new_id, now
 
 FINAL = ("succeeded", "failed", "cancelled")
@@ -48,10 +50,17 @@ class Standing(Enum):
     LOST = "lost"
 
 
-def create(database: Database, project_id: str, spec: JobSpec, base_models: Sequence[str]) -> Job:
+def create(
+    database: Database,
+    project_id: str,
+    spec: JobSpec,
+    base_models: Sequence[str],
+    limits: Limits | None = None,
+) -> Job:
     """Store a job that waits to be validated.
 
     Raises:
+        QuotaExceeded: The account (without caps of its own: `limits`) has as many jobs as it may have at a time.
         InvalidInput: The base model is not served here, or a file is absent or of a wrong purpose.
     """
     if spec.model not in base_models:
@@ -63,6 +72,7 @@ def create(database: Database, project_id: str, spec: JobSpec, base_models: Sequ
         )
     hyperparameters = spec.resolved_hyperparameters()
     with database.write() as session:
+        caps.check_job_cap(session, project_id, limits or Limits())
         for name in ("training_file", "validation_file"):
             file_id = getattr(spec, name)
             if file_id is not None:

@@ -16,6 +16,7 @@ from serve.api import (
     files,
     fine_tuning,
     health,
+    limits,
     models,
     tiers,
     usage,
@@ -61,6 +62,6 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
         RequestContext, observe=lambda *seen: app.state.runtime.metrics.observe(*seen)
     )
     errors.install(app)
-    for routes in (models, completions, chat, files, fine_tuning, tiers, health, usage):
+    for routes in (models, completions, chat, files, fine_tuning, tiers, health, usage, limits):
         app.include_router(routes.router)
     return app

@@ -25,6 +25,7 @@ from serve.engine import base_model
 from serve.engine.base import Engine, GenerationRequest, SamplingParams
 from serve.engine.base_spec import ModelSpec
 from serve.engine.local import EngineConfig, LocalEngine
+from serve.gate import Gate
 from serve.metrics import Metrics
 
 MIB = 1 << 20
@@ -41,13 +42,15 @@ class Runtime:
     models: ModelCatalog
     created: int  # when the base model was fetched
     generator: Generator = field(init=False)
+    gate: Gate = field(init=False)
     meter: Meter = field(init=False)
     metrics: Metrics = field(default_factory=Metrics)
     probe_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def __post_init__(self) -> None:
         self.generator = Generator(self.engine)
-        self.meter = Meter(self.database, self.settings.prices).start()
+        self.gate = Gate(self.database, self.settings.limits, self.models.base_model)
+        self.meter = Meter(self.database, self.settings.prices, self.gate.refresh).start()
 
     def probe(self) -> GenerationRequest:
         """Return the smallest question that shows whether the model answers."""
@@ -80,7 +83,7 @@ def open_runtime(settings: Settings) -> Runtime:
     runtime = Runtime(
         settings=settings,
         database=database,
-        files=FileStore(database, settings.effective_blob_url, max_upload_bytes),
+        files=FileStore(database, settings.effective_blob_url, max_upload_bytes, settings.limits),
         engine=engine,
         models=ModelCatalog(
             database, settings.adapters_dir, spec.name, fingerprint, engine, tokenizer

@@ -31,9 +31,16 @@ STATUS_OF_CLASS: dict[type[Exception], int] = {
     errors.DeadlineExceeded: 504,
     errors.ModelUnavailable: 503,
     errors.Overloaded: 503,
+    errors.QuotaExceeded: 429,
+    errors.RateLimited: 429,
 }
 STATUS_OF_CODE = {"file_too_large": 413, "unsupported_file": 415}
-NEVER_RETRY = (errors.AdapterRefused, errors.DeadlineExceeded, errors.Forbidden)  # fails again
+NEVER_RETRY = (  # fails again
+    errors.AdapterRefused,
+    errors.DeadlineExceeded,
+    errors.Forbidden,
+    errors.QuotaExceeded,
+)
 SIZES = {
     "too_long": ("array too long", "an array with maximum length", "max_length"),
     "too_short": ("array too short", "an array with minimum length", "min_length"),
@@ -79,7 +86,7 @@ def envelope(error: errors.ToolkitError) -> dict[str, Any]:
     status = status_of(error)
     body: dict[str, Any] = {
         "message": error.public,
-        "type": _type_of(status),
+        "type": error.kind or _type_of(status),
         "param": error.param,
         "code": error.code,
     }
@@ -93,6 +100,11 @@ def error_response(error: errors.ToolkitError) -> Response:
     headers = {}
     if isinstance(error, errors.Overloaded):
         headers["retry-after"] = str(max(1, error.retry_after_s))
+    if isinstance(error, errors.RateLimited):
+        if error.retry_after_s is None:
+            headers["x-should-retry"] = "false"
+        else:
+            headers["retry-after"] = str(error.retry_after_s)
     if isinstance(error, NEVER_RETRY):
         headers["x-should-retry"] = "false"
     return _json(status_of(error), envelope(error), headers)

@@ -57,8 +57,11 @@ async def create_job(body: JobRequest, caller: Caller, runtime: Running) -> Resp
             "`wandb_project`.",
             param="integrations",
         )
+    runtime.gate.check_money(caller.id)
     bases = [runtime.models.base_model]
-    job = await run_in_threadpool(jobs.create, runtime.database, caller.id, spec, bases)
+    job = await run_in_threadpool(
+        jobs.create, runtime.database, caller.id, spec, bases, runtime.settings.limits
+    )
     return json_response(describe_job(job))
 
 

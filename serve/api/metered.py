@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from starlette.requests import Request
 
 from data.accounts import Principal
+from data.errors import RateLimited
 from data.metering import Status, Usage
 from serve.api.adapters import ServedModel
 from serve.api.generation import Generation, Generator
@@ -135,21 +136,33 @@ def metered(
     principal: Principal = request.state.principal
     request_id: str = request.state.request_id
 
+    account = principal.project_id or ""
+
     def admit(requests: Sequence[GenerationRequest]) -> Tally:
+        num_prompt = sum(len(prompt.ids) for prompt in prompts)
+        most = num_prompt + sum(one.params.max_tokens for one in requests)
+        try:
+            reservation, left = runtime.gate.admit(account, served.name, num_prompt, most)
+        except RateLimited:
+            request.state.rate_headers = runtime.gate.headers(account, served.name)
+            raise
+        request.state.rate_headers = left
+
         def settle(prompt: int, cached: int, completion: int, status: Status) -> None:
-            runtime.meter.record(
-                Usage(
-                    project_id=principal.project_id or "",
-                    key_id=principal.key_id,
-                    model=served.name,
-                    request_id=request_id,
-                    prompt_tokens=prompt,
-                    cached_tokens=cached,
-                    completion_tokens=completion,
-                    end_user=body.user,
-                    status=status,
-                )
+            reservation.settle(prompt + completion)
+            used = Usage(
+                project_id=account,
+                key_id=principal.key_id,
+                model=served.name,
+                request_id=request_id,
+                prompt_tokens=prompt,
+                cached_tokens=cached,
+                completion_tokens=completion,
+                end_user=body.user,
+                status=status,
             )
+            runtime.gate.spend(account, runtime.meter.cost(used))
+            runtime.meter.record(used)
 
         return Tally(prompts, len(requests), settle)
 
