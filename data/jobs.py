@@ -60,7 +60,8 @@ def create(
     """Store a job that waits to be validated.
 
     Raises:
-        QuotaExceeded: The account (without caps of its own: `limits`) has as many jobs as it may have at a time.
+        QuotaExceeded: The account has as many jobs as it may have at a time; `limits` says how
+            many where the account has no cap of its own.
         InvalidInput: The base model is not served here, or a file is absent or of a wrong purpose.
     """
     if spec.model not in base_models:

@@ -21,6 +21,7 @@ from serve.api import (
     tiers,
     usage,
 )
+from serve.api.idempotency import Idempotency
 from serve.api.middleware import Authentication, BodyLimit, RequestContext
 from serve.runtime import Runtime, open_runtime
 from serve.worker_process import WorkerProcess
@@ -56,6 +57,7 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
         strict_content_type=False,
     )
     # The last one added is the outermost.
+    app.add_middleware(Idempotency, database=lambda: app.state.runtime.database)
     app.add_middleware(BodyLimit, max_upload_mb=settings.max_upload_mb)
     app.add_middleware(Authentication, database=lambda: app.state.runtime.database)
     app.add_middleware(
