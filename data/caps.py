@@ -119,8 +119,7 @@ def check_stored_bytes(session: Session, project_id: str, limits: Limits, more: 
     if held + more > most:
         raise QuotaExceeded(
             f"You exceeded your current quota: files and adapters of the account hold {held} "
-            f"bytes, this adds {more}, and {most} are allowed. Delete what is no longer needed.",
-            param="file",
+            f"bytes, this adds {more}, and {most} are allowed. Delete what is no longer needed."
         )
 
 

@@ -12,7 +12,8 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -64,15 +65,12 @@ class Meter:
     Args:
         database: Where the ledger is.
         prices: USD per million tokens, applied when a request is recorded.
-        on_tick: Called on the meter's thread after each round, for what must follow the ledger.
     """
 
-    def __init__(
-        self, database: Database, prices: Prices, on_tick: Callable[[], None] = lambda: None
-    ):
+    def __init__(self, database: Database, prices: Prices):
         self._database = database
         self._prices = prices
-        self._on_tick = on_tick
+        self._on_tick: Callable[[], None] = lambda: None
         self._pending: list[Usage] = []
         self._lock = threading.Lock()
         self._writing = threading.Lock()  # one flush at a time
@@ -80,8 +78,9 @@ class Meter:
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="hone-meter", daemon=True)
 
-    def start(self) -> Meter:
-        """Start the thread that writes."""
+    def start(self, on_tick: Callable[[], None] = lambda: None) -> Meter:
+        """Start the thread that writes; it calls `on_tick` after each round."""
+        self._on_tick = on_tick
         self._thread.start()
         return self
 
@@ -93,6 +92,20 @@ class Meter:
     def cost(self, usage: Usage) -> int:
         """Return the price of a request, in nano-dollars."""
         return sum(costs(usage, self._prices))
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Write nothing until the block ends, so that ledger and `pending_costs` fit together."""
+        with self._writing:
+            yield
+
+    def pending_costs(self) -> dict[str, int]:
+        """Return each account's costs that are not in the ledger yet, in nano-dollars."""
+        found: defaultdict[str, int] = defaultdict(int)
+        with self._lock:
+            for usage in self._pending:
+                found[usage.project_id] += self.cost(usage)
+        return found
 
     def flush(self) -> None:
         """Write what was recorded until now, and training that ended meanwhile.

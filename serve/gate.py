@@ -16,7 +16,7 @@ from sqlalchemy import select
 from data import limits
 from data.db import Database
 from data.errors import QuotaExceeded
-from data.metering import month_of
+from data.metering import Meter, Usage, month_of
 from data.settings import Limits
 from data.tables import now
 from data.tables_metering import RateLimit, SpendLimit
@@ -29,6 +29,7 @@ class Gate:
     """All accounts' rates and spend limits.
 
     Args:
+        meter: Keeps the ledger that spending is read from.
         defaults: For accounts that have no limits of their own.
         base_model: Its limits hold for everything.
         clock: For the rates; returns seconds that only grow.
@@ -37,11 +38,13 @@ class Gate:
     def __init__(
         self,
         database: Database,
+        meter: Meter,
         defaults: Limits,
         base_model: str,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._database = database
+        self._meter = meter
         self._base = base_model
         self._default = limits.default_rate(base_model, defaults)
         self._limiter = Limiter(clock)
@@ -52,8 +55,8 @@ class Gate:
 
     def refresh(self) -> None:
         """Read the limits again, and fire alerts whose sum is reached."""
-        with self._lock:
-            rates: dict[str, dict[str, RateLimit]] = {}
+        rates: dict[str, dict[str, RateLimit]] = {}
+        with self._meter.held():
             with self._database.read() as session:
                 for rate in limits.all_rates(session):
                     rates.setdefault(rate.project_id, {})[rate.model] = rate
@@ -65,7 +68,13 @@ class Gate:
                     for limit in session.scalars(select(SpendLimit))
                 }
                 due = bool(limits.due_alerts(session))
-            self._rates, self._money = rates, money
+            with self._lock:
+                pending = self._meter.pending_costs()
+                self._money = {
+                    name: (limit, spent + pending.get(name, 0))
+                    for name, (limit, spent) in money.items()
+                }
+                self._rates = rates
         if due:
             self._fire()
 
@@ -83,12 +92,13 @@ class Gate:
                 "server's operator raises the limit."
             )
 
-    def spend(self, project_id: str, cost: int) -> None:
-        """Count what a request cost (nano-dollars) before the ledger has it."""
+    def record(self, usage: Usage) -> None:
+        """Give a request's usage to the ledger, and count its cost at once."""
         with self._lock:
-            if project_id in self._money:
-                limit, spent = self._money[project_id]
-                self._money[project_id] = (limit, spent + cost)
+            if usage.project_id in self._money:
+                limit, spent = self._money[usage.project_id]
+                self._money[usage.project_id] = (limit, spent + self._meter.cost(usage))
+            self._meter.record(usage)
 
     def admit(
         self, project_id: str, model: str, prompt_tokens: int, tokens: int

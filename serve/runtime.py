@@ -49,8 +49,9 @@ class Runtime:
 
     def __post_init__(self) -> None:
         self.generator = Generator(self.engine)
-        self.gate = Gate(self.database, self.settings.limits, self.models.base_model)
-        self.meter = Meter(self.database, self.settings.prices, self.gate.refresh).start()
+        self.meter = Meter(self.database, self.settings.prices)
+        self.gate = Gate(self.database, self.meter, self.settings.limits, self.models.base_model)
+        self.meter.start(on_tick=self.gate.refresh)
 
     def probe(self) -> GenerationRequest:
         """Return the smallest question that shows whether the model answers."""

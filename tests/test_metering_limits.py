@@ -17,7 +17,7 @@ from data import accounts
 from data.settings import Limits, Prices
 
 DEFAULTS = Limits(requests_per_minute=100, tokens_per_minute=5000)
-PRICES = Prices(prompt=1000.0, completion=1000.0)  # a tenth of a cent a token
+PRICES = Prices(prompt=1000.0, cached=1000.0, completion=1000.0)  # a tenth of a cent a token
 
 
 @pytest.fixture(scope="module")

@@ -161,8 +161,7 @@ def metered(
                 end_user=body.user,
                 status=status,
             )
-            runtime.gate.spend(account, runtime.meter.cost(used))
-            runtime.meter.record(used)
+            runtime.gate.record(used)
 
         return Tally(prompts, len(requests), settle)
 
