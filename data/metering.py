@@ -174,7 +174,7 @@ def _write(session: Session, taken: list[Usage], prices: Prices) -> None:
                 project_id=usage.project_id,
                 key_id=usage.key_id,
                 model=usage.model,
-                end_user=usage.end_user,
+                end_user=_storable(usage.end_user),
                 request_id=usage.request_id,
                 status=usage.status,
                 batch=usage.batch,
@@ -190,6 +190,11 @@ def _write(session: Session, taken: list[Usage], prices: Prices) -> None:
     for (project_id, month), cost in sorted(spent.items()):
         if cost:
             _add_spend(session, project_id, month, cost)
+
+
+def _storable(text: str | None) -> str | None:
+    """Replace what PostgreSQL cannot store: one odd name must not hold up the ledger."""
+    return None if text is None else text.replace("\0", "\ufffd")
 
 
 def _add_spend(session: Session, project_id: str, month: str, cost: int) -> None:

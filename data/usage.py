@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, func, select
+from sqlalchemy import ColumnElement, func, literal_column, select
 
 from data.db import Database
 from data.errors import InvalidInput
@@ -217,7 +217,8 @@ def _rows(
         return []
     first, end = buckets[0][0], buckets[-1][1]
     at = UsageRecord.created_at
-    bucket = (at - at % width).label("bucket")
+    # The width is part of the text: PostgreSQL does not see that two parameters are equal.
+    bucket = (at - at % literal_column(str(width))).label("bucket")
     keys = [COLUMNS[name] for name in names]
     query = (
         select(bucket, *keys, *sums)

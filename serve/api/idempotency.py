@@ -170,7 +170,7 @@ def _call(
     given: str | None,
     tries: int,
 ) -> _Call:
-    digest = hashlib.sha256(f"{scope['path']}?{scope['query_string'].decode()}\n".encode())
+    digest = hashlib.sha256(f"{scope['path']}?{scope['query_string'].decode('latin-1')}\n".encode())
     _add_body(digest, headers.get("content-type", ""), body)
     body_hash = digest.hexdigest()
     owner = principal.project_id or principal.key_id
