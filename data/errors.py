@@ -166,6 +166,20 @@ class RateLimited(ToolkitError, RuntimeError):
         self.retry_after_s = retry_after_s
 
 
+class QuotaExceeded(ToolkitError, RuntimeError):
+    """The account has used up, or holds, all that it may."""
+
+    code = "insufficient_quota"
+    kind = "insufficient_quota"
+
+
+class IdempotencyMismatch(InvalidInput):
+    """A key that names one call was sent with another."""
+
+    code = None  # type: ignore[assignment]
+    kind = "idempotency_error"
+
+
 class DeadlineExceeded(ToolkitError, TimeoutError):
     """A request took longer than it may."""
 

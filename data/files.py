@@ -21,9 +21,11 @@ import fsspec
 from sqlalchemy import or_, select, update
 from sqlalchemy.orm import Session
 
+from data import caps
 from data.db import Database
-from data.errors import DataError, InvalidInput, NotFound, StateConflict
+from data.errors import DataError, InvalidInput, NotFound, QuotaExceeded, StateConflict
 from data.parts import PartStore
+from data.settings import Limits
 from data.tables import File, Job, new_id, now
 from data.validate import upload_error_message, validate
 
@@ -47,12 +49,19 @@ class FileStore:
         database: Where the rows are.
         blob_url: fsspec URL of the folder for the bytes.
         max_bytes: Largest accepted upload.
+        limits: Of accounts that have none of their own.
 
     Raises:
         InvalidInput: The URL is empty, its protocol unknown, or its driver not installed.
     """
 
-    def __init__(self, database: Database, blob_url: str, max_bytes: int = DEFAULT_MAX_BYTES):
+    def __init__(
+        self,
+        database: Database,
+        blob_url: str,
+        max_bytes: int = DEFAULT_MAX_BYTES,
+        limits: Limits | None = None,
+    ):
         self._database = database
         try:
             if not blob_url:
@@ -67,6 +76,7 @@ class FileStore:
         self._is_local = "file" in _protocols(self._blobs)
         self._max_bytes = max_bytes
         self.parts = PartStore(self._blobs, self._root)
+        self._limits = limits or Limits()
 
     def create(
         self,
@@ -81,10 +91,16 @@ class FileStore:
         Raises:
             InvalidInput: Purpose or expiry is wrong; `file_too_large` when it exceeds the limit.
             DataError: Its lines are not JSON objects though the purpose asks for that.
+            QuotaExceeded: The account would store more than it may.
         """
         record = self.stage(project_id, stream, filename, purpose, expires_after_s)
-        with self._database.write() as session:
-            session.add(record)
+        try:
+            with self._database.write() as session:
+                caps.check_stored_bytes(session, project_id, self._limits, record.bytes)
+                session.add(record)
+        except QuotaExceeded:
+            self._blobs.rm(self._path(record.blob))
+            raise
         return record
 
     def stage(

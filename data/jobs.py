@@ -19,12 +19,13 @@ from typing import Any
 from sqlalchemy import Select, func, or_, select
 from sqlalchemy.orm import Session
 
-from data import webhooks
+from data import caps, webhooks
 from data.db import Database
 from data.errors import InvalidInput, NotFound, StateConflict
 from data.files import LIVE_JOBS
 from data.job_spec import JobSpec
 from data.job_start import check_file, find_start
+from data.settings import Limits
 from data.tables import AdapterVersion, Checkpoint, Job, JobEvent, new_id, now
 
 FINAL = ("succeeded", "failed", "cancelled")
@@ -50,15 +51,24 @@ class Standing(Enum):
     LOST = "lost"
 
 
-def create(database: Database, project_id: str, spec: JobSpec, base_models: Sequence[str]) -> Job:
+def create(
+    database: Database,
+    project_id: str,
+    spec: JobSpec,
+    base_models: Sequence[str],
+    limits: Limits | None = None,
+) -> Job:
     """Store a job that waits to be validated.
 
     Raises:
+        QuotaExceeded: The account has as many jobs as it may have at a time; `limits` says how
+            many where the account has no cap of its own.
         InvalidInput: The model is neither a base that is served here nor the account's own, or a
             file is absent or of a wrong purpose.
     """
     hyperparameters = spec.resolved_hyperparameters()
     with database.write() as session:
+        caps.check_job_cap(session, project_id, limits or Limits())
         for name in ("training_file", "validation_file"):
             file_id = getattr(spec, name)
             if file_id is not None:

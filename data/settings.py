@@ -49,6 +49,25 @@ class StrictModel(BaseModel):
         return value
 
 
+class Prices(StrictModel):
+    """What a million tokens cost, in USD."""
+
+    prompt: float = Field(0.0, ge=0, description="Prompt tokens that were computed.")
+    cached: float = Field(0.0, ge=0, description="Prompt tokens taken from the prefix cache.")
+    completion: float = Field(0.0, ge=0, description="Sampled tokens.")
+    training: float = Field(0.0, ge=0, description="Tokens trained on.")
+
+
+class Limits(StrictModel):
+    """What an account may do unless it has limits of its own; null is unlimited."""
+
+    requests_per_minute: int | None = Field(None, ge=0)
+    tokens_per_minute: int | None = Field(None, ge=0, description="Prompt plus completion.")
+    requests_per_day: int | None = Field(None, ge=0)
+    concurrent_jobs: int | None = Field(None, ge=0, description="Jobs that wait or run.")
+    stored_mb: int | None = Field(None, ge=0, description="Uploaded and produced files, MiB.")
+
+
 class Settings(StrictModel):
     """Everything that one installation of hone may be told. Paths are relative to where it runs."""
 
@@ -103,9 +122,6 @@ class Settings(StrictModel):
     keep_checkpoints: int = Field(
         3, ge=1, description="Checkpoints of a job that stay usable as models; jobs may ask else."
     )
-    training_price: float = Field(
-        0.0, ge=0, description="US dollars a million trained tokens; told in estimates."
-    )
     webhooks_allow_private: bool = Field(
         False, description="Let webhooks call private addresses, and by plain http."
     )
@@ -113,6 +129,8 @@ class Settings(StrictModel):
     webhook_retry_s: float = Field(
         5.0, gt=0, description="Seconds before a webhook's second attempt; tripled each time."
     )
+    prices: Prices = Field(Prices(), description="USD per million tokens: ledger and limits.")
+    limits: Limits = Field(Limits(), description="Limits of accounts that have none of their own.")
     wandb_project: str | None = Field(None, description="Log training runs to this wandb project.")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="debug, info, warning or error."

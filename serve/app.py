@@ -23,6 +23,7 @@ from serve.api import (
     graders,
     health,
     legacy,
+    limits,
     models,
     organization,
     oversight,
@@ -31,8 +32,10 @@ from serve.api import (
     tiers,
     tokens,
     uploads,
+    usage,
     webhook_endpoints,
 )
+from serve.api.idempotency import Idempotency
 from serve.api.middleware import Authentication, BodyLimit, RequestContext
 from serve.closed_accounts import watch
 from serve.runtime import Runtime, open_runtime
@@ -77,6 +80,7 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
         strict_content_type=False,
     )
     # The last one added is the outermost.
+    app.add_middleware(Idempotency, database=lambda: app.state.runtime.database)
     app.add_middleware(BodyLimit, max_upload_mb=settings.max_upload_mb)
     app.add_middleware(Authentication, database=lambda: app.state.runtime.database)
     app.add_middleware(
@@ -107,6 +111,8 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
         organization,
         oversight,
         access,
+        usage,
+        limits,
         health,
     ):
         app.include_router(routes.router)

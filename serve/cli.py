@@ -12,7 +12,7 @@ import sys
 import typer
 
 from data.errors import InvalidInput, NotFound, ToolkitError
-from serve.commands import access, accounts, demo, doctor, files, jobs, models, serve
+from serve.commands import access, accounts, demo, doctor, files, jobs, models, serve, usage
 
 app = typer.Typer(
     name="hone",
@@ -24,6 +24,7 @@ app = typer.Typer(
 app.command("serve")(serve.serve)
 app.command("demo")(demo.demo)
 app.command("doctor")(doctor.doctor)
+app.command("usage")(usage.usage)
 app.add_typer(accounts.accounts_app, name="accounts")
 app.add_typer(access.app, name="access")
 app.add_typer(accounts.keys_app, name="keys")

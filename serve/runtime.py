@@ -16,6 +16,7 @@ import torch
 
 from data.db import Database
 from data.files import FileStore
+from data.metering import Meter
 from data.settings import Settings
 from data.tables import new_id
 from data.uploads import UploadStore
@@ -25,6 +26,7 @@ from serve.engine import base_model
 from serve.engine.base import Engine, GenerationRequest, SamplingParams
 from serve.engine.base_spec import ModelSpec
 from serve.engine.local import EngineConfig, LocalEngine
+from serve.gate import Gate
 from serve.metrics import Metrics
 from serve.throttle import Throttle
 
@@ -44,12 +46,17 @@ class Runtime:
     generator: Generator = field(init=False)
     uploads: UploadStore = field(init=False)
     access_throttle: Throttle = field(default_factory=Throttle)
+    gate: Gate = field(init=False)
+    meter: Meter = field(init=False)
     metrics: Metrics = field(default_factory=Metrics)
     probe_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def __post_init__(self) -> None:
         self.generator = Generator(self.engine)
         self.uploads = UploadStore(self.database, self.files)
+        self.meter = Meter(self.database, self.settings.prices)
+        self.gate = Gate(self.database, self.meter, self.settings.limits, self.models.base_model)
+        self.meter.start(on_tick=self.gate.refresh)
 
     def probe(self) -> GenerationRequest:
         """Return the smallest question that shows whether the model answers."""
@@ -61,6 +68,8 @@ class Runtime:
     def apply(self, settings: Settings) -> None:
         """Take over settings that may change while requests run."""
         self.settings = settings
+        self.gate.set_defaults(settings.limits)
+        self.meter.set_prices(settings.prices)
         self.engine.set_limits(
             queue_size=settings.queue_size,
             request_timeout_s=settings.request_timeout_s,
@@ -71,6 +80,7 @@ class Runtime:
     def close(self) -> None:
         """Stop the engine and let go of the database."""
         self.engine.close()
+        self.meter.close()
         self.database.close()
 
 
@@ -91,7 +101,7 @@ def open_runtime(settings: Settings) -> Runtime:
     runtime = Runtime(
         settings=settings,
         database=database,
-        files=FileStore(database, settings.effective_blob_url, max_upload_bytes),
+        files=FileStore(database, settings.effective_blob_url, max_upload_bytes, settings.limits),
         engine=engine,
         models=ModelCatalog(
             database, settings.adapters_dir, spec.name, fingerprint, engine, tokenizer

@@ -33,7 +33,7 @@ ROWS = b"".join(
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     home = tmp_path_factory.mktemp("control")
-    with running(tiny_settings(home, training_price=8.0, keep_checkpoints=2)) as found:
+    with running(tiny_settings(home, prices={"training": 8.0}, keep_checkpoints=2)) as found:
         yield found
 
 

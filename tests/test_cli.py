@@ -49,6 +49,14 @@ def test_an_account_is_made_listed_and_its_key_revoked(hone) -> None:
     assert json.loads(hone("admin-keys", "create", "--json"))["api_key"].startswith("sk-")
 
 
+def test_usage_is_told_of_each_account(hone, tmp_path: Path) -> None:
+    made = json.loads(hone("accounts", "create", "acme", "--json"))
+    assert hone("usage").strip() == "none"
+    assert json.loads(hone("usage", "-a", "acme", "--days", "3", "--json"))["costs"]
+    assert "choose of" in hone("usage", "--by", "shoe", status=2)
+    assert made["project_id"]
+
+
 def test_a_dataset_is_checked_stored_and_queued(hone, dataset: Path) -> None:
     hone("accounts", "create", "acme")
     assert "12" in hone("files", "validate", str(dataset))

@@ -15,6 +15,7 @@ from sqlalchemy.exc import IntegrityError
 
 import data.tables_accounts
 import data.tables_jobs
+import data.tables_metering
 import data.tables_surface  # noqa: F401 - likewise
 from data.db import Database
 from data.errors import InvalidInput

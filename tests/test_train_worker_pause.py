@@ -234,7 +234,7 @@ def test_early_stopping_reaches_the_trainer(shop: Workshop, project: Project) ->
 def test_the_plan_is_told_with_time_and_cost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shop = fake_worker.make_shop(tmp_path, training_price=5.0)
+    shop = fake_worker.make_shop(tmp_path, prices={"training": 5.0})
     project = accounts.create_account(shop.database, "acme")[0]
     data = {"examples": 12, "tokens": 1000}
     monkeypatch.setenv("FAKE_TRAINER", json.dumps({"train_data": data, "tokens": 100}))

@@ -138,7 +138,7 @@ class Follower:
         if not examples or not total:
             return None
         speed = measured_speed(self._shop.database, self._job.base)
-        price = self._shop.settings.training_price
+        price = self._shop.settings.prices.training
         data = {
             "examples": examples,
             "tokens": total,

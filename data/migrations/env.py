@@ -6,7 +6,8 @@ from alembic import context
 
 import data.tables_accounts
 import data.tables_jobs
-import data.tables_surface  # noqa: F401 - likewise
+import data.tables_metering
+import data.tables_surface  # noqa: F401 - their tables belong to the metadata
 from data.tables import Record
 
 context.configure(

@@ -15,9 +15,10 @@ from data import stored_chats
 from data.tables import new_id, now
 from serve.api.adapters import ServedModel
 from serve.api.deps import Caller, Running, json_response
-from serve.api.generation import Answer, unless_disconnected
+from serve.api.generation import Answer, Generator, unless_disconnected
 from serve.api.json_route import StrictJsonRoute
 from serve.api.logprobs import chat_logprobs
+from serve.api.metered import metered
 from serve.api.prompts import Prompt, read_messages, room_for
 from serve.api.sampling import engine_requests, num_generated, sampling_params, usage
 from serve.api.schemas import ChatRequest
@@ -37,13 +38,17 @@ async def create_chat_completion(
     """Answer a conversation `n` times."""
     served = await runtime.models.resolve_for(caller.id, body)
     plan = await run_in_threadpool(_plan, body, served, runtime.engine.max_context, caller.id)
+    generator = metered(runtime, request, body, served, [plan.prompt])
     if body.stream:
-        return await EventStream.begin(request, _frames(plan, runtime, caller.id))
-    return json_response(await unless_disconnected(request, _answer(plan, runtime, caller.id)))
+        return await EventStream.begin(request, _frames(plan, generator, runtime, caller.id))
+    answer = _answer(plan, generator, runtime, caller.id)
+    return json_response(await unless_disconnected(request, answer))
 
 
-async def _answer(plan: _Plan, runtime: Runtime, account_id: str) -> dict[str, Any]:
-    answers = await runtime.generator.answer(plan.requests)
+async def _answer(
+    plan: _Plan, generator: Generator, runtime: Runtime, account_id: str
+) -> dict[str, Any]:
+    answers = await generator.answer(plan.requests)
     whole = _whole(plan, answers)
     await _store(plan, whole, runtime, account_id)
     return whole
@@ -121,7 +126,7 @@ def _choice(plan: _Plan, index: int, answer: Answer) -> dict[str, Any]:
     return choice
 
 
-async def _frames(plan: _Plan, runtime: Runtime, account_id: str) -> Frames:
+async def _frames(plan: _Plan, generator: Generator, runtime: Runtime, account_id: str) -> Frames:
     options = plan.body.stream_options
     with_usage = options is not None and options.include_usage
     head = plan.head("chat.completion.chunk")
@@ -129,7 +134,7 @@ async def _frames(plan: _Plan, runtime: Runtime, account_id: str) -> Frames:
         head["usage"] = None
     begun: set[int] = set()
     answers = [Answer() for _ in plan.requests]
-    generation = runtime.generator.start(plan.requests)
+    generation = generator.start(plan.requests)
     async with aclosing(generation.events(KEEP_ALIVE_S)) as events:
         async for event in events:
             if event is None:

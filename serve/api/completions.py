@@ -17,6 +17,7 @@ from serve.api.deps import Caller, Running, json_response
 from serve.api.generation import Answer, Generator, unless_disconnected
 from serve.api.json_route import StrictJsonRoute
 from serve.api.logprobs import CompletionLogprobs, joined, mean_logprob, prompt_logprobs
+from serve.api.metered import metered
 from serve.api.prompts import Prompt, between, read_prompts, room_for
 from serve.api.sampling import engine_requests, num_generated, sampling_params, usage
 from serve.api.schemas import CompletionRequest
@@ -35,9 +36,10 @@ async def create_completion(
     """Continue each prompt `n` times."""
     served = await runtime.models.resolve_for(caller.id, body)
     plan = await run_in_threadpool(_plan, body, served, runtime.engine.max_context, caller.id)
+    generator = metered(runtime, request, body, served, plan.prompts)
     if body.stream:
-        return await EventStream.begin(request, _frames(plan, runtime.generator))
-    answers = await unless_disconnected(request, runtime.generator.answer(plan.requests))
+        return await EventStream.begin(request, _frames(plan, generator))
+    answers = await unless_disconnected(request, generator.answer(plan.requests))
     return json_response(_whole(plan, answers))
 
 

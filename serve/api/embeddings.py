@@ -21,13 +21,13 @@ from data.errors import InvalidInput
 from data.tables import new_id
 from serve.api.adapters import ServedModel
 from serve.api.deps import Caller, Running, json_response
-from serve.api.generation import unless_disconnected
+from serve.api.generation import Generator, unless_disconnected
 from serve.api.json_route import StrictJsonRoute
+from serve.api.metered import metered
 from serve.api.prompts import Prompt, read_prompts, room_for
 from serve.api.sampling import engine_requests
 from serve.api.schemas import RequestModel
 from serve.engine.base import SamplingParams
-from serve.runtime import Runtime
 
 router = APIRouter(prefix="/v1", route_class=StrictJsonRoute)
 
@@ -48,17 +48,24 @@ async def create_embeddings(
     body: EmbeddingRequest, request: Request, caller: Caller, runtime: Running
 ) -> Response:
     """Embed each text."""
-    return json_response(await unless_disconnected(request, embed(body, caller.id, runtime)))
-
-
-async def embed(body: EmbeddingRequest, account_id: str, runtime: Runtime) -> dict[str, Any]:
-    """Return the answer to a request."""
-    served = await runtime.models.resolve(account_id, body.model)
+    served = await runtime.models.resolve(caller.id, body.model)
     prompts = await run_in_threadpool(_read, body.input, served, runtime.engine.max_context)
+    generator = metered(runtime, request, body, served, prompts)
+    answer = _embed(body, served, prompts, generator, caller.id)
+    return json_response(await unless_disconnected(request, answer))
+
+
+async def _embed(
+    body: EmbeddingRequest,
+    served: ServedModel,
+    prompts: Sequence[Prompt],
+    generator: Generator,
+    account_id: str,
+) -> dict[str, Any]:
     params = SamplingParams(max_tokens=0, embed=True)
     planned = [(prompt, params) for prompt in prompts]
     requests = engine_requests(new_id("embd-"), planned, 1, served, account_id)
-    answers = await runtime.generator.answer(requests)
+    answers = await generator.answer(requests)
     write = _as_base64 if body.encoding_format == "base64" else list
     num_tokens = sum(len(prompt.ids) for prompt in prompts)
     return {

@@ -31,10 +31,16 @@ STATUS_OF_CLASS: dict[type[Exception], int] = {
     errors.DeadlineExceeded: 504,
     errors.ModelUnavailable: 503,
     errors.Overloaded: 503,
+    errors.QuotaExceeded: 429,
     errors.RateLimited: 429,
 }
 STATUS_OF_CODE = {"file_too_large": 413, "unsupported_file": 415}
-NEVER_RETRY = (errors.AdapterRefused, errors.DeadlineExceeded, errors.Forbidden)  # fails again
+NEVER_RETRY = (  # fails again
+    errors.AdapterRefused,
+    errors.DeadlineExceeded,
+    errors.Forbidden,
+    errors.QuotaExceeded,
+)
 SIZES = {
     "too_long": ("array too long", "an array with maximum length", "max_length"),
     "too_short": ("array too short", "an array with minimum length", "min_length"),

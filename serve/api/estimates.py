@@ -69,7 +69,7 @@ async def describe_estimate(spec: JobSpec, account: Account, runtime: Runtime) -
         "speed_from": source if speed else None,
         "estimated_seconds": None if seconds is None else round(seconds, 1),
         "estimated_cost": {
-            "value": found.trained_tokens * runtime.settings.training_price / 1e6,
+            "value": found.trained_tokens * runtime.settings.prices.training / 1e6,
             "currency": "usd",
         },
     }

@@ -73,8 +73,11 @@ async def create_job(body: JobRequest, caller: Caller, runtime: Running) -> Resp
         )
     if body.dry_run:
         return json_response(await describe_estimate(spec, caller, runtime))
+    runtime.gate.check_money(caller.id)
     bases = await runtime.models.bases(caller.id)
-    job = await run_in_threadpool(jobs.create, runtime.database, caller.id, spec, bases)
+    job = await run_in_threadpool(
+        jobs.create, runtime.database, caller.id, spec, bases, runtime.settings.limits
+    )
     return json_response(describe_job(job))
 
 

@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from copy import copy
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 from weakref import WeakSet
 
 from starlette.requests import ClientDisconnect, Request
@@ -26,6 +26,22 @@ IN_FLIGHT = 32  # sequences of one API request that wait or run in the engine at
 
 T = TypeVar("T")
 Event = tuple[int, Delta]  # which of the request's sequences, and what happened to it
+
+
+class Watcher(Protocol):
+    """Learns of all that the engine does for one API request; see `serve.api.metered.Tally`."""
+
+    def submitted(self, index: int) -> None:
+        """A sequence goes to the engine."""
+
+    def refused(self, index: int) -> None:
+        """The engine did not take it."""
+
+    def saw(self, index: int, delta: Delta) -> None:
+        """The engine reports; called on its thread."""
+
+    def ended(self, status: Literal["complete", "aborted", "error"]) -> None:
+        """The API request is over, though cancelled sequences may still report."""
 
 
 @dataclass(slots=True)
@@ -61,15 +77,18 @@ class Generator:
         self.closed: Mapping[str, ToolkitError] = {}  # accounts that are not served, and why
         self._live: WeakSet[Generation] = WeakSet()
 
-    def start(self, requests: Sequence[GenerationRequest]) -> Generation:
-        """Submit the requests.
+    def start(
+        self, requests: Sequence[GenerationRequest], watcher: Watcher | None = None
+    ) -> Generation:
+        """Submit the requests; a watcher learns of all that becomes of them.
 
         Raises:
+            Forbidden: The account is closed.
             Overloaded: The engine's queue is full.
             ContextTooLong: A prompt does not fit.
         """
         self.check(requests[0].account)
-        generation = Generation(self, requests)
+        generation = Generation(self, requests, watcher)
         self._live.add(generation)
         generation.fill()
         return generation
@@ -100,10 +119,16 @@ class Generator:
 class Generation:
     """The sequences of one API request."""
 
-    def __init__(self, generator: Generator, requests: Sequence[GenerationRequest]):
+    def __init__(
+        self,
+        generator: Generator,
+        requests: Sequence[GenerationRequest],
+        watcher: Watcher | None = None,
+    ):
         self.account = requests[0].account
         self._ended_by: ToolkitError | None = None
         self._generator = generator
+        self._watcher = watcher
         self._waiting = deque(enumerate(requests))
         self._running: dict[int, str] = {}
         self._events: asyncio.Queue[Event] = asyncio.Queue()
@@ -113,13 +138,15 @@ class Generation:
         """Hand waiting sequences to the engine while it takes them."""
         while self._waiting and len(self._running) < IN_FLIGHT:
             index, request = self._waiting[0]
+            if self._watcher:
+                self._watcher.submitted(index)
             try:
                 self._generator.engine.submit(request, self._listener(index))
-            except Overloaded:
-                if not self._running:
-                    raise
-                return  # tried again when one of ours has finished
-            except BaseException:
+            except BaseException as error:
+                if self._watcher:
+                    self._watcher.refused(index)
+                if isinstance(error, Overloaded) and self._running:
+                    return  # tried again when one of ours has finished
                 self.cancel()
                 raise
             self._waiting.popleft()
@@ -131,6 +158,7 @@ class Generation:
         Raises:
             ToolkitError: The engine could not go on with one of them; the others are cancelled.
         """
+        status: Literal["complete", "aborted", "error"] = "aborted"
         try:
             while self._running or self._waiting:
                 try:
@@ -150,8 +178,14 @@ class Generation:
                         )
                     self.fill()
                 yield index, delta
+            status = "complete"
+        except ToolkitError:
+            status = "error"
+            raise
         finally:
             self.cancel()
+            if self._watcher:
+                self._watcher.ended(status)
 
     def end(self, error: ToolkitError) -> None:
         """Make `events` raise an error as soon as it looks; what runs is cancelled then."""
@@ -167,6 +201,8 @@ class Generation:
 
     def _listener(self, index: int) -> Any:
         def on_delta(delta: Delta) -> None:  # on the engine's thread
+            if self._watcher:
+                self._watcher.saw(index, delta)
             self._loop.call_soon_threadsafe(self._events.put_nowait, (index, delta))
 
         return on_delta

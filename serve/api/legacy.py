@@ -118,7 +118,10 @@ async def create_fine_tune(body: FineTuneRequest, caller: Caller, runtime: Runni
         hyperparameters={name: value for name, value in chosen.items() if value is not None},
     )
     bases = await runtime.models.bases(caller.id)
-    job = await run_in_threadpool(jobs.create, runtime.database, caller.id, spec, bases)
+    runtime.gate.check_money(caller.id)
+    job = await run_in_threadpool(
+        jobs.create, runtime.database, caller.id, spec, bases, runtime.settings.limits
+    )
     return json_response(await run_in_threadpool(_describe, runtime, caller, job, True))
 
 

@@ -66,6 +66,7 @@ class RequestContext:
                 headers["openai-version"] = API_VERSION
                 headers["openai-organization"] = ORGANIZATION
                 headers["openai-processing-ms"] = str(_elapsed_ms(started))
+                headers.update(scope["state"].get("rate_headers", {}))
             await send(message)
 
         try:

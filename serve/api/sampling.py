@@ -96,7 +96,7 @@ def usage(
         num_cached: Of each sequence, in the order of `engine_requests`, the prompt tokens that were
             not computed. A prompt's count is that of its sequence that computed most.
     """
-    samples = len(num_cached) // len(prompts)
+    samples = len(num_cached) // max(1, len(prompts))
     cached = [min(num_cached[i * samples : (i + 1) * samples]) for i in range(len(prompts))]
     num_prompt = sum(len(prompt.ids) for prompt in prompts)
     return {

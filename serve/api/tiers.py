@@ -12,7 +12,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, UploadFile
 from starlette.responses import Response
 
-from data import registry
+from data import caps, registry
 from data.adapter_checks import CONFIG, WEIGHTS
 from data.errors import AdapterRefused, InvalidInput
 from data.job_spec import check_suffix
@@ -140,6 +140,9 @@ def _import(runtime: Runtime, account: Account, form: FormData) -> AdapterVersio
                 )
             with (folder / filename).open("wb") as target:
                 shutil.copyfileobj(part.file, target)
+        size = sum(path.stat().st_size for path in folder.iterdir())
+        with runtime.database.read() as session:
+            caps.check_stored_bytes(session, account.id, runtime.settings.limits, size)
         try:
             return registry.publish_imported(
                 runtime.database,

@@ -40,7 +40,9 @@ def upload(
         raise InvalidInput(f"{path} is not a file; give the path of a JSONL file")
     settings, database = open_home()
     project = choose_account(database, account)
-    store = FileStore(database, settings.effective_blob_url, settings.max_upload_mb << 20)
+    store = FileStore(
+        database, settings.effective_blob_url, settings.max_upload_mb << 20, settings.limits
+    )
     with path.open("rb") as stream:
         record = store.create(project.id, stream, path.name, purpose)
     if as_json:

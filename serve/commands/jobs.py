@@ -60,7 +60,7 @@ def create(
         suffix=suffix,
         seed=seed,
     )
-    job = jobs.create(database, project.id, spec, [spec.model])
+    job = jobs.create(database, project.id, spec, [spec.model], settings.limits)
     if not as_json:
         print(job.id)
     if wait:
@@ -125,7 +125,9 @@ def _upload_if_path(settings: Any, database: Database, project_id: str, given: s
     if not path.is_file():
         raise InvalidInput(f"{given} is neither a file id (file-...) nor a file")
     with path.open("rb") as stream:
-        store = FileStore(database, settings.effective_blob_url, settings.max_upload_mb << 20)
+        store = FileStore(
+            database, settings.effective_blob_url, settings.max_upload_mb << 20, settings.limits
+        )
         return store.create(project_id, stream, path.name, "fine-tune").id
 
 

@@ -1,0 +1,176 @@
+"""What one completion or chat request uses: admitted, watched, and told to the ledger.
+
+Whole and streamed answers pass here alike. Admission takes the request's tokens from the account's
+limits; when its last sequence has ended, also one that was cancelled, the ledger gets what was
+really produced and the limits get back the rest.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from starlette.requests import Request
+
+from data.accounts import Principal
+from data.errors import RateLimited
+from data.metering import Status, Usage
+from serve.api.adapters import ServedModel
+from serve.api.generation import Generation, Generator, Watcher
+from serve.api.prompts import Prompt
+from serve.api.sampling import usage
+from serve.engine.base import Delta, GenerationRequest
+from serve.runtime import Runtime
+
+
+class Tally:
+    """Counts what the engine does for one API request; a `serve.api.generation.Watcher`.
+
+    Args:
+        prompts: Sequence `i` continues prompt `i * len(prompts) // count`.
+        settle: Called once, when the request is over and no sequence of it runs any more, with
+            prompt, cached and completion tokens and the status.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        count: int,
+        settle: Callable[[int, int, int, Status], None],
+    ):
+        self._prompts = prompts
+        self._samples = count // len(prompts)
+        self._settle = settle
+        self._lock = threading.Lock()  # the event loop and the engine's thread meet here
+        self._running: set[int] = set()
+        self._cached: dict[int, int] = {}  # of the sequences whose prompt was computed
+        self._generated = 0
+        self._status: Status | None = None
+
+    def submitted(self, index: int) -> None:
+        """A sequence goes to the engine."""
+        with self._lock:
+            self._running.add(index)
+
+    def refused(self, index: int) -> None:
+        """The engine did not take it."""
+        with self._lock:
+            self._running.discard(index)
+
+    def saw(self, index: int, delta: Delta) -> None:
+        """Count what the engine reports."""
+        with self._lock:
+            self._generated += len(delta.token_ids)
+            failed = delta.finish_reason in ("cancelled", "error")
+            if delta.token_ids or delta.prompt_logprobs or (delta.finish_reason and not failed):
+                self._cached[index] = delta.num_cached
+            if delta.finish_reason is not None:
+                self._running.discard(index)
+            done = self._status is not None and not self._running
+        if done:
+            self._finish()
+
+    def ended(self, status: Status) -> None:
+        """The request is over; sequences that were cancelled may still report."""
+        with self._lock:
+            if self._status is not None:
+                return
+            self._status = status
+            done = not self._running
+        if done:
+            self._finish()
+
+    def _finish(self) -> None:
+        prompts, cached = [], []
+        for i, prompt in enumerate(self._prompts):
+            own = range(i * self._samples, (i + 1) * self._samples)
+            known = [self._cached[index] for index in own if index in self._cached]
+            if known:  # a prompt that was never computed costs nothing
+                prompts.append(prompt)
+                cached.append(min(known))
+        counted = usage(prompts, self._generated, cached)
+        num_cached = counted["prompt_tokens_details"]["cached_tokens"]
+        status = self._status or "error"
+        self._settle(counted["prompt_tokens"], num_cached, counted["completion_tokens"], status)
+
+
+class Metered(Generator):
+    """The engine for one API request, which is admitted when it starts and settled at its end."""
+
+    def __init__(
+        self,
+        generator: Generator,
+        admit: Callable[[Sequence[GenerationRequest]], Tally],
+    ):
+        super().__init__(generator.engine)
+        self._generator = generator
+        self._admit = admit
+
+    def start(
+        self, requests: Sequence[GenerationRequest], watcher: Watcher | None = None
+    ) -> Generation:
+        """Submit the requests, if the account's limits allow; the tally is their watcher.
+
+        Raises:
+            Forbidden: The account is closed.
+            RateLimited: The account has used up what it may use in this time.
+            QuotaExceeded: It has spent what it may spend this month.
+            Overloaded: The engine's queue is full.
+        """
+        self._generator.check(requests[0].account)
+        tally = self._admit(requests)
+        try:
+            return self._generator.start(requests, tally)
+        except BaseException:
+            tally.ended("error")
+            raise
+
+
+class HasUser(Protocol):
+    """A request that may name its end user."""
+
+    user: str | None
+
+
+def metered(
+    runtime: Runtime,
+    request: Request,
+    body: HasUser,
+    served: ServedModel,
+    prompts: Sequence[Prompt],
+) -> Metered:
+    """Return the engine for this request, whose usage goes to its account."""
+    principal: Principal = request.state.principal
+    request_id: str = request.state.request_id
+
+    account = principal.project_id or ""
+
+    def admit(requests: Sequence[GenerationRequest]) -> Tally:
+        num_prompt = sum(len(prompt.ids) for prompt in prompts)
+        most = num_prompt + sum(one.params.max_tokens for one in requests)
+        try:
+            reservation, left = runtime.gate.admit(account, served.name, num_prompt, most)
+        except RateLimited:
+            request.state.rate_headers = runtime.gate.headers(account, served.name)
+            raise
+        request.state.rate_headers = left
+
+        def settle(prompt: int, cached: int, completion: int, status: Status) -> None:
+            reservation.settle(prompt + completion)
+            used = Usage(
+                project_id=account,
+                key_id=principal.key_id,
+                model=served.name,
+                request_id=request_id,
+                prompt_tokens=prompt,
+                cached_tokens=cached,
+                completion_tokens=completion,
+                end_user=body.user,
+                status=status,
+            )
+            runtime.gate.record(used)
+
+        return Tally(prompts, len(requests), settle)
+
+    return Metered(runtime.generator, admit)

@@ -1,0 +1,192 @@
+"""Repeated POSTs: the same answer, never the same work twice, and never another account's."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+from api_server import MODEL, Server, running, tiny_settings
+from openai import OpenAI
+from sqlalchemy import func, select, update
+
+from data import kept_answers
+from data.db import Database
+from data.errors import IdempotencyMismatch
+from data.tables import Job, now
+from data.tables_metering import KeptAnswer
+
+LINES = b'{"prompt": "a", "completion": "b"}\n' * 20
+BODY = {"model": MODEL, "prompt": "abc", "max_tokens": 8, "temperature": 1}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with running(tiny_settings(tmp_path_factory.mktemp("idempotency"))) as server:
+        yield server
+
+
+@pytest.fixture
+def database(tmp_path: Any) -> Iterator[Database]:
+    database = Database(f"sqlite:///{tmp_path}/hone.db")
+    database.migrate()
+    yield database
+    database.close()
+
+
+def post(http: httpx.Client, key: str, body: Any = None, path: str = "completions") -> Any:
+    headers = {"idempotency-key": key}
+    return http.post(f"/v1/{path}", json=body or BODY, headers=headers)
+
+
+def jobs(server: Server, project_id: str) -> int:
+    with server.runtime.database.read() as session:
+        query = select(func.count()).select_from(Job).where(Job.project_id == project_id)
+        return session.scalar(query) or 0
+
+
+def test_same_key_and_body_get_the_same_answer(server: Server) -> None:
+    http = server.http()
+    first, again = post(http, "k1"), post(http, "k1")
+    assert first.status_code == 200
+    assert again.content == first.content  # the id and the sampled text too
+    assert again.headers["idempotent-replayed"] == "true"
+    assert "idempotent-replayed" not in first.headers
+    assert again.headers["x-request-id"] != first.headers["x-request-id"]
+    assert post(http, "k2").json()["id"] != first.json()["id"]
+    assert http.post("/v1/completions", json=BODY).json()["id"] != first.json()["id"]
+
+
+def test_streams_and_errors_of_the_request_are_kept_too(server: Server) -> None:
+    http = server.http()
+    streams = [post(http, "s1", BODY | {"stream": True}) for _ in range(2)]
+    assert streams[0].content == streams[1].content
+    assert streams[1].headers["content-type"] == streams[0].headers["content-type"]
+    wrong = [post(http, "s2", BODY | {"temperature": 9}) for _ in range(2)]
+    assert [answer.status_code for answer in wrong] == [400, 400]
+    assert wrong[1].headers["idempotent-replayed"] == "true"
+
+
+def test_another_body_or_path_with_the_same_key_is_an_error(server: Server) -> None:
+    http = server.http()
+    post(http, "m1")
+    chat = {"model": MODEL, "messages": [{"role": "user", "content": "a"}]}
+    for answer in (post(http, "m1", BODY | {"n": 2}), post(http, "m1", chat, "chat/completions")):
+        assert answer.status_code == 400
+        error = answer.json()["error"]
+        assert error["type"] == "idempotency_error"
+        assert error["code"] is None
+    assert post(http, "x" * 256).status_code == 400
+
+
+def test_a_body_that_is_too_large_is_told_so(server: Server) -> None:
+    def chunks() -> Iterator[bytes]:
+        yield from (b"x" * (1 << 20) for _ in range(33))
+
+    headers = {"idempotency-key": "large", "content-type": "application/json"}
+    answer = server.http().post("/v1/completions", content=chunks(), headers=headers)
+    assert answer.status_code == 413
+    assert answer.json()["error"]["code"] == "file_too_large"
+
+
+def test_a_key_is_the_accounts_own(server: Server) -> None:
+    _, other = server.new_account("other")
+    mine, theirs = post(server.http(), "o1"), post(server.http(other), "o1", BODY | {"n": 2})
+    assert theirs.status_code == 200
+    assert theirs.json()["id"] != mine.json()["id"]
+
+
+def test_at_the_same_time_one_is_done_and_the_others_wait(server: Server) -> None:
+    project, key = server.new_account("together")
+    client = server.client(key)
+    file = client.files.create(file=("x.jsonl", LINES), purpose="fine-tune")
+    body = {"model": MODEL, "training_file": file.id}
+    start = threading.Barrier(6)
+
+    def work(_: int) -> str:
+        http = server.http(key)
+        start.wait()
+        return str(post(http, "j1", body, "fine_tuning/jobs").json()["id"])
+
+    with ThreadPoolExecutor(6) as pool:
+        assert len(set(pool.map(work, range(6)))) == 1
+    assert jobs(server, project.id) == 1
+
+
+def test_an_upload_is_recognised_though_its_boundary_differs(server: Server) -> None:
+    http = server.http(server.new_account("uploads")[1])
+    headers = {"idempotency-key": "u1"}
+    ids = set()
+    for _ in range(2):
+        files = {"file": ("x.jsonl", LINES)}
+        answer = http.post("/v1/files", data={"purpose": "fine-tune"}, files=files, headers=headers)
+        ids.add(answer.json()["id"])
+    assert len(ids) == 1
+    changed = http.post(
+        "/v1/files",
+        data={"purpose": "fine-tune"},
+        files={"file": ("x.jsonl", LINES * 2)},
+        headers=headers,
+    )
+    assert changed.json()["error"]["type"] == "idempotency_error"
+    assert len(http.get("/v1/files").json()["data"]) == 1
+
+
+class LosesTheFirstAnswer(httpx.HTTPTransport):
+    """Sends everything, but pretends that the first answer to a new job never came."""
+
+    lost = 0
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        response = super().handle_request(request)
+        if request.url.path.endswith("/jobs") and request.method == "POST" and not self.lost:
+            self.lost += 1
+            response.close()
+            raise httpx.ReadTimeout("lost", request=request)
+        return response
+
+
+def test_official_client_that_tries_again_makes_one_job(server: Server) -> None:
+    project, key = server.new_account("retries")
+    transport = LosesTheFirstAnswer()
+    with OpenAI(
+        base_url=f"{server.url}/v1", api_key=key, http_client=httpx.Client(transport=transport)
+    ) as client:
+        file = client.files.create(file=("x.jsonl", LINES), purpose="fine-tune")
+        job = client.fine_tuning.jobs.create(model=MODEL, training_file=file.id)
+        assert transport.lost == 1
+        assert jobs(server, project.id) == 1
+        assert client.fine_tuning.jobs.list().data[0].id == job.id
+        # Asking for the same once more, on purpose, makes another.
+        assert client.fine_tuning.jobs.create(model=MODEL, training_file=file.id).id != job.id
+    with server.runtime.database.write() as session:
+        session.execute(
+            update(KeptAnswer).where(KeptAnswer.scope == project.id).values(created_at=now() - 601)
+        )
+    late = server.http(key).post(
+        "/v1/fine_tuning/jobs",
+        json={"model": MODEL, "training_file": file.id},
+        headers={"x-stainless-retry-count": "1"},
+    )
+    assert late.status_code == 200
+    assert jobs(server, project.id) == 3
+
+
+def test_what_says_later_is_not_kept(server: Server, database: Database) -> None:
+    assert kept_answers.begin(database, "p", "k", "h") is None
+    assert kept_answers.begin(database, "p", "k", "h").status is None  # type: ignore[union-attr]
+    with pytest.raises(IdempotencyMismatch):
+        kept_answers.begin(database, "p", "k", "other")
+    kept_answers.release(database, "p", "k")
+    assert kept_answers.begin(database, "p", "k", "other") is None
+    kept_answers.finish(database, "p", "k", 200, "text/plain", b"x")
+    kept_answers.release(database, "p", "k")  # too late
+    kept = kept_answers.begin(database, "p", "k", "other")
+    assert kept is not None
+    assert (kept.status, kept.body) == (200, b"x")
+    with database.write() as session:
+        session.execute(update(KeptAnswer).values(created_at=now() - kept_answers.KEEP_S))
+    assert kept_answers.begin(database, "p", "k", "h") is None
