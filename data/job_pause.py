@@ -24,17 +24,24 @@ def pause(database: Database, project_id: str, job_id: str) -> Job:
     """
     with database.write() as session:
         job = jobs.find(session, project_id, job_id)
-        if job.cancel_requested or "paused" not in jobs.TRANSITIONS.get(job.status, ()):
+        if not hold(session, job):
             standing = "being cancelled" if job.cancel_requested else job.status
             raise StateConflict(
                 f"The job {job_id} is {standing}, so it cannot be paused.", param="id"
             )
-        job.pause_requested = jobs.is_held(job)
-        if not job.pause_requested:
-            job.worker_id = job.lease_expires_at = None
-        jobs.move(session, job, "paused", estimated_finish=None)
-        jobs.record_event(session, job.id, "Fine-tuning job paused")
     return job
+
+
+def hold(session: Session, job: Job) -> bool:
+    """Pause a job inside the caller's transaction; False if it cannot be paused."""
+    if job.cancel_requested or "paused" not in jobs.TRANSITIONS.get(job.status, ()):
+        return False
+    job.pause_requested = jobs.is_held(job)
+    if not job.pause_requested:
+        job.worker_id = job.lease_expires_at = None
+    jobs.move(session, job, "paused", estimated_finish=None)
+    jobs.record_event(session, job.id, "Fine-tuning job paused")
+    return True
 
 
 def resume(database: Database, project_id: str, job_id: str) -> Job:

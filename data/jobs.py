@@ -26,7 +26,7 @@ from data.files import LIVE_JOBS
 from data.job_spec import JobSpec
 from data.job_start import check_file, find_start
 from data.settings import Limits
-from data.tables import AdapterVersion, Checkpoint, Job, JobEvent, new_id, now
+from data.tables import AdapterVersion, Checkpoint, Job, JobEvent, Project, new_id, now
 
 FINAL = ("succeeded", "failed", "cancelled")
 # Where each state may lead. A job taken over after a crash stays in its state.
@@ -378,7 +378,10 @@ def is_held(job: Job) -> bool:
 
 def _unheld(states: Sequence[str]) -> Select[Job]:
     free = or_(Job.worker_id.is_(None), Job.lease_expires_at < time.time())
-    return select(Job).where(Job.status.in_(states), free).order_by(Job.created_at, Job.id)
+    closed = select(Project.id).where(Project.status != "active")
+    served = or_(Job.project_id.not_in(closed), Job.cancel_requested)  # cancelling is still done
+    query = select(Job).where(Job.status.in_(states), free, served)
+    return query.order_by(Job.created_at, Job.id)
 
 
 def _held_by_project(session: Session) -> dict[str, int]:

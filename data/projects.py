@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from sqlalchemy import or_, select
@@ -84,7 +85,8 @@ def archive(database: Database, project_id: str) -> Project:
         job_ids = session.scalars(live).all()
         audit.record(session, "project.archived", project_id, project_id)
     for job_id in job_ids:
-        jobs.request_cancel(database, project_id, job_id)
+        with suppress(StateConflict):  # it ended meanwhile
+            jobs.request_cancel(database, project_id, job_id)
     return project
 
 

@@ -46,14 +46,10 @@ def suspend(database: Database, project_id: str, reason: str) -> SafetyCase:
         session.add(case)
         project.status, project.case_id = "suspended", case.id
         audit.record(session, "account.suspended", project_id, project_id, case=case.id)
-        live = select(Job.id).where(
-            Job.project_id == project_id, Job.status.in_(LIVE_JOBS), Job.status != "paused"
-        )
-        job_ids = session.scalars(live).all()
-    paused = [job_id for job_id in job_ids if _pause(database, project_id, job_id)]
-    with database.write() as session:
-        case = session.get_one(SafetyCase, case.id)
-        case.paused_jobs = paused
+        live = select(Job).where(Job.project_id == project_id, Job.status.in_(LIVE_JOBS))
+        case.paused_jobs = [
+            job.id for job in session.scalars(live).all() if job_pause.hold(session, job)
+        ]
     return case
 
 
@@ -105,14 +101,6 @@ def _new_case(project_id: str, notice: str, reason: str) -> SafetyCase:
         paused_jobs=[],
         created_at=now(),
     )
-
-
-def _pause(database: Database, project_id: str, job_id: str) -> bool:
-    try:
-        job_pause.pause(database, project_id, job_id)
-    except StateConflict:
-        return False  # it ended meanwhile
-    return True
 
 
 def _check(reason: str) -> None:

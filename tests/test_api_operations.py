@@ -35,6 +35,15 @@ def server(settings: Settings) -> Iterator[Server]:
         yield found
 
 
+@pytest.fixture(autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    root = logging.getLogger()
+    level, handlers = root.level, list(root.handlers)
+    yield
+    root.setLevel(level)
+    root.handlers[:] = handlers
+
+
 def test_a_record_is_one_json_object() -> None:
     record = logging.LogRecord("hone.x", logging.WARNING, "f", 1, "line\n%s", ("two",), None)
     setattr(record, FIELDS, {"status": 200, "account": None})

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DatabaseError
 
-from data import access, accounts, audit, model_access, projects, safety, stored_chats
+from data import access, accounts, audit, jobs, model_access, projects, safety, stored_chats
 from data.db import Database
 from data.errors import Forbidden, InvalidInput, NotFound, StateConflict
+from data.files import FileStore
+from data.job_spec import JobSpec
+
+ROW = b'{"prompt": "a", "completion": "b"}\n'
 
 
 @pytest.fixture
@@ -136,3 +141,34 @@ def test_stored_chats_by_metadata(database: Database) -> None:
     assert [chat.id for chat in back] == ["chatcmpl-2", "chatcmpl-1", "chatcmpl-0"]
     with pytest.raises(NotFound):
         stored_chats.get(database, "proj_other", "chatcmpl-0")
+
+
+def make_job(database: Database, project_id: str, file_id: str) -> str:
+    spec = JobSpec(model="tiny", training_file=file_id)
+    return jobs.create(database, project_id, spec, ["tiny"]).id
+
+
+def test_no_worker_takes_jobs_of_a_closed_account(database: Database, tmp_path: Path) -> None:
+    project, _ = accounts.create_account(database, "acme")
+    store = FileStore(database, f"file://{tmp_path}/files")
+    file_id = store.create(project.id, [ROW], "x.jsonl", "fine-tune").id
+    before = make_job(database, project.id, file_id)
+    case = safety.suspend(database, project.id, "Spam.")
+    assert case.paused_jobs == [before]
+    late = make_job(database, project.id, file_id)  # of a call that was under way
+    assert jobs.claim(database, "worker", 60) is None
+    safety.reinstate(database, project.id)
+    assert jobs.get(database, project.id, before).status == "queued"
+    claimed = {jobs.claim(database, "worker", 60).id for _ in range(2)}  # type: ignore[union-attr]
+    assert claimed == {before, late}
+
+
+def test_archiving_cancels_what_waits(database: Database, tmp_path: Path) -> None:
+    project, _ = accounts.create_account(database, "acme")
+    store = FileStore(database, f"file://{tmp_path}/files")
+    file_id = store.create(project.id, [ROW], "x.jsonl", "fine-tune").id
+    made = [make_job(database, project.id, file_id) for _ in range(2)]
+    projects.archive(database, project.id)
+    assert {jobs.get(database, project.id, job_id).status for job_id in made} == {"cancelled"}
+    with pytest.raises(StateConflict):
+        projects.archive(database, project.id)
