@@ -1,4 +1,4 @@
-"""Uploads in parts, stored chat completions, batches
+"""Uploads in parts, stored chat completions
 
 Revision: 0006_surface; follows 0005_jobs
 """
@@ -71,33 +71,8 @@ def upgrade() -> None:
     op.create_index(
         "ix_chat_completions_project_created", "chat_completions", ["project_id", "created_at"]
     )
-    op.create_table(
-        "batches",
-        _id(),
-        _id("project_id"),
-        _id("endpoint"),
-        _id("input_file_id"),
-        _id("output_file_id", nullable=True),
-        _id("error_file_id", nullable=True),
-        sa.Column("completion_window", sa.String(length=8), nullable=False),
-        sa.Column("status", sa.String(length=16), nullable=False),
-        sa.Column("errors", sa.JSON(), nullable=False),
-        sa.Column("total", sa.Integer(), nullable=False),
-        sa.Column("completed", sa.Integer(), nullable=False),
-        sa.Column("failed", sa.Integer(), nullable=False),
-        sa.Column("metadata", sa.JSON(), nullable=True),
-        sa.Column("times", sa.JSON(), nullable=False),
-        _number("created_at"),
-        _number("expires_at"),
-        _id("worker_id", nullable=True),
-        _number("lease_expires_at", nullable=True),
-        sa.ForeignKeyConstraint(["project_id"], ["projects.id"]),
-        sa.PrimaryKeyConstraint("id"),
-    )
-    op.create_index("ix_batches_project_id", "batches", ["project_id"])
-    op.create_index("ix_batches_status_created", "batches", ["status", "created_at"])
 
 
 def downgrade() -> None:
-    for table in ("batches", "chat_completions", "upload_parts", "uploads"):
+    for table in ("chat_completions", "upload_parts", "uploads"):
         op.drop_table(table)
