@@ -32,7 +32,8 @@ from data.validate import upload_error_message, validate
 CHUNK_BYTES = 1 << 20
 DEFAULT_MAX_BYTES = 512 << 20
 PURPOSES = ("fine-tune", "batch", "evals", "user_data", "feedback")
-RESULTS = "fine-tune-results"  # written by hone itself
+RESULTS = "fine-tune-results"  # written by hone itself, as is
+BATCH_OUTPUT = "batch_output"
 JSONL_PURPOSES = {"fine-tune", "batch", "feedback"}
 LIVE_JOBS = ("validating_files", "queued", "running", "paused")
 EXPIRY_RANGE_S = (3600, 2_592_000)
@@ -347,7 +348,7 @@ def _chunks(stream: BinaryIO | Iterable[bytes]) -> Iterator[bytes]:
 
 def check_request(purpose: str, expires_after_s: int | None) -> None:
     """Raise InvalidInput unless a file may have this purpose and expiry."""
-    if purpose not in (*PURPOSES, RESULTS):
+    if purpose not in (*PURPOSES, RESULTS, BATCH_OUTPUT):
         raise InvalidInput(
             f"Invalid value: '{purpose}'. Supported values are: {', '.join(map(repr, PURPOSES))}.",
             param="purpose",

@@ -1,4 +1,4 @@
-"""Records of uploads in parts and of stored chat completions."""
+"""Records of uploads in parts, stored chat completions and batches."""
 
 from __future__ import annotations
 
@@ -53,3 +53,30 @@ class ChatRecord(Record):
     messages: Mapped[list[Any]]
     metadata_: Mapped[dict[str, Any] | None] = mapped_column("metadata", JSON)
     created_at: Mapped[int] = mapped_column(BigInteger, default=now)
+
+
+class Batch(Record):
+    """Requests from a file, answered in the background."""
+
+    __tablename__ = "batches"
+    __table_args__ = (Index("ix_batches_status_created", "status", "created_at"),)
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"), index=True)
+    key_id: Mapped[str] = mapped_column(String(64))  # whose usage it is
+    endpoint: Mapped[str] = mapped_column(String(64))
+    input_file_id: Mapped[str] = mapped_column(String(64))
+    output_file_id: Mapped[str | None] = mapped_column(String(64))
+    error_file_id: Mapped[str | None] = mapped_column(String(64))
+    completion_window: Mapped[str] = mapped_column(String(8))
+    status: Mapped[str] = mapped_column(String(16), default="validating")
+    errors: Mapped[list[Any]]
+    total: Mapped[int] = mapped_column(default=0)
+    completed: Mapped[int] = mapped_column(default=0)
+    failed: Mapped[int] = mapped_column(default=0)
+    metadata_: Mapped[dict[str, Any] | None] = mapped_column("metadata", JSON)
+    times: Mapped[dict[str, Any]]  # in_progress_at, finalizing_at, ... as they come
+    created_at: Mapped[int] = mapped_column(BigInteger, default=now)
+    expires_at: Mapped[int] = mapped_column(BigInteger)
+    worker_id: Mapped[str | None] = mapped_column(String(64))
+    lease_expires_at: Mapped[int | None] = mapped_column(BigInteger)

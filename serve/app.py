@@ -11,8 +11,10 @@ from starlette.concurrency import run_in_threadpool
 from starlette.middleware.cors import CORSMiddleware
 
 from data.settings import Settings
+from serve import batch_runner
 from serve.api import (
     access,
+    batches,
     chat,
     completions,
     embeddings,
@@ -59,6 +61,7 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
         worker = WorkerProcess(settings) if settings.embedded_worker else None
         sender = WebhookSender(app.state.runtime.database, settings)
         watcher = asyncio.create_task(watch(app.state.runtime))
+        batcher = asyncio.create_task(batch_runner.run(app.state.runtime))
         try:
             sender.start()
             if worker is not None:
@@ -66,6 +69,8 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
             yield
         finally:
             watcher.cancel()
+            batcher.cancel()
+            await asyncio.gather(watcher, batcher, return_exceptions=True)
             if worker is not None:
                 await worker.stop()
             await sender.stop()
@@ -104,6 +109,7 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
         stored_chats,
         files,
         uploads,
+        batches,
         *jobs,
         tiers,
         tokens,

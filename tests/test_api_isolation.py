@@ -36,6 +36,7 @@ NAMES_OF_IDS = {
     "upload_id": "upload",
     "completion_id": "chat",
     "case_id": "case",
+    "batch_id": "batch",
 }
 # For the keys of operators alone: keys of accounts are refused before any id is looked at.
 OPERATORS = "/v1/organization/"
@@ -108,6 +109,13 @@ def make_case(server: Server, _: Any) -> str:
     return safety.warn(server.runtime.database, server.project.id, "Mind the rules.").id
 
 
+def make_batch(server: Server, _: Any) -> str:
+    client = server.client()
+    file_id = client.files.create(file=("b.jsonl", b'{"a": 1}'), purpose="batch").id
+    create = client.batches.create
+    return create(input_file_id=file_id, endpoint="/v1/completions", completion_window="24h").id
+
+
 def make_permission(server: Server, model: str) -> str:
     friend, _ = server.new_account("friend")
     path = f"/v1/fine_tuning/checkpoints/{quote(model, safe='')}/permissions"
@@ -124,6 +132,7 @@ MAKERS: dict[str, Callable[[Server, Any], str]] = {
     "upload": make_upload,
     "chat": make_chat,
     "case": make_case,
+    "batch": make_batch,
 }
 
 # Bodies that name an object: (method, path, body with the object's kind in braces).
@@ -137,6 +146,15 @@ BODIES: list[tuple[str, str, dict[str, Any]]] = [
     ),
     ("POST", "/v1/fine_tuning/jobs", {"model": MODEL, "training_file": "{file}"}),
     ("POST", "/v1/fine_tuning/jobs", {"model": "{model}", "training_file": "{file}"}),
+    (
+        "POST",
+        "/v1/batches",
+        {
+            "input_file_id": "{file}",
+            "endpoint": "/v1/completions",
+            "completion_window": "24h",
+        },
+    ),
     ("POST", "/v1/fine_tuning/estimate", {"model": MODEL, "training_file": "{file}"}),
 ]
 

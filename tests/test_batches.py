@@ -1,0 +1,238 @@
+"""Batches through the official client: answered as live calls are, resumed, cancelled, refused."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from api_server import MODEL, Server, running, tiny_settings
+from openai.types import Batch
+
+from data import batches
+
+COMPLETIONS = "/v1/completions"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with running(tiny_settings(tmp_path_factory.mktemp("batches"))) as found:
+        yield found
+
+
+@pytest.fixture
+def client(server: Server) -> openai.OpenAI:
+    return server.client()
+
+
+def row(custom_id: str, url: str = COMPLETIONS, **body: Any) -> dict[str, Any]:
+    defaults = {"model": MODEL, "prompt": "The cat", "max_tokens": 8, "temperature": 0}
+    return {
+        "custom_id": custom_id,
+        "method": "POST",
+        "url": url,
+        "body": (defaults if url == COMPLETIONS else {"model": MODEL}) | body,
+    }
+
+
+def start(client: openai.OpenAI, rows: list[Any], url: str = COMPLETIONS, **fields: Any) -> Batch:
+    content = "\n".join(json.dumps(r) for r in rows).encode()
+    file_id = client.files.create(file=("in.jsonl", content), purpose="batch").id
+    return client.batches.create(
+        input_file_id=file_id,
+        endpoint=url,  # type: ignore[arg-type]
+        completion_window="24h",
+        **fields,
+    )
+
+
+def wait(client: openai.OpenAI, batch: Batch, limit_s: float = 60) -> Batch:
+    deadline = time.monotonic() + limit_s
+    while True:
+        found = client.batches.retrieve(batch.id)
+        if found.status in ("completed", "failed", "cancelled", "expired"):
+            return found
+        assert time.monotonic() < deadline, found
+        time.sleep(0.1)
+
+
+def lines(client: openai.OpenAI, file_id: str | None) -> dict[str, Any]:
+    assert file_id is not None
+    rows = [json.loads(line) for line in client.files.content(file_id).text.splitlines()]
+    return {row["custom_id"]: row["response"] for row in rows}
+
+
+def test_answers_are_those_of_live_calls(client: openai.OpenAI) -> None:
+    rows = [row(f"r{n}", prompt=f"prompt {n}") for n in range(9)]
+    rows += [row("bad", temperature=9), row("streamed", stream=True), row("gone", model="absent")]
+    batch = start(client, rows, metadata={"run": "1"})
+    done = wait(client, batch)
+    Batch.model_validate(done.model_dump(), strict=True)
+    assert done.status == "completed"
+    assert done.metadata == {"run": "1"}
+    assert done.request_counts is not None
+    assert done.request_counts.model_dump() == {"total": 12, "completed": 9, "failed": 3}
+    found = lines(client, done.output_file_id)
+    assert set(found) == {f"r{n}" for n in range(9)}
+    for n in range(9):
+        live = client.completions.create(
+            model=MODEL, prompt=f"prompt {n}", max_tokens=8, temperature=0
+        )
+        assert found[f"r{n}"]["status_code"] == 200
+        assert found[f"r{n}"]["body"]["choices"][0]["text"] == live.choices[0].text
+    wrong = lines(client, done.error_file_id)
+    told = {name: (r["status_code"], r["body"]["error"]["param"]) for name, r in wrong.items()}
+    assert told == {
+        "bad": (400, "temperature"),
+        "streamed": (400, "stream"),
+        "gone": (404, "model"),
+    }
+    assert done.in_progress_at is not None
+    assert done.completed_at is not None
+    assert batch.id in [listed.id for listed in client.batches.list(limit=1)]
+
+
+@pytest.mark.parametrize(
+    ("url", "body"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2}),
+        ("/v1/embeddings", {"input": "x"}),
+    ],
+)
+def test_other_endpoints(client: openai.OpenAI, url: str, body: dict[str, Any]) -> None:
+    done = wait(client, start(client, [row("one", url, **body)], url))
+    [answer] = lines(client, done.output_file_id).values()
+    assert answer["status_code"] == 200
+    assert answer["body"]["usage"]["total_tokens"] > 0
+
+
+def test_every_wrong_line_is_told(client: openai.OpenAI) -> None:
+    wrong: list[Any] = [
+        row("a"),
+        row("a"),
+        row("b", "/v1/embeddings"),
+        {**row("c"), "method": "GET"},
+        {**row("d"), "body": []},
+        {k: v for k, v in row("e").items() if k != "custom_id"},
+    ]
+    done = wait(client, start(client, wrong))
+    assert done.status == "failed"
+    assert done.errors is not None
+    assert done.errors.data is not None
+    assert [(error.line, error.param) for error in done.errors.data] == [
+        (2, "custom_id"),
+        (3, "url"),
+        (4, "method"),
+        (5, "body"),
+        (6, "custom_id"),
+    ]
+    assert done.failed_at is not None
+
+
+def test_cancelling_keeps_what_was_answered(client: openai.OpenAI) -> None:
+    rows = [row(f"r{n}", max_tokens=400, ignore_eos=True) for n in range(400)]
+    batch = start(client, rows)
+    deadline = time.monotonic() + 60
+    while client.batches.retrieve(batch.id).status != "in_progress":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert client.batches.cancel(batch.id).status == "cancelling"
+    done = wait(client, batch)
+    assert done.status == "cancelled"
+    assert done.request_counts is not None
+    assert done.request_counts.completed < 400
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.batches.cancel(batch.id)
+    assert caught.value.code == "invalid_state"
+
+
+def test_a_restarted_server_repeats_nothing(tmp_path: Path) -> None:
+    settings = tiny_settings(tmp_path)
+    with running(settings) as first:
+        client = first.client()
+        rows = [row(f"r{n}", max_tokens=60, ignore_eos=True) for n in range(150)]
+        batch = start(client, rows)
+        spool = settings.home / "batches" / f"{batch.id}.jsonl"
+        deadline = time.monotonic() + 60
+        while not spool.exists() or len(spool.read_bytes().splitlines()) < 5:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        project, key = first.project, first.key
+    kept = [json.loads(line) for line in spool.read_bytes().splitlines()]
+    assert 5 <= len(kept) < 150
+    with spool.open("ab") as torn:
+        torn.write(b'{"custom_id": "r1')  # what a crash may leave
+    with running_again(settings) as second:
+        client = second.client(key)
+        done = wait(client, batch, 120)
+        content = client.files.content(str(done.output_file_id)).text
+    found = [json.loads(line) for line in content.splitlines()]
+    assert sorted(line["custom_id"] for line in found) == sorted(r["custom_id"] for r in rows)
+    by_id = {line["custom_id"]: line["id"] for line in found}
+    assert all(by_id[line["custom_id"]] == line["id"] for line in kept)
+    assert project.id
+
+
+def running_again(settings: Any) -> Any:
+    """Serve on the same home; the account of `running` is named anew, as its name is taken."""
+    import contextlib
+    import threading
+
+    import uvicorn
+    from api_server import Server as Found
+
+    from serve.app import create_app
+    from serve.runtime import open_runtime
+
+    @contextlib.contextmanager
+    def serve() -> Iterator[Server]:
+        runtime = open_runtime(settings)
+        app = create_app(settings, runtime)
+        config = uvicorn.Config(app, port=0, log_config=None, access_log=False, lifespan="on")
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        try:
+            while not server.started:
+                time.sleep(0.01)
+            port = server.servers[0].sockets[0].getsockname()[1]
+            with contextlib.ExitStack() as clients:
+                project: Any = None
+                yield Found(f"http://127.0.0.1:{port}", runtime, project, "", clients)
+        finally:
+            server.should_exit = True
+            thread.join(timeout=30)
+
+    return serve()
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"endpoint": "/v1/models"}, "endpoint"),
+        ({"completion_window": "1h"}, "completion_window"),
+        ({"input_file_id": "file-x"}, "input_file_id"),
+        ({"input_file_id": "OTHER"}, "input_file_id"),
+    ],
+)
+def test_refused_batches(client: openai.OpenAI, fields: dict[str, str], param: str) -> None:
+    rows = b'{"prompt": "a", "completion": "b"}'
+    other = client.files.create(file=("x.jsonl", rows), purpose="fine-tune").id
+    mine = client.files.create(file=("x.jsonl", rows), purpose="batch").id
+    defaults = {"input_file_id": mine, "endpoint": COMPLETIONS, "completion_window": "24h"}
+    named = defaults | {k: other if v == "OTHER" else v for k, v in fields.items()}
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.batches.create(**named)  # type: ignore[arg-type]
+    assert caught.value.param == param
+
+
+def test_lines_are_read_whatever_they_hold() -> None:
+    content = [b"not json\n", b"[]\n", b"\n", json.dumps(row("ok")).encode()]
+    requests, errors = batches.read_requests(iter(content), COMPLETIONS)  # type: ignore[arg-type]
+    assert [custom_id for custom_id, _ in requests] == ["ok"]
+    assert [error["line"] for error in errors] == [1, 2]
+    assert batches.read_requests(iter([]), COMPLETIONS)[1][0]["code"] == "empty_file"  # type: ignore[arg-type]
