@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
-from sqlalchemy import func, select, text
+from sqlalchemy import MetaData, func, select, text
 from sqlalchemy.exc import IntegrityError
 
 import data.tables_accounts
 import data.tables_jobs
 import data.tables_metering
 import data.tables_surface  # noqa: F401 - likewise
+from data import accounts, jobs
 from data.db import Database
 from data.errors import InvalidInput
 from data.tables import Job, Project, Record, new_id
@@ -169,3 +174,41 @@ def test_ids_are_unguessable_and_prefixed() -> None:
     ids = {new_id("file-") for _ in range(1000)}
     assert len(ids) == 1000
     assert all(one.startswith("file-") and len(one) == 29 and one[5:].isalnum() for one in ids)
+
+
+def upgrade(database: Database, revision: str) -> None:
+    config = Config()
+    config.set_main_option("script_location", str(Path(accounts.__file__).parent / "migrations"))
+    with database.engine.execution_options(hone_write=True).begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, revision)
+
+
+def test_the_first_schema_comes_up_to_date_with_its_rows(database_url: str) -> None:
+    database = Database(database_url)
+    upgrade(database, "0001")
+    first = MetaData()
+    with database.write() as session:
+        connection = session.connection()
+        first.reflect(connection)
+        tables = first.tables
+        digest = hashlib.sha256(b"sk-test").hexdigest()
+        project = {"id": "proj_1", "name": "Acme", "slug": "acme", "status": "active"}
+        connection.execute(tables["projects"].insert(), project | {"created_at": 1})
+        key = {"id": "key_1", "project_id": "proj_1", "kind": "project", "name": "k"}
+        key |= {"hash": digest, "redacted": "sk-***"}
+        connection.execute(tables["api_keys"].insert(), key | {"created_at": 1})
+        job = {"id": "ftjob-1", "project_id": "proj_1", "status": "running", "model": "tiny"}
+        job |= {"training_file": "file-1", "seed": 1, "created_at": 1, "cancel_requested": False}
+        job |= {"attempts": 0, "progress_step": 3, "metadata": {"a": "grüße"}}
+        job |= {"method": {"type": "supervised", "supervised": {}}, "hyperparameters": {}}
+        job |= {"options": {}, "integrations": [], "result_files": []}
+        connection.execute(tables["jobs"].insert(), job)
+    database.migrate()
+    with database.engine.connect() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), Record.metadata) == []
+    assert accounts.authenticate(database, "sk-test").project_slug == "acme"
+    found = jobs.get(database, "proj_1", "ftjob-1")
+    assert (found.status, found.metadata_, found.progress_step) == ("running", {"a": "grüße"}, 3)
+    assert found.validated is True  # it was past validation
+    database.close()
