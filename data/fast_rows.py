@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import msgspec
 import numpy as np
 
-from data.checks import is_blank
+from data.check_parts import is_blank
 from data.rows import ROW_TYPES, Format, Messages, Row
 
 Line = bytes | bytearray
@@ -32,7 +32,8 @@ class FastReader:
         fields = msgspec.structs.fields(ROW_TYPES[format])
         keys = {field.name: f'"{field.name}"'.encode() for field in fields}
         self._required = [keys[field.name] for field in fields if field.required]
-        self._optional = [keys["labeler"]] if "labeler" in keys else []  # tools are not read here
+        seen = ("labeler", "label_prob", "margin")  # tools are not read here
+        self._optional = [keys[name] for name in seen if name in keys]
         self._keys = self._required + self._optional
 
     def read_line(self, line: Line) -> Row | None:
@@ -134,6 +135,8 @@ def _good_chats(rows: Sequence[Any]) -> bool:
 def _good_preferences(rows: Sequence[Any]) -> bool:
     return all(
         row.tools is None
+        and (row.label_prob is None or 0 <= row.label_prob <= 1)
+        and (row.margin is None or 0 <= row.margin <= 1e6)
         and row.chosen != row.rejected
         and (_good_texts(row) if type(row.prompt) is str else _good_conversations(row))
         for row in rows
@@ -164,4 +167,6 @@ _ALL_GOOD: dict[Format, Callable[[Sequence[Any]], bool]] = {
     Format.UNPAIRED: _good_completions,
     Format.TEXT: lambda rows: not any(is_blank(row.text) for row in rows),
     Format.REINFORCEMENT: lambda rows: False,  # its grader fields may have any name
+    Format.RANKING: lambda rows: False,
+    Format.PROMPT_ONLY: lambda rows: False,
 }

@@ -15,17 +15,8 @@ from typing import Any, NamedTuple, cast
 import msgspec
 import orjson
 
-from data.checks import (
-    KNOWN_KEYS,
-    Extra,
-    Finding,
-    Path,
-    check_row,
-    dotted,
-    extra_keys,
-    missing_key,
-    show,
-)
+from data.check_parts import Finding, Path, dotted, missing_key, show
+from data.checks import KNOWN_KEYS, Extra, check_row, extra_keys
 from data.fast_rows import FastReader, Line, decode_quickly
 from data.rows import ROW_TYPES, Format, Row, canonical_preference, detect, to_row
 

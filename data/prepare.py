@@ -23,7 +23,7 @@ from typing import Any
 import orjson
 
 from data.advice import Advice, Example, Task, advise, listed, num_held_out, task_of
-from data.checks import is_blank
+from data.check_parts import is_blank
 from data.errors import DataError, InvalidInput
 from data.rows import Format, detect
 from data.tabular import Record, Table, cell_text, read_table

@@ -17,7 +17,7 @@ from typing import Any
 import jinja2
 
 from data.errors import DataError, InvalidInput
-from data.rows import Chat, Message, PromptCompletion, Row, Text
+from data.rows import Chat, Content, Message, PromptCompletion, Row, Text
 
 IGNORED = -100  # the label of a position without loss
 
@@ -58,6 +58,36 @@ def render(tokenizer: Any, row: Row) -> Example:
         f"{type(row).__name__}; preference and feedback rows are for other methods",
         code="wrong_format",
     )
+
+
+def render_answer(
+    tokenizer: Any, prompt: Content, answer: Content, tools: list[dict[str, Any]] | None = None
+) -> Example:
+    """Render an answer to a prompt as it is trained and served; its labels are the answer's ids.
+
+    Raises:
+        DataError: The chat template cannot render it.
+        InvalidInput: The tokenizer has no EOS token or no chat template.
+    """
+    if isinstance(prompt, str) and isinstance(answer, str):
+        return _render_pair(tokenizer, prompt, answer)
+    row = PromptCompletion(prompt, answer)
+    return _render_chat(tokenizer, _as_messages(row), tools, _turns(answer))
+
+
+def render_prompt(
+    tokenizer: Any, prompt: Content, tools: list[dict[str, Any]] | None = None
+) -> list[int]:
+    """Render a prompt as the server reads it: text as it is, messages up to the answer's start.
+
+    Raises:
+        DataError: The chat template cannot render it.
+        InvalidInput: The tokenizer has no chat template.
+    """
+    if isinstance(prompt, str):
+        return prompt_ids(tokenizer, prompt)
+    plain = [_as_dict(message) for message in prompt]
+    return _plain(tokenizer, _template(tokenizer, plain, tools, add_generation_prompt=True))
 
 
 def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:

@@ -8,8 +8,10 @@ completion and an answer are each a plain string or a conversation, which is a t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
+from itertools import combinations, takewhile
 from typing import Any, Literal
 
 import msgspec
@@ -17,6 +19,7 @@ import orjson
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 Role = Literal["system", "developer", "user", "assistant", "tool"]
+TURN = re.compile(r"\n\nAssistant:")  # where an answer begins in a transcript
 PREFERENCE_ALIASES = {
     "preferred_output": "chosen",
     "non_preferred_output": "rejected",
@@ -34,6 +37,8 @@ class Format(StrEnum):
     UNPAIRED = "unpaired"
     TEXT = "text"
     REINFORCEMENT = "reinforcement"
+    RANKING = "ranking"
+    PROMPT_ONLY = "prompt_only"  # never told from a row's keys: a reader has to ask for it
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
@@ -75,12 +80,38 @@ class Chat(_Row, frozen=True):
 
 
 class Preference(_Row, frozen=True):
-    """Two answers to one prompt, the better one first."""
+    """Two answers to one prompt, the better one first.
+
+    `label_prob` is how probable it is that `chosen` is the better one: 0.5 is a tie, None is 1.
+    `margin` is how much better it should score at least.
+    """
 
     prompt: Content
     chosen: Content
     rejected: Content
     tools: list[dict[str, Any]] | None = None
+    label_prob: float | None = None
+    margin: float | None = None
+
+
+class Ranking(_Row, frozen=True):
+    """Two to nine answers to one prompt; `ranks` holds 1 for the best, equal numbers for ties."""
+
+    prompt: Content
+    completions: tuple[Content, ...]
+    ranks: tuple[int, ...]
+    tools: list[dict[str, Any]] | None = None
+
+    def pairs(self) -> list[Preference]:
+        """Return every two answers as a preference; tied ones with `label_prob` 0.5."""
+        found = []
+        for first, second in combinations(range(len(self.ranks)), 2):
+            better, worse = sorted((first, second), key=self.ranks.__getitem__)
+            tied = self.ranks[better] == self.ranks[worse]
+            chosen, rejected = self.completions[better], self.completions[worse]
+            prob = 0.5 if tied else None
+            found.append(Preference(self.prompt, chosen, rejected, self.tools, prob))
+        return found
 
 
 class Unpaired(_Row, frozen=True):
@@ -106,7 +137,14 @@ class Reinforcement(_Row, frozen=True):
     fields: dict[str, Any] = {}
 
 
-Row = PromptCompletion | Chat | Preference | Unpaired | Text | Reinforcement
+class PromptOnly(_Row, frozen=True):
+    """A prompt for the model to answer; a grader reads `fields` as `{{item.NAME}}`."""
+
+    prompt: Content
+    fields: dict[str, Any] = {}
+
+
+Row = PromptCompletion | Chat | Preference | Unpaired | Text | Reinforcement | Ranking | PromptOnly
 
 ROW_TYPES: dict[Format, type[Row]] = {
     Format.PROMPT_COMPLETION: PromptCompletion,
@@ -115,6 +153,8 @@ ROW_TYPES: dict[Format, type[Row]] = {
     Format.UNPAIRED: Unpaired,
     Format.TEXT: Text,
     Format.REINFORCEMENT: Reinforcement,
+    Format.RANKING: Ranking,
+    Format.PROMPT_ONLY: PromptOnly,
 }
 
 
@@ -122,6 +162,8 @@ def detect(row: Mapping[str, Any]) -> Format | None:
     """Name the format that the keys of a JSON object speak of; None when no key is known."""
     if "messages" in row:
         return Format.REINFORCEMENT if _awaits_answer(row) else Format.CHAT
+    if "completions" in row:
+        return Format.RANKING
     if "chosen" in row or "rejected" in row or any(key in row for key in PREFERENCE_ALIASES):
         return Format.PREFERENCE
     if "prompt" in row and "completion" in row and "label" in row:
@@ -152,8 +194,11 @@ def to_row(row: Mapping[str, Any], format: Format) -> Row:
         for name in row_type.__struct_fields__
         if row.get(name) is not None and name != "fields"
     }
-    if format is Format.REINFORCEMENT:
-        values["fields"] = {k: v for k, v in row.items() if k not in ("messages", "tools")}
+    if format is Format.RANKING:
+        values["completions"] = [_plain(completion) for completion in row["completions"]]
+    if format in (Format.REINFORCEMENT, Format.PROMPT_ONLY):
+        own = row_type.__struct_fields__
+        values["fields"] = {k: v for k, v in row.items() if k not in own or k == "fields"}
     return msgspec.convert(values, row_type)
 
 
@@ -186,7 +231,43 @@ def canonical_preference(row: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(conversation, dict):
         renamed.setdefault("prompt", conversation.get("messages"))
         renamed.setdefault("tools", conversation.get("tools"))
-    return renamed
+    return split_common_prompt(renamed)
+
+
+def split_common_prompt(row: dict[str, Any]) -> dict[str, Any]:
+    """Give a preference without a prompt the part that both answers begin with, as TRL does.
+
+    Of conversations that is their first messages; of transcripts with turns such as
+    "Assistant:", what comes before the last turn; of other texts, whole words.
+    """
+    chosen: Any = row.get("chosen")
+    rejected: Any = row.get("rejected")
+    if row.get("prompt") is not None or type(chosen) is not type(rejected):
+        return row
+    if isinstance(chosen, list):
+        same = sum(
+            1
+            for _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False))
+        )
+        same = min(same, len(chosen) - 1, len(rejected) - 1)
+    elif isinstance(chosen, str):
+        same = _common_start(chosen, rejected)
+    else:
+        return row
+    if same <= 0:
+        return row
+    return row | {"prompt": chosen[:same], "chosen": chosen[same:], "rejected": rejected[same:]}
+
+
+def _num_common(first: Sequence[Any], second: Sequence[Any]) -> int:
+    pairs = zip(first, second, strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _common_start(first: str, second: str) -> int:
+    same = _num_common(first, second)
+    turns = [found.end() for found in TURN.finditer(first) if found.end() <= same]
+    return turns[-1] if turns else first.rfind(" ", 0, same)
 
 
 def fingerprint(row: Row) -> int:

@@ -19,6 +19,16 @@ WORD = re.compile(r"\w+|[^\w\s]")
 PLAIN_WORD = re.compile(r"\w+")
 
 
+def compare(operation: str, text: str, reference: str) -> bool:
+    """Return what a string check of OpenAI's says: eq, ne, like (holds) or ilike."""
+    return {
+        "eq": text == reference,
+        "ne": text != reference,
+        "like": reference in text,
+        "ilike": reference.casefold() in text.casefold(),
+    }[operation]
+
+
 def fuzzy_match(text: str, reference: str) -> float:
     """Return the share of both texts' characters that lie in a longest common subsequence."""
     total = len(text) + len(reference)

@@ -18,7 +18,8 @@ from typing import Literal
 
 import numpy as np
 
-from data.checks import Extra, Finding
+from data.check_parts import Finding
+from data.checks import Extra
 from data.duplicates import RowIndex
 from data.fast_rows import Line, count_objects
 from data.jsonl import (

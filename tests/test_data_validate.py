@@ -67,6 +67,12 @@ GOOD: dict[Format, list[Any]] = {
             "preferred_completion": [OTHER],
             "non_preferred_completion": [ASSISTANT],
         },
+        {"prompt": "a", "chosen": "b", "rejected": "c", "label_prob": 0.5, "margin": 2},
+        {"chosen": [USER, USER, OTHER], "rejected": [USER, USER, ASSISTANT]},
+        {
+            "chosen": "\n\nHuman: hi\n\nAssistant: hello",
+            "rejected": "\n\nHuman: hi\n\nAssistant: hem",
+        },
     ],
     Format.UNPAIRED: [
         {"prompt": "a", "completion": "b", "label": False},
@@ -74,12 +80,19 @@ GOOD: dict[Format, list[Any]] = {
     ],
     Format.TEXT: [{"text": "once upon a time"}],
     Format.REINFORCEMENT: [{"messages": [USER], "answer": {"any": ["value", None]}}],
+    Format.RANKING: [
+        {"prompt": "a", "completions": ["b", "c", "d"], "ranks": [1, 2, 2]},
+        {"prompt": [USER], "completions": [[ASSISTANT], [OTHER]], "ranks": [2, 1]},
+    ],
+    Format.PROMPT_ONLY: [{"prompt": "a", "answer": 4}, {"prompt": [USER]}],
 }
 
 
 @pytest.mark.parametrize("format", list(Format))
 @pytest.mark.parametrize("auto", [True, False])
 def test_good_rows_pass(format: Format, auto: bool) -> None:
+    if auto and format is Format.PROMPT_ONLY:
+        pytest.skip("is read only where it is asked for")
     report = check(GOOD[format], "auto" if auto else format)
     assert report.ok, report.summary()
     assert report.warnings == []
@@ -163,6 +176,42 @@ BAD: list[tuple[Format, Any, str, str, str]] = [
         "exactly one assistant message",
         '[{"role": "assistant", "content": "no"',
     ),
+    (
+        Format.PREFERENCE,
+        {"prompt": "a", "chosen": "b", "rejected": "c", "label_prob": 1.5},
+        "invalid_type",
+        "a number from 0 to 1",
+        "1.5}",
+    ),
+    (
+        Format.PREFERENCE,
+        {"chosen": "one thing", "rejected": "another"},
+        "missing_key",
+        '"prompt" is missing',
+        '{"chosen',
+    ),
+    (
+        Format.RANKING,
+        {"prompt": "a", "completions": ["b", "c"], "ranks": [1]},
+        "invalid_type",
+        "2 whole numbers",
+        "[1]",
+    ),
+    (
+        Format.RANKING,
+        {"prompt": "a", "completions": ["b"], "ranks": [1]},
+        "invalid_type",
+        "a list of 2 to 9 answers",
+        '["b"]',
+    ),
+    (
+        Format.RANKING,
+        {"prompt": "a", "completions": ["b", "b"], "ranks": [1, 2]},
+        "identical_outputs",
+        '"completions[0]" and "completions[1]"',
+        '"b"]',
+    ),
+    (Format.PROMPT_ONLY, {"prompt": [USER, ASSISTANT]}, "invalid_role", "before the answer", '"as'),
     (Format.UNPAIRED, {"prompt": "a", "completion": "b", "label": 6}, "invalid_label", "", "6}"),
     (Format.UNPAIRED, {"prompt": "a", "completion": "b", "label": "y"}, "invalid_label", "", '"y"'),
     (Format.TEXT, {"text": ""}, "empty_completion", "", '""'),

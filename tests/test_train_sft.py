@@ -19,7 +19,7 @@ from train_runs import Workplace, read_json, read_lines
 from transformers import AutoModelForCausalLM
 
 from data.adapter_checks import check_adapter
-from train import evaluate, publish, sft
+from train import command, evaluate, publish
 from train.sft_trainer import LoraTrainer
 
 
@@ -306,7 +306,7 @@ def test_a_full_disk_while_a_checkpoint_is_written(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
-    assert status == sft.DISK_FULL
+    assert status == command.DISK_FULL
     assert failure(run)["code"] == "disk_full"
     assert "free some space" in failure(run)["message"]
     monkeypatch.undo()

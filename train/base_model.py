@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from serve.engine import base_model
-from train.config import SftConfig
+from train.config import RunConfig
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Base:
         return int(self.model.num_parameters())
 
 
-def load_base(config: SftConfig) -> Base:
+def load_base(config: RunConfig) -> Base:
     """Fetch (if need be) and load the run's base model.
 
     Raises:

@@ -53,15 +53,27 @@ class WandbSettings(StrictModel):
     name: str | None = Field(None, description="Of the run; default: the folder's name.")
 
 
-class SftConfig(StrictModel):
-    """Supervised fine-tuning of one LoRA adapter."""
+class RunConfig(StrictModel):
+    """What every training run has: a base, a folder, a device."""
 
     base_model: str = Field("smollm2-135m-instruct", description="Name, YAML, folder or hub id.")
     models_dir: Path = Field(Path(".hone/models"), description="Where fetched bases are kept.")
+    output_dir: Path = Field(description="The run's folder; an unfinished run in it is resumed.")
+    seed: int = Field(0, ge=0, le=2**31 - 1, description="Of the start, the order and dropout.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Of the base; auto is bfloat16 where the hardware multiplies it."
+    )
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
+    threads: int | None = Field(None, ge=1, description="CPU threads; default: all cores.")
+    wandb: WandbSettings = WandbSettings()
+
+
+class SftConfig(RunConfig):
+    """Supervised fine-tuning of one LoRA adapter."""
+
     train_file: Path = Field(description="JSONL: prompt and completion, messages, or text.")
     validation_file: Path | None = Field(None, description="JSONL of the same kind.")
     validation_fraction: float = Field(0.0, ge=0, le=0.5, description="Held out of train_file.")
-    output_dir: Path = Field(description="The run's folder; an unfinished run in it is resumed.")
     min_examples: int = Field(10, ge=1, description="Fewer rows than this are refused.")
     max_length: int | Auto = Field("auto", description="Tokens of the longest row.")
     on_long: Literal["truncate", "error", "drop"] = Field(
@@ -83,7 +95,6 @@ class SftConfig(StrictModel):
     warmup_fraction: float = Field(0.05, ge=0, lt=1, description="Of the steps, with rising rate.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's.")
     max_grad_norm: float = Field(1.0, gt=0, description="Longer gradients are cut to this.")
-    seed: int = Field(0, ge=0, le=2**31 - 1, description="Of the start, the order and dropout.")
 
     lora: LoraSettings = LoraSettings()
     early_stopping: EarlyStopping = EarlyStopping()
@@ -98,13 +109,6 @@ class SftConfig(StrictModel):
     score_examples: int = Field(
         0, ge=0, description="Tell each training row's loss at the end, if there are no more rows."
     )
-
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="Of the base; auto is bfloat16 where the hardware multiplies it."
-    )
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
-    threads: int | None = Field(None, ge=1, description="CPU threads; default: all cores.")
-    wandb: WandbSettings = WandbSettings()
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,14 @@ import torch
 from peft import PeftModel
 
 from data.errors import TrainingFailed
-from data.render import Example
 from serve.engine import base_model
 from serve.engine.base import AdapterRef, GenerationRequest, SamplingParams
 from serve.engine.local import EngineConfig, LocalEngine
 from train.base_model import Base
-from train.config import SftConfig
+from train.config import RunConfig
 from train.run import ORIGIN, RunFolder, write_json
 
+LOSSES = (("train_loss", "training"), ("valid_loss", "validation"))
 PROBE_ROWS = 3
 PROBE_TOKENS = 192
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}  # of a log-probability
@@ -34,27 +34,35 @@ def write_adapter(
     run: RunFolder,
     model: PeftModel,
     base: Base,
-    config: SftConfig,
-    examples: Sequence[Example],
+    config: RunConfig,
+    rows: Sequence[Sequence[int]],
     summary: Mapping[str, Any],
+    *,
+    save: Callable[[Path], None] | None = None,
+    curves: Sequence[tuple[str, str]] = LOSSES,
 ) -> None:
     """Save the adapter, check it through the engine, and put it in place.
 
     Args:
-        examples: Rows to score; the first few are used.
-        summary: What the model card tells of the run.
+        rows: Token ids to score; the first few are used.
+        summary: What the model card tells of the run; `method` is how it was trained.
+        save: Writes the adapter into a folder as PEFT does; by default all of `model`.
+        curves: Names and labels of the metrics in the picture.
 
     Raises:
         TrainingFailed: The engine's log-probabilities are not the trainer's.
     """
     folder = run.path / "adapter.tmp"
     shutil.rmtree(folder, ignore_errors=True)
-    model.peft_config["default"].base_model_name_or_path = base.name  # no path of this machine
-    model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+    if save is None:
+        model.peft_config["default"].base_model_name_or_path = base.name  # no path of this machine
+        model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+    else:
+        save(folder)
     write_json(folder / ORIGIN, base.origin)
     (folder / "README.md").write_text(model_card(base, summary), encoding="utf-8")
-    plot_losses(run.metrics, folder / "loss.png")
-    rows = [example.input_ids[:PROBE_TOKENS] for example in examples[:PROBE_ROWS]]
+    plot_curves(run.metrics, folder / "loss.png", curves)
+    rows = [list(row[:PROBE_TOKENS]) for row in rows[:PROBE_ROWS]]
     probe = {"token_ids": rows, "logprobs": _score(model, rows)}
     tolerance = TOLERANCE[base.model.dtype]
     write_json(folder / "probe.json", {**probe, "tolerance": tolerance})
@@ -66,6 +74,7 @@ def write_adapter(
 def model_card(base: Base, summary: Mapping[str, Any]) -> str:
     """Return the adapter's README in the hub's model-card form."""
     facts = "\n".join(f"| {name} | {value} |" for name, value in summary.items())
+    method = summary.get("method", "supervised fine-tuning")
     return f"""---
 base_model: {base.name}
 library_name: peft
@@ -75,7 +84,7 @@ tags: [lora, hone]
 
 # A LoRA adapter of {base.name}
 
-Trained by supervised fine-tuning with hone. Load it with PEFT:
+Trained by {method} with hone. Load it with PEFT:
 
 ```python
 from peft import PeftModel
@@ -86,30 +95,37 @@ model = PeftModel.from_pretrained(base, "this/folder")
 |---|---|
 {facts}
 
-![Loss by step](loss.png)
+![Curves by step](loss.png)
 
 It does what its training data show, and was not checked beyond that: evaluate it on rows that it
 has not seen before you rely on it.
 """
 
 
-def plot_losses(metrics: Path, picture: Path) -> None:
-    """Draw training and validation loss by step."""
+def plot_curves(metrics: Path, picture: Path, curves: Sequence[tuple[str, str]]) -> None:
+    """Draw metrics by step: losses in one field, others below one another."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    records = [json.loads(line) for line in metrics.read_text("utf-8").splitlines()]
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for name, label in (("train_loss", "training"), ("valid_loss", "validation")):
+    lines = metrics.read_text("utf-8").splitlines() if metrics.exists() else []
+    records = [json.loads(line) for line in lines]
+    together = all(name.endswith("loss") for name, _ in curves)
+    count = 1 if together else len(curves)
+    figure, fields = pyplot.subplots(
+        count, figsize=(7, 4 if together else 2.4 * count), layout="constrained", squeeze=False
+    )
+    for index, (name, label) in enumerate(curves):
+        axes = fields[0 if together else index][0]
         points = [(record["step"], record[name]) for record in records if name in record]
         if points:
             marker = "o" if len(points) < 30 else None
             axes.plot(*zip(*points, strict=True), label=label, marker=marker, markersize=3)
-    axes.set(xlabel="step", ylabel="loss (nats a token)", title="Loss")
-    axes.grid(alpha=0.3)
-    axes.legend()
+        axes.set(xlabel="step", ylabel="loss (nats a token)" if together else label)
+        axes.grid(alpha=0.3)
+        if together and points:
+            axes.legend()
     figure.savefig(picture, dpi=110, metadata={"Software": None})
     pyplot.close(figure)
 
@@ -127,7 +143,7 @@ def _score(model: PeftModel, rows: Sequence[Sequence[int]]) -> list[list[float]]
 
 
 def _check_served(
-    folder: Path, base: Base, config: SftConfig, probe: Mapping[str, Any], tolerance: float
+    folder: Path, base: Base, config: RunConfig, probe: Mapping[str, Any], tolerance: float
 ) -> None:
     dtype = str(base.model.dtype).removeprefix("torch.")
     fresh, tokenizer = base_model.load(base.folder, dtype, config.device)

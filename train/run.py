@@ -36,6 +36,8 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.events = path / "events.jsonl"
         self.losses = path / "example_losses.jsonl"
+        self.completions = path / "completions.jsonl"
+        self.report = path / "report.html"
         self.log = path / "trainer.log"
 
     def prepare(self) -> None:
@@ -90,14 +92,14 @@ class RunFolder:
 
     def trim_logs(self, step: int) -> None:
         """Forget what was logged beyond a step, as a resumed run will log it again."""
-        for path in (self.metrics, self.events):
+        for path in (self.metrics, self.events, self.completions):
             if path.exists():
                 lines = path.read_text("utf-8").splitlines(keepends=True)
                 kept = [line for line in lines if _step(line) <= step]
                 replace_text(path, "".join(kept))
 
     def append(self, path: Path, record: Mapping[str, Any]) -> None:
-        """Append one line to `metrics` or `events`."""
+        """Append one line to `metrics`, `events` or `completions`."""
         with path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({**record, "time": round(time.time(), 3)}) + "\n")
 

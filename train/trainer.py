@@ -23,7 +23,7 @@ from train.callbacks import EarlyStop, ProgressBar, RunLog, SaveAt, Stopper
 from train.config import Plan, SftConfig
 from train.example_losses import write_losses
 from train.prepare import TrainingJob
-from train.publish import write_adapter
+from train.publish import PROBE_ROWS, write_adapter
 from train.run import RunFolder
 from train.sft_trainer import LoraTrainer
 from train.start import read_shape, set_weights
@@ -72,7 +72,8 @@ def train(
     if trainer.is_world_process_zero():
         summary = {**result, **job.plan.model_dump(), "training data": job.train.path.name}
         model = trainer.accelerator.unwrap_model(trainer.model)
-        write_adapter(run, model, job.base, job.config, job.train.examples, summary)
+        rows = [example.input_ids for example in job.train.examples[:PROBE_ROWS]]
+        write_adapter(run, model, job.base, job.config, rows, summary)
         write_losses(run, model, job)
     return result
 

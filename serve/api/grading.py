@@ -13,7 +13,7 @@ from starlette.concurrency import run_in_threadpool
 
 from data.errors import EngineFailure, InvalidInput
 from data.grader_text import MissingVariable, SampleNotJson, fill
-from data.similarity import MAX_CHARS, MEASURES
+from data.similarity import MAX_CHARS, MEASURES, compare
 from data.tables import new_id
 from serve.api.grader_schemas import Multi, RunRequest, ScoreModel, StringCheck, TextSimilarity
 from serve.api.prompts import read_messages, room_for
@@ -52,7 +52,8 @@ class _Run:
         """Return a grader's score; 0, with a flag set, where it has none."""
         try:
             if isinstance(grader, StringCheck):
-                return _compare(grader, self._fill(grader.input), self._fill(grader.reference))
+                texts = self._fill(grader.input), self._fill(grader.reference)
+                return float(compare(grader.operation, *texts))
             if isinstance(grader, TextSimilarity):
                 return await self._similarity(grader)
             return await self._ask(grader)
@@ -155,13 +156,3 @@ def read_score(text: str) -> float | None:
         found = NUMBER.search(text)
         value = float(found[0]) if found else math.nan
     return float(value) if math.isfinite(value) else None
-
-
-def _compare(grader: StringCheck, text: str, reference: str) -> float:
-    outcome = {
-        "eq": text == reference,
-        "ne": text != reference,
-        "like": reference in text,
-        "ilike": reference.casefold() in text.casefold(),
-    }
-    return float(outcome[grader.operation])

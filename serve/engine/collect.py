@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 from data.errors import Overloaded
 from serve.engine.base import Completion, Delta, Engine, GenerationRequest
@@ -47,16 +48,24 @@ class Collector:
         )
 
 
-def generate(engine: Engine, requests: Sequence[GenerationRequest]) -> list[Completion]:
+def generate(
+    engine: Engine,
+    requests: Sequence[GenerationRequest],
+    together: AbstractContextManager[None] | None = None,
+) -> list[Completion]:
     """Run any number of requests, more than the queue holds, and return them in order.
+
+    Args:
+        together: Entered while the requests are submitted.
 
     Raises:
         ToolkitError: The first error; the other requests are cancelled.
     """
     collectors: list[Collector] = []
     try:
-        for request in requests:
-            collectors.append(_submit_patiently(engine, request))
+        with together or nullcontext():
+            for request in requests:
+                collectors.append(_submit_patiently(engine, request))
         return [collector.result() for collector in collectors]
     except BaseException:
         for request, collector in zip(requests, collectors, strict=False):

@@ -10,6 +10,7 @@ This module checks and hands over; `loop.py` does the work on a thread of its ow
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Self
 
@@ -122,8 +123,14 @@ class LocalEngine:
         return self._adapters.states(self._runner.bank.digests)
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
-        """Run requests to their end; see `Engine.generate`."""
-        return collect.generate(self, requests)
+        """Run requests to their end; see `Engine.generate`.
+
+        Those that the queue holds come in together, so the same requests to an idle engine take
+        the same steps, and give the same bits.
+        """
+        limit = self.config.max_batch + self.config.queue_size
+        together = self._loop.together() if len(requests) <= limit else nullcontext()
+        return collect.generate(self, requests, together)
 
     def set_limits(
         self,

@@ -11,7 +11,8 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -88,6 +89,12 @@ class EngineLoop:
             self._streams[stream.request.id] = stream
             self._inbox.append(lambda: self._scheduler.add(stream))
             self._wake.notify_all()
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Have what is submitted in a block begin in the same step; the thread waits meanwhile."""
+        with self._wake:
+            yield
 
     def configure(self, config: EngineConfig) -> None:
         """Take over queue size and time limit for the requests to come."""

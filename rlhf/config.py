@@ -1,0 +1,208 @@
+"""The configurations of reward-model and PPO runs; unknown keys are refused by the nearest name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from data.settings import StrictModel
+from train.config import Auto, LoraSettings, RunConfig
+
+
+class RewardConfig(RunConfig):
+    """A reward model: an adapter and a score head, trained on comparisons."""
+
+    train_file: Path = Field(description="JSONL of preferences or rankings.")
+    validation_file: Path | None = Field(None, description="JSONL of the same kind.")
+    validation_fraction: float = Field(
+        0.1, ge=0, le=0.5, description="Prompts held out of train_file, if there is no such file."
+    )
+    min_examples: int = Field(10, ge=1, description="Fewer comparisons than this are refused.")
+    max_length: int = Field(1024, ge=8, description="Tokens of prompt and answer; see on_long.")
+    on_long: Literal["truncate", "drop", "error"] = Field(
+        "truncate", description="What becomes of longer rows; truncate cuts the prompt's start."
+    )
+    start_adapter: Path | None = Field(
+        None, description="PEFT folder to begin with, such as SFT's."
+    )
+    num_epochs: int = Field(1, ge=1, le=50, description="Passes; more than one tends to overfit.")
+    batch_size: int = Field(32, ge=1, le=4096, description="Comparisons a step, about.")
+    micro_batch_tokens: int | Auto = Field("auto", description="Most tokens at once on a device.")
+    learning_rate: float = Field(1e-4, gt=0, description="At its highest.")
+    warmup_fraction: float = Field(0.05, ge=0, lt=1, description="Of the steps, with rising rate.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Longer gradients are cut to this.")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="Probability that a comparison is the wrong way round."
+    )
+    center_coefficient: float = Field(
+        0.0, ge=0, description="Times the mean squared sum of a pair's scores (arXiv:2312.09244)."
+    )
+    normalize_samples: int = Field(
+        256, ge=2, description="Answers of the start policy that get mean 0 and std 1."
+    )
+    normalize_on: Literal["samples", "validation"] = Field(
+        "samples",
+        description="samples: answers sampled now; validation: those of the held-out rows.",
+    )
+    max_new_tokens: int = Field(64, ge=1, description="Of a sampled answer.")
+    gradient_checkpointing: bool = Field(False, description="Slower, smaller.")
+    n_evals: int = Field(4, ge=1, description="Evaluations in the run.")
+    keep_checkpoints: int = Field(2, ge=1, description="The newest.")
+    lora: LoraSettings = LoraSettings()
+
+
+class PpoRewardSettings(StrictModel):
+    """Where rewards come from: one of `model`, `function`, `url`, `grader`; a grader that scores
+    with the model needs both."""
+
+    model: Path | None = Field(None, description="Folder of a reward model of the same base.")
+    function: str | None = Field(None, description="module:function, takes and returns lists.")
+    url: str | None = Field(None, description="Answers a POST of samples with their rewards.")
+    grader: dict[str, object] | None = Field(
+        None, description="string_check, text_similarity, score_model or multi, as in the API."
+    )
+    timeout_s: float = Field(60.0, gt=0, description="For a function's or a URL's batch.")
+    retries: int = Field(2, ge=0, description="Of a URL that fails or does not answer.")
+    clip: float | None = Field(5.0, gt=0, description="Scores beyond this are cut; null: none.")
+    missing_eos_penalty: float = Field(
+        1.0, ge=0, description="Taken from the score of a response that does not end."
+    )
+    whiten: bool = Field(False, description="Scale token rewards to variance 1.")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        names = ("model", "function", "url", "grader")
+        given = [name for name in names if getattr(self, name) is not None]
+        if len(given) != 1 and given != ["model", "grader"]:
+            raise ValueError(
+                f"reward needs exactly one of model, function, url and grader; got "
+                f"{', '.join(given) or 'none'}"
+            )
+        return self
+
+
+class KlSettings(StrictModel):
+    """How the policy is kept near the reference."""
+
+    coef: float = Field(0.05, ge=0, description="Of the KL in the reward.")
+    target: float | None = Field(None, gt=0, description="KL a response that coef is steered to.")
+    horizon: int = Field(10_000, ge=1, description="Episodes over which it is steered.")
+    budget: float | None = Field(
+        None, gt=0, description="The adapter is the best by reward whose KL is within this."
+    )
+    stop: float = Field(100.0, gt=0, description="A mean KL beyond this ends the run.")
+
+
+class ValueSettings(StrictModel):
+    """The value model."""
+
+    trunk: Literal["separate", "shared"] = Field(
+        "separate", description="An adapter of its own, or a head on the policy."
+    )
+    start: Literal["auto", "reward", "zero"] = Field(
+        "auto",
+        description="A copy of the reward model, or a head of zeros; auto: the first if any.",
+    )
+    learning_rate: float = Field(1e-4, gt=0, description="At its highest.")
+    coef: float = Field(0.1, gt=0, description="Of the value's loss beside the policy's.")
+    clip_range: float = Field(0.2, gt=0, description="A value moves at most this far an update.")
+    warmup_updates: int | Auto = Field(
+        "auto",
+        description="First updates of the value alone; auto: 0 from a reward model, else 10.",
+    )
+
+
+class PpoConfig(RunConfig):
+    """PPO on one base: policy, reference, value and reward are adapters of it."""
+
+    prompts_file: Path = Field(description="JSONL of prompts; answers in it are not used.")
+    eval_prompts_file: Path | None = Field(None, description="Default: eval_prompts of the others.")
+    eval_prompts: int = Field(32, ge=0, description="Fixed prompts answered at each evaluation.")
+    start_adapter: Path | None = Field(
+        None, description="The SFT adapter: policy and reference start as it. Default: the base."
+    )
+    max_prompt_length: int = Field(512, ge=1, description="Longer prompts are dropped and counted.")
+    max_new_tokens: int = Field(64, ge=1, description="Of a response.")
+    stop_at_eos: bool = Field(True, description="Off: every response has max_new_tokens.")
+    temperature: float = Field(0.7, gt=0, description="Of rollouts, and of all log-probabilities.")
+    samples_per_prompt: int = Field(1, ge=1, description="Responses to one prompt in a batch.")
+
+    total_episodes: int = Field(10_000, ge=1, description="Responses in the run.")
+    batch_size: int = Field(64, ge=1, description="Responses an update, all processes.")
+    num_epochs: int = Field(4, ge=1, description="Passes over an update's responses.")
+    num_minibatches: int = Field(1, ge=1, description="Optimizer steps a pass.")
+    micro_batch_tokens: int | Auto = Field("auto", description="Most tokens at once on a device.")
+    gradient_checkpointing: bool = Field(False, description="Slower, smaller.")
+    learning_rate: float = Field(3e-5, gt=0, description="Of the policy, at its highest.")
+    lr_scheduler: Literal["linear", "constant"] = Field("linear", description="linear falls to 0.")
+    adam_eps: float = Field(1e-5, gt=0, description="Adam's epsilon.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Of each adapter's gradient.")
+
+    reward: PpoRewardSettings
+    kl: KlSettings = KlSettings()
+    value: ValueSettings = ValueSettings()
+    gamma: float = Field(1.0, gt=0, le=1, description="Discount a token.")
+    lam: float = Field(0.95, ge=0, le=1, description="Of the generalised advantages.")
+    clip_range: float = Field(0.2, gt=0, description="Of the policy's ratio.")
+    dual_clip: float | None = Field(None, gt=1, description="Bound of a bad token's loss.")
+    whiten_advantages: bool = Field(True, description="Mean 0, variance 1 over the batch.")
+    entropy_coef: float = Field(0.0, ge=0, description="Of an entropy bonus.")
+    target_kl: float | None = Field(
+        None, gt=0, description="An update's passes end when old and new policy differ by 1.5 x."
+    )
+
+    eval_every: int = Field(10, ge=1, description="Updates between evaluations.")
+    save_every: int = Field(10, ge=1, description="Updates between checkpoints.")
+    keep_checkpoints: int = Field(2, ge=1, description="The newest, and the best.")
+    lora: LoraSettings = LoraSettings()
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        problems = []
+        if self.batch_size % self.num_minibatches:
+            problems.append(
+                f"num_minibatches {self.num_minibatches} does not divide batch_size "
+                f"{self.batch_size}"
+            )
+        if self.batch_size % self.samples_per_prompt:
+            problems.append(
+                f"samples_per_prompt {self.samples_per_prompt} does not divide batch_size "
+                f"{self.batch_size}"
+            )
+        if self.total_episodes < self.batch_size:
+            problems.append(
+                f"total_episodes {self.total_episodes} is less than batch_size {self.batch_size}"
+            )
+        if self.lora.dropout:
+            problems.append("lora.dropout must be 0: PPO compares log-probabilities exactly")
+        given = self.lora.model_fields_set - {"dropout"}
+        if self.start_adapter is not None and given:
+            problems.append(
+                f"start_adapter keeps its adapter's shape; leave out lora.{', lora.'.join(given)}"
+            )
+        if self.value.start == "reward" and self.reward.model is None:
+            problems.append("value.start is reward, but reward.model names no reward model")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @property
+    def num_updates(self) -> int:
+        """Whole batches in the run."""
+        return self.total_episodes // self.batch_size
+
+    @property
+    def value_warmup(self) -> int:
+        """Updates that train the value alone."""
+        if self.value.warmup_updates != "auto":
+            return self.value.warmup_updates
+        return 0 if self.value_starts_as_reward else 10
+
+    @property
+    def value_starts_as_reward(self) -> bool:
+        """Whether the value begins as a copy of the reward model."""
+        separate = self.value.trunk == "separate"
+        return separate and self.reward.model is not None and self.value.start != "zero"

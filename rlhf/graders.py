@@ -1,0 +1,117 @@
+"""The API's graders as a source of rewards."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from data.errors import ConfigError, InvalidInput, TrainingFailed
+from data.formula import Formula
+from data.grader_text import MissingVariable, SampleNotJson, check_places, fill
+from data.similarity import MEASURES, compare
+from rlhf.actor_critic import ActorCritic
+from rlhf.reward_model import Normalizer
+from rlhf.rollout import Sample
+
+OPERATIONS = ("eq", "ne", "like", "ilike")
+
+
+class GraderReward:
+    """A grader of the API; `score_model` is the reward model of the run.
+
+    A response that a grader cannot read (no JSON where JSON is asked for) scores 0; a place in a
+    grader that no prompt of the file fills is an error.
+
+    Raises:
+        ConfigError: The grader is not one that can run here.
+    """
+
+    def __init__(
+        self, grader: Mapping[str, Any], roles: ActorCritic, normalizer: Normalizer | None
+    ) -> None:
+        self._grader = grader
+        self._roles, self._normalizer = roles, normalizer
+        check_grader(grader)
+
+    def score(self, samples: Sequence[Sample]) -> list[float]:
+        if self._grader["type"] != "multi":
+            return self._score_one(self._grader, samples)
+        parts = {
+            name: self._score_one(part, samples) for name, part in self._grader["graders"].items()
+        }
+        formula = Formula(self._grader["calculate_output"], list(parts))
+        rewards = []
+        for index in range(len(samples)):
+            try:
+                rewards.append(formula.compute({name: part[index] for name, part in parts.items()}))
+            except ArithmeticError:
+                rewards.append(math.nan)
+        return rewards
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+    def _score_one(self, grader: Mapping[str, Any], samples: Sequence[Sample]) -> list[float]:
+        if grader["type"] == "score_model":
+            from rlhf.rewards import ModelReward
+
+            if self._normalizer is None:
+                raise ConfigError(["a score_model grader needs reward.model, the reward model"])
+            return ModelReward(self._roles, self._normalizer).score(samples)
+        return [_score_text(grader, sample) for sample in samples]
+
+
+def check_grader(grader: Mapping[str, Any]) -> None:
+    """Raise ConfigError unless training can run a grader."""
+    kind = grader.get("type")
+    try:
+        if kind == "multi":
+            parts = grader.get("graders") or {}
+            if not parts:
+                raise ConfigError(["reward.grader of type multi has no graders"])
+            for part in parts.values():
+                if part.get("type") == "multi":
+                    raise ConfigError(["reward.grader: a multi grader cannot hold another"])
+                check_grader(part)
+            Formula(str(grader.get("calculate_output")), list(parts))
+        elif kind in ("string_check", "text_similarity"):
+            for name in ("input", "reference"):
+                check_places(str(grader.get(name)))
+            is_check = kind == "string_check"
+            field = "operation" if is_check else "evaluation_metric"
+            known: tuple[str, ...] = OPERATIONS if is_check else tuple(MEASURES)
+            if grader.get(field) not in known:
+                raise ConfigError(
+                    [
+                        f"reward.grader.{field} is {grader.get(field)!r}; expected one of "
+                        f"{', '.join(known)}"
+                    ]
+                )
+        elif kind != "score_model":
+            raise ConfigError(
+                [
+                    f"reward.grader.type is {kind!r}; expected string_check, text_similarity, "
+                    "score_model or multi"
+                ]
+            )
+    except InvalidInput as error:
+        raise ConfigError([f"reward.grader: {error.message}"]) from error
+
+
+def _score_text(grader: Mapping[str, Any], sample: Sample) -> float:
+    try:
+        texts = [
+            fill(grader[name], sample.text, sample.prompt.item) for name in ("input", "reference")
+        ]
+    except SampleNotJson:
+        return 0.0
+    except MissingVariable as error:
+        raise TrainingFailed(
+            f"The grader {grader.get('name')} reads {error}, which line {sample.prompt.line} of "
+            "the prompts' file does not have",
+            code="reward_failed",
+        ) from error
+    if grader["type"] == "string_check":
+        return float(compare(grader["operation"], *texts))
+    return float(MEASURES[grader["evaluation_metric"]](*texts))

@@ -1,0 +1,220 @@
+"""The parts of a PPO run, put together: base with adapters, prompts, engine, source of rewards."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from peft import LoraConfig
+from torch import Tensor
+from transformers import set_seed
+
+from data.errors import ConfigError, DataError
+from rlhf.actor_critic import (
+    POLICY,
+    REFERENCE,
+    REWARD,
+    VALUE,
+    ActorCritic,
+    copy_adapter,
+    load_role,
+    with_policy,
+)
+from rlhf.config import PpoConfig
+from rlhf.ppo_math import Reduce
+from rlhf.prompts import Prompt, load_prompts
+from rlhf.reward_model import RewardHead, read_head
+from rlhf.rewards import RewardSource, make_source
+from rlhf.rollout import Sampler
+from train.base_model import Base, load_base
+from train.batches import name_lines
+from train.config import CPU_MICRO_BATCH_TOKENS, GPU_MICRO_BATCH_TOKENS, LoraSettings
+from train.start import read_shape, set_weights
+
+FEWEST_HELD_OUT = 4  # the prompts must be so many times those held out for evaluation
+
+
+@dataclass(frozen=True)
+class Team:
+    """The processes of a run; `reduce` sums a tensor over them, and is None where there is one."""
+
+    rank: int
+    size: int
+    reduce: Reduce | None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Return the sum over all processes."""
+        return value if self.reduce is None else self.reduce(value)
+
+    def agree(self, value: float) -> float:
+        """Return the main process's number to all."""
+        return float(self.sum(torch.tensor(value if self.is_main else 0.0, dtype=torch.float64)))
+
+
+@dataclass
+class PpoRun:
+    """Everything that a run needs before its first update."""
+
+    config: PpoConfig
+    base: Base
+    roles: ActorCritic
+    sampler: Sampler
+    source: RewardSource
+    prompts: list[Prompt]
+    eval_prompts: list[Prompt]
+    team: Team
+    max_tokens: int
+    warnings: list[str]
+
+    def close(self) -> None:
+        """Give back the engine and the source of rewards."""
+        self.sampler.close()
+        self.source.close()
+
+
+def join_team(device: str) -> Team:
+    """Join the processes that `accelerate launch` started."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return Team(0, 1, None)
+    accelerator = Accelerator(cpu=device == "cpu" or not torch.cuda.is_available())
+
+    def reduce(value: Tensor) -> Tensor:
+        summed = accelerator.reduce(value.to(accelerator.device), reduction="sum")
+        return summed.to(value.device)
+
+    return Team(accelerator.process_index, accelerator.num_processes, reduce)
+
+
+def set_up(config: PpoConfig) -> PpoRun:
+    """Load and check everything.
+
+    Raises:
+        ToolkitError: The base, the adapters, the prompts or the settings do not fit together.
+    """
+    team = join_team(config.device)
+    if config.batch_size % team.size:
+        raise ConfigError(
+            [
+                f"batch_size is {config.batch_size}, which {team.size} processes cannot share; "
+                f"give a multiple of {team.size}"
+            ]
+        )
+    for name in ("prompts_file", "eval_prompts_file"):
+        path = getattr(config, name)
+        if path is not None and not path.is_file():
+            raise DataError(f"{name} {path} is not a file", param=name, code="file_not_found")
+    set_seed(config.seed)
+    base = load_base(config)
+    if config.max_new_tokens >= base.context_length:
+        raise ConfigError(
+            [
+                f"max_new_tokens is {config.max_new_tokens}, but {base.name} reads "
+                f"{base.context_length} tokens, prompt included"
+            ]
+        )
+    room = min(config.max_prompt_length, base.context_length - config.max_new_tokens)
+    prompts, eval_prompts, warnings = read_prompts(config, base, room)
+    head = read_head(config.reward.model, base.fingerprint) if config.reward.model else None
+    roles = build_roles(config, base, head)
+    longest = max(len(prompt.ids) for prompt in (*prompts, *eval_prompts))
+    sampler = Sampler(
+        base,
+        config.device,
+        longest + config.max_new_tokens,
+        config.batch_size // team.size,
+        config.stop_at_eos,
+    )
+    by_device = CPU_MICRO_BATCH_TOKENS
+    if base.model.device.type != "cpu":
+        by_device = GPU_MICRO_BATCH_TOKENS
+    max_tokens = config.micro_batch_tokens if config.micro_batch_tokens != "auto" else by_device
+    normalizer = head.normalizer if head else None
+    try:
+        source = make_source(config.reward, roles, normalizer)
+    except BaseException:
+        sampler.close()
+        raise
+    return PpoRun(
+        *(config, base, roles, sampler, source, prompts, eval_prompts, team, max_tokens, warnings)
+    )
+
+
+def build_roles(config: PpoConfig, base: Base, head: RewardHead | None) -> ActorCritic:
+    """Put the adapters and heads of all roles on the base.
+
+    Raises:
+        ToolkitError: An adapter does not belong to the base.
+    """
+    shape = (
+        read_shape(config.start_adapter, base, 0.0) if config.start_adapter else _fresh(config.lora)
+    )
+    model = with_policy(base.model, shape)
+    if config.start_adapter is not None:
+        set_weights(model, config.start_adapter)
+        load_role(model, config.start_adapter, REFERENCE)
+    if head is not None and config.reward.model is not None:
+        load_role(model, config.reward.model, REWARD)
+    shared = config.value.trunk == "shared"
+    if not shared and config.value_starts_as_reward:
+        copy_adapter(model, REWARD, VALUE)
+    elif not shared:
+        model.add_adapter(VALUE, _fresh(config.lora))
+    roles = ActorCritic(model, config.temperature, shared)
+    if head is not None:
+        roles.add_head(REWARD, head.weight)
+    if head is not None and config.value_starts_as_reward:
+        scale = head.normalizer
+        roles.add_head(VALUE, head.weight / scale.std, -scale.mean / scale.std)
+    else:
+        roles.add_head(VALUE)
+    roles.freeze_all_but((POLICY, VALUE))
+    if config.entropy_coef:
+        roles.let_entropy_train()
+    if config.gradient_checkpointing:
+        roles.checkpoint_activations()
+    return roles
+
+
+def read_prompts(
+    config: PpoConfig, base: Base, room: int
+) -> tuple[list[Prompt], list[Prompt], list[str]]:
+    """Return the prompts to learn on, those to evaluate on, and what to warn of."""
+    found = load_prompts(config.prompts_file, base.tokenizer, room)
+    warnings = []
+    if found.too_long:
+        warnings.append(
+            f"{len(found.too_long)} prompts dropped, longer than {room} tokens: "
+            f"{name_lines(found.too_long)}"
+        )
+    prompts, count = found.rows, config.eval_prompts
+    if config.eval_prompts_file is not None:
+        held = load_prompts(config.eval_prompts_file, base.tokenizer, room).rows[:count]
+        return prompts, held, warnings
+    if len(prompts) < FEWEST_HELD_OUT * count:
+        if count:
+            warnings.append(
+                f"only {len(prompts)} prompts: the {min(count, len(prompts))} of the evaluations "
+                "are also learned on"
+            )
+        return prompts, prompts[:count], warnings
+    generator = torch.Generator().manual_seed(config.seed)
+    chosen = set(torch.randperm(len(prompts), generator=generator)[:count].tolist())
+    held = [prompt for index, prompt in enumerate(prompts) if index in chosen]
+    return [p for index, p in enumerate(prompts) if index not in chosen], held, warnings
+
+
+def _fresh(lora: LoraSettings) -> LoraConfig:
+    return LoraConfig(
+        r=lora.r,
+        lora_alpha=2 * lora.r if lora.alpha is None else lora.alpha,
+        lora_dropout=0.0,
+        target_modules=lora.target_modules,
+        use_rslora=lora.use_rslora,
+        task_type="CAUSAL_LM",
+    )

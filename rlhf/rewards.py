@@ -1,0 +1,245 @@
+"""Where rewards come from: a reward model, a Python function, a URL, or a grader of the API.
+
+All get the same samples and return one number each. A number that is not finite is reported as NaN
+and the response is skipped by the trainer; a source that fails, hangs or answers with the wrong
+number of rewards ends the run, and names the prompt.
+"""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import time
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.connection import Connection
+from typing import Any, Protocol
+
+import httpx
+import torch
+
+from data.errors import ConfigError, TrainingFailed
+from rlhf.actor_critic import ActorCritic
+from rlhf.config import PpoRewardSettings
+from rlhf.reward_model import Normalizer
+from rlhf.rollout import Sample
+from train.batches import name_lines
+
+BATCH_TOKENS = 2048
+RETRY_S = 1.0
+SHOWN = 60
+
+
+class RewardSource(Protocol):
+    """Scores responses."""
+
+    def score(self, samples: Sequence[Sample]) -> list[float]:
+        """Return one score a sample, NaN where there is none.
+
+        Raises:
+            TrainingFailed: The source failed.
+        """
+
+    def close(self) -> None:
+        """Give back what it holds."""
+
+
+class ModelReward:
+    """Normalised scores of the reward adapter on the trainer's own base."""
+
+    def __init__(self, roles: ActorCritic, normalizer: Normalizer):
+        self._roles = roles
+        self._normalizer = normalizer
+
+    @torch.no_grad()
+    def score(self, samples: Sequence[Sample]) -> list[float]:
+        rows = [(*sample.prompt.ids, *sample.response) for sample in samples]
+        scores = [0.0] * len(rows)
+        for part in by_length([len(row) for row in rows], BATCH_TOKENS):
+            raw = self._roles.rewards([rows[index] for index in part])
+            found = self._normalizer.apply(raw).tolist()
+            for index, score in zip(part, found, strict=True):
+                scores[index] = score
+        return scores
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+
+class FunctionReward:
+    """A function of the user's, in a process of its own so that it can be stopped.
+
+    It is called as `function(prompts=[...], completions=[...], **columns)`, as TRL's reward
+    functions are: lists of texts, and one list for each further column of the prompts' file.
+    """
+
+    def __init__(self, name: str, timeout_s: float):
+        self._name = name
+        self._timeout_s = timeout_s
+        find_function(name)  # a wrong name is told before anything is trained
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve_function, args=(name, theirs), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def score(self, samples: Sequence[Sample]) -> list[float]:
+        self._pipe.send(as_columns(samples))
+        if not self._pipe.poll(self._timeout_s):
+            self.close()
+            raise _failed(
+                f"{self._name} did not answer within reward.timeout_s ({self._timeout_s:g} s)",
+                samples,
+                "reward_timeout",
+            )
+        try:
+            kind, value = self._pipe.recv()
+        except EOFError as error:
+            raise _failed(f"the process of {self._name} ended", samples, "reward_failed") from error
+        if kind == "error":
+            raise _failed(f"{self._name} raised {value}", samples, "reward_failed")
+        return read_scores(value, samples, self._name)
+
+    def close(self) -> None:
+        if self._process.is_alive():
+            self._process.kill()
+        self._process.join()
+        self._pipe.close()
+
+
+class UrlReward:
+    """A server of the user's: POST {"prompts", "completions", columns...} -> {"rewards": [...]}."""
+
+    def __init__(self, url: str, timeout_s: float, retries: int):
+        self._url = url
+        self._retries = retries
+        self._client = httpx.Client(timeout=timeout_s)
+
+    def score(self, samples: Sequence[Sample]) -> list[float]:
+        columns = as_columns(samples)
+        for attempt in range(self._retries + 1):
+            try:
+                response = self._client.post(self._url, json=columns)
+                response.raise_for_status()
+                body = response.json()
+                break
+            except (httpx.HTTPError, ValueError) as error:
+                if attempt == self._retries:
+                    raise _failed(
+                        f"{self._url} failed {attempt + 1} times, last with "
+                        f"{type(error).__name__}: {error}",
+                        samples,
+                        "reward_failed",
+                    ) from error
+                time.sleep(RETRY_S * 2**attempt)
+        found = body.get("rewards") if isinstance(body, Mapping) else None
+        return read_scores(found, samples, self._url)
+
+    def close(self) -> None:
+        self._client.close()
+
+
+def make_source(
+    settings: PpoRewardSettings, roles: ActorCritic, normalizer: Normalizer | None
+) -> RewardSource:
+    """Open the source that the settings name; `normalizer` is the reward model's."""
+    if settings.model is not None and normalizer is not None:
+        return ModelReward(roles, normalizer)
+    if settings.function is not None:
+        return FunctionReward(settings.function, settings.timeout_s)
+    if settings.url is not None:
+        return UrlReward(settings.url, settings.timeout_s, settings.retries)
+    from rlhf.graders import GraderReward
+
+    return GraderReward(settings.grader or {}, roles, normalizer)
+
+
+def find_function(name: str) -> Callable[..., Any]:
+    """Import `module:function`.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute) if attribute else None
+    except (ImportError, AttributeError) as error:
+        raise ConfigError([f"reward.function {name} cannot be imported: {error}"]) from error
+    if not callable(found):
+        raise ConfigError([f"reward.function is {name!r}; write it as module:function"])
+    return found
+
+
+def as_columns(samples: Sequence[Sample]) -> dict[str, list[Any]]:
+    """Return samples as TRL hands them to reward functions."""
+    columns: dict[str, list[Any]] = {
+        "prompts": [sample.prompt.text for sample in samples],
+        "completions": [sample.text for sample in samples],
+    }
+    names = dict.fromkeys(name for sample in samples for name in sample.prompt.item)
+    for name in names:
+        columns.setdefault(name, [sample.prompt.item.get(name) for sample in samples])
+    return columns
+
+
+def read_scores(value: Any, samples: Sequence[Sample], source: str) -> list[float]:
+    """Check what a source answered; None and what is not finite become NaN.
+
+    Raises:
+        TrainingFailed: It is not one number a sample.
+    """
+    good = isinstance(value, Sequence) and not isinstance(value, str)
+    if not good or len(value) != len(samples):
+        got = f"{len(value)} values" if good else type(value).__name__
+        raise _failed(
+            f"{source} answered {got} for {len(samples)} completions; return a list of one number "
+            "each",
+            samples,
+            "reward_wrong_shape",
+        )
+    scores = []
+    for sample, reward in zip(samples, value, strict=True):
+        if reward is None:
+            scores.append(float("nan"))
+        elif isinstance(reward, int | float):
+            scores.append(float(reward) if abs(reward) < float("inf") else float("nan"))
+        else:
+            raise _failed(f"{source} answered {reward!r}", [sample], "reward_not_a_number")
+    return scores
+
+
+def by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Put indices of rows of similar length together, up to `max_tokens` with padding; one at
+    least."""
+    parts: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if parts and (len(parts[-1]) + 1) * lengths[index] <= max_tokens:
+            parts[-1].append(index)
+        else:
+            parts.append([index])
+    return parts
+
+
+def _serve_function(name: str, pipe: Connection) -> None:
+    """Answer batches until the other end is closed."""
+    function = find_function(name)
+    while True:
+        try:
+            columns = pipe.recv()
+        except EOFError:
+            return
+        try:
+            answer: tuple[str, Any] = ("scores", [_number(v) for v in function(**columns)])
+        except Exception as error:  # noqa: BLE001 - whatever it is, the trainer tells it
+            answer = ("error", f"{type(error).__name__}: {error}")
+        pipe.send(answer)
+
+
+def _number(value: Any) -> Any:
+    """Turn numpy's and torch's numbers into plain ones."""
+    return value.item() if hasattr(value, "item") else value
+
+
+def _failed(what: str, samples: Sequence[Sample], code: str) -> TrainingFailed:
+    lines = name_lines([sample.prompt.line for sample in samples])
+    first = samples[0].prompt.text[:SHOWN]
+    return TrainingFailed(f"The reward failed: {what}. Prompts: {lines}, {first!r} ...", code=code)

@@ -1,0 +1,114 @@
+"""Log-probabilities of chosen tokens, without ever holding all their logits.
+
+The head is frozen, so how a token's log-probability depends on its hidden state is one vector a
+token, which the forward pass works out chunk by chunk while it has the logits: with z the logits
+and p their softmax, the gradient by z is (onehot - p) / temperature. The backward pass is then one
+multiplication, and of a chunk's [C, V] logits nothing stays. Nothing is computed twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+CHUNK_BYTES = 64 << 20  # of float32 logits at a time
+Logits = Callable[[Tensor], Tensor]
+
+
+def logits_of(model: PreTrainedModel) -> Logits:
+    """Return what turns hidden states [N, D] into float32 logits [N, V] as the model does.
+
+    Args:
+        model: A causal LM of transformers; scales and caps that some put on logits are kept.
+    """
+    head: nn.Module = model.get_output_embeddings()
+    config = model.config.get_text_config()
+    softcap = getattr(config, "final_logit_softcapping", None)
+    scale = (getattr(config, "logit_scale", None) or 1.0) / (
+        getattr(config, "logits_scaling", None) or 1.0
+    )
+
+    def logits(hidden: Tensor) -> Tensor:
+        found: Tensor = head(hidden).float()
+        if scale != 1.0:
+            found = found * scale
+        return found if softcap is None else torch.tanh(found / softcap) * softcap
+
+    return logits
+
+
+def chosen_scores(
+    logits: Logits, hidden: Tensor, chosen: Tensor, temperature: float, closed_form: bool
+) -> tuple[Tensor, Tensor]:
+    """Return log-probability and entropy [N] of each position's distribution, in nats.
+
+    Args:
+        logits: From `logits_of`.
+        hidden: [N, D], what the head reads.
+        chosen: [N], ids of the chosen tokens.
+        temperature: Divides the logits.
+        closed_form: Gradients reach `hidden` alone, and only through the log-probabilities: right
+            where `logits` has nothing to train and the entropy is not in the loss.
+    """
+    if closed_form and torch.is_grad_enabled() and hidden.requires_grad:
+        return _ClosedForm.apply(hidden, chosen, logits, temperature)
+    parts = []
+    for part in _chunks(logits, hidden):
+        given = (logits, hidden[part], chosen[part], temperature)
+        if torch.is_grad_enabled():
+            parts.append(checkpoint(_score, *given, use_reentrant=False))
+        else:
+            parts.append(_score(*given))
+    log_probs, entropies = zip(*parts, strict=True)
+    return torch.cat(log_probs), torch.cat(entropies)
+
+
+class _ClosedForm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, chosen: Tensor, logits: Logits, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        slopes = torch.empty_like(hidden)
+        log_probs = hidden.new_empty(len(hidden), dtype=torch.float32)
+        entropies = torch.empty_like(log_probs)
+        for part in _chunks(logits, hidden):
+            with torch.enable_grad():
+                given = hidden[part].detach().requires_grad_()
+                found = logits(given)
+            with torch.no_grad():
+                every = functional.log_softmax(found / temperature, dim=-1)
+                towards = every.exp()
+                entropies[part] = -(towards * every).sum(-1)
+                index = chosen[part, None]
+                log_probs[part] = every.gather(-1, index).squeeze(-1)
+                towards.neg_().scatter_add_(-1, index, torch.ones_like(index, dtype=towards.dtype))
+            (slopes[part],) = torch.autograd.grad(found, given, towards.div_(temperature))
+        ctx.save_for_backward(slopes)
+        ctx.mark_non_differentiable(entropies)
+        return log_probs, entropies
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (slopes,) = ctx.saved_tensors
+        return slopes * grads[0][:, None].to(slopes.dtype), None, None, None
+
+
+def _score(
+    logits: Logits, hidden: Tensor, chosen: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    log_probs = functional.log_softmax(logits(hidden) / temperature, dim=-1)
+    entropy = -(log_probs.exp() * log_probs).sum(-1)
+    return log_probs.gather(-1, chosen[:, None]).squeeze(-1), entropy
+
+
+def _chunks(logits: Logits, hidden: Tensor) -> list[slice]:
+    with torch.no_grad():
+        vocabulary = logits(hidden[:1]).shape[-1]
+    size = max(1, CHUNK_BYTES // (4 * vocabulary))
+    return [slice(at, at + size) for at in range(0, max(1, len(hidden)), size)]

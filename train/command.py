@@ -1,0 +1,167 @@
+"""The command line that every trainer has: settings in, a run folder out, an exit status.
+
+Exit status: 0 done, 2 wrong input, 74 disk full, 143 stopped by a signal (resumable), 1 otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from data.errors import ConfigError, InvalidInput, ModelUnavailable, ToolkitError, TrainingFailed
+from data.settings import StrictModel, read_config
+from train.config import RunConfig
+from train.run import RunFolder, is_disk_full, write_json
+
+STOPPED, DISK_FULL = 143, 74
+FREE_TO_CHANGE = frozenset({"output_dir", "models_dir", "threads", "wandb", "keep_checkpoints"})
+LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets")
+Config = TypeVar("Config", bound=RunConfig)
+
+
+def run_command(
+    module: str,
+    about: str,
+    config_type: type[Config],
+    execute: Callable[[Config, RunFolder, argparse.Namespace], int],
+    arguments: Sequence[str] | None,
+    add_options: Callable[[argparse.ArgumentParser], None] = lambda _: None,
+) -> int:
+    """Read settings and run; returns the exit status.
+
+    Args:
+        module: Such as "train.sft", for messages.
+        about: For `--help`.
+        execute: Does the run and returns the exit status; may raise anything.
+        add_options: Adds options of this command alone.
+    """
+    options = _parser(module, about, config_type, add_options).parse_args(arguments)
+    try:
+        config = read_config(config_type, options.config, options.words)
+    except ToolkitError as error:
+        print(f"{module}: {error}", file=sys.stderr)
+        return 2
+    run = RunFolder(config.output_dir)
+    try:
+        if run.result.exists():
+            print(f"{run.path} holds a finished run; give another output_dir", file=sys.stderr)
+            return 0
+        return execute(config, run, options)
+    except Exception as error:  # noqa: BLE001 - the one place that turns any failure into a status
+        return _report(module, error, run)
+
+
+def refuse_other_settings(
+    config: RunConfig, run: RunFolder, free: Collection[str] = FREE_TO_CHANGE
+) -> None:
+    """Raise ConfigError if an unfinished run in the folder began with other settings.
+
+    Resuming must not mix two runs: what decides the result has to be as it was.
+    """
+    if run.newest_checkpoint() is None or not run.resolved.exists():
+        return
+    began = json.loads(run.resolved.read_text("utf-8"))["config"]
+    problems = [
+        f"{name} is {value!r}, but the unfinished run in {run.path} began with "
+        f"{began[name]!r}; keep it, or give another output_dir"
+        for name, value in config.model_dump(mode="json").items()
+        if name not in free and began.get(name, value) != value
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def provenance(config: RunConfig, plan: StrictModel | None, **facts: Any) -> dict[str, Any]:
+    """Return what a run keeps of how it came about: `resolved_config.json`."""
+    return {
+        "config": config.model_dump(mode="json"),
+        "plan": plan.model_dump() if plan else None,
+        **facts,
+        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "python": platform.python_version(),
+        "git_commit": _git_commit(),
+    }
+
+
+def as_yaml(value: Any) -> str:
+    """Return a value as people read it."""
+    import yaml
+
+    return yaml.safe_dump(value, sort_keys=False).rstrip()
+
+
+def _parser(
+    module: str,
+    about: str,
+    config_type: type[RunConfig],
+    add_options: Callable[[argparse.ArgumentParser], None],
+) -> argparse.ArgumentParser:
+    folder = module.rpartition(".")[2]
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {module}",
+        description=about.replace("`", ""),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="settings:\n" + "\n".join(_settings_help(config_type)),
+    )
+    parser.add_argument("words", nargs="*", metavar="key=value", help="override settings")
+    parser.add_argument("--config", type=Path, help=f"YAML with settings; see configs/{folder}")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check data and settings, print the plan, stop"
+    )
+    add_options(parser)
+    return parser
+
+
+def _settings_help(model: type[StrictModel], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, StrictModel):
+            yield from _settings_help(field.annotation, f"{prefix}{name}.")
+        else:
+            default = "required" if field.is_required() else f"default {field.default}"
+            yield f"  {prefix + name:26} {field.description or ''} ({default})"
+
+
+def _git_commit() -> str | None:
+    """Return the commit of hone's own checkout, where there is one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:  # no git here
+        return None
+    return done.stdout.strip() or None
+
+
+def _report(module: str, error: Exception, run: RunFolder) -> int:
+    """Tell what stopped the run, in the folder where possible and on stderr always."""
+    if is_disk_full(error, _existing(run.path)):
+        code, status = "disk_full", DISK_FULL
+        message = f"The disk of {run.path} is full ({error}); free some space and start again"
+    elif isinstance(error, ToolkitError):
+        code, message = error.code or "training_failed", error.message
+        wrong_input = isinstance(error, InvalidInput | ModelUnavailable)
+        status = 2 if wrong_input and not isinstance(error, TrainingFailed) else 1
+    else:
+        code, status = "internal_error", 1
+        message = f"{type(error).__name__}: {error}"
+        traceback.print_exception(error)
+    print(f"{module}: {message}", file=sys.stderr)
+    if int(os.environ.get("RANK", "0")) == 0:
+        try:
+            run.path.mkdir(parents=True, exist_ok=True)
+            write_json(run.error, {"code": code, "message": message})
+        except OSError as failure:
+            print(f"{module}: {run.error} could not be written: {failure}", file=sys.stderr)
+    return status
+
+
+def _existing(path: Path) -> Path:
+    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
