@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
-from peft import LoraConfig
 from torch import Tensor
 from transformers import set_seed
 
@@ -30,7 +29,8 @@ from rlhf.rewards import RewardSource, make_source
 from rlhf.rollout import Sampler
 from train.base_model import Base, load_base
 from train.batches import name_lines
-from train.config import CPU_MICRO_BATCH_TOKENS, GPU_MICRO_BATCH_TOKENS, LoraSettings
+from train.config import CPU_MICRO_BATCH_TOKENS, GPU_MICRO_BATCH_TOKENS
+from train.lora import lora_config
 from train.start import read_shape, set_weights
 
 FEWEST_HELD_OUT = 4  # the prompts must be so many times those held out for evaluation
@@ -152,7 +152,9 @@ def build_roles(config: PpoConfig, base: Base, head: RewardHead | None) -> Actor
         ToolkitError: An adapter does not belong to the base.
     """
     shape = (
-        read_shape(config.start_adapter, base, 0.0) if config.start_adapter else _fresh(config.lora)
+        read_shape(config.start_adapter, base, 0.0)
+        if config.start_adapter
+        else lora_config(config.lora)
     )
     model = with_policy(base.model, shape)
     if config.start_adapter is not None:
@@ -164,7 +166,7 @@ def build_roles(config: PpoConfig, base: Base, head: RewardHead | None) -> Actor
     if not shared and config.value_starts_as_reward:
         copy_adapter(model, REWARD, VALUE)
     elif not shared:
-        model.add_adapter(VALUE, _fresh(config.lora))
+        model.add_adapter(VALUE, lora_config(config.lora))
     roles = ActorCritic(model, config.temperature, shared)
     if head is not None:
         roles.add_head(REWARD, head.weight)
@@ -207,14 +209,3 @@ def read_prompts(
     chosen = set(torch.randperm(len(prompts), generator=generator)[:count].tolist())
     held = [prompt for index, prompt in enumerate(prompts) if index in chosen]
     return [p for index, p in enumerate(prompts) if index not in chosen], held, warnings
-
-
-def _fresh(lora: LoraSettings) -> LoraConfig:
-    return LoraConfig(
-        r=lora.r,
-        lora_alpha=2 * lora.r if lora.alpha is None else lora.alpha,
-        lora_dropout=0.0,
-        target_modules=lora.target_modules,
-        use_rslora=lora.use_rslora,
-        task_type="CAUSAL_LM",
-    )

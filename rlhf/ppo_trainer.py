@@ -184,7 +184,7 @@ class PpoTrainer:
             "step": progress.update,
             "total_steps": config.num_updates,
             "episode": progress.update * config.batch_size,
-            **{name: round(value, 6) for name, value in numbers.items()},
+            **{name: round(value, 6) for name, value in numbers.items() if math.isfinite(value)},
             "objective/kl_coef": kl_coef,
             "objective/non_score_reward": round(-kl_coef * kl, 6),
             "objective/rlhf_reward": round(score - kl_coef * kl, 6),

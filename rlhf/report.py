@@ -6,13 +6,13 @@ The page holds all it shows; it reads no network and runs no script. Model text 
 from __future__ import annotations
 
 import html
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from train.config import RunConfig
+from train.pages import draw, flat, page, table
 from train.run import RunFolder, replace_text
 
 CURVES = (
@@ -26,22 +26,13 @@ CURVES = (
     ("objective/kl_coef", "KL coefficient"),
 )
 SHOWN = 60  # rows of the table of completions
-STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:60rem;padding:0 1rem}
-table{border-collapse:collapse;width:100%}td,th{border-bottom:1px solid #ccc;padding:.3rem .5rem;
-text-align:left;vertical-align:top}pre{white-space:pre-wrap;margin:0;font:13px/1.4 monospace}
-figure{display:inline-block;width:48%;margin:0}figure svg{width:100%;height:auto}
-.warn{background:#fff3cd;padding:.3rem .6rem;margin:.2rem 0}
-@media(max-width:40rem){figure{width:100%}}
-"""
 
 
 def write_report(run: RunFolder, config: RunConfig, outcome: Mapping[str, Any]) -> None:
     """Write `report.html` into a run's folder."""
     records, events = _lines(run.metrics), _lines(run.events)
     parts = [
-        "<h1>PPO run</h1>",
-        _table("Outcome", _flat(outcome)),
+        table("Outcome", flat(outcome)),
         _alarms(events),
         "<h2>Curves</h2>",
         *(_curve(records, name, label) for name, label in CURVES),
@@ -51,15 +42,9 @@ def write_report(run: RunFolder, config: RunConfig, outcome: Mapping[str, Any]) 
         _times(records),
         "<h2>Responses over time</h2>",
         _completions(_lines(run.completions)),
-        _table("Settings", _flat(config.model_dump(mode="json"))),
+        table("Settings", flat(config.model_dump(mode="json"))),
     ]
-    page = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>PPO run</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>'
-        + "\n".join(parts)
-        + "</body></html>\n"
-    )
-    replace_text(run.report, page)
+    replace_text(run.report, page("PPO run", parts))
 
 
 def _alarms(events: Sequence[Mapping[str, Any]]) -> str:
@@ -76,38 +61,15 @@ def _curve(records: Sequence[Mapping[str, Any]], name: str, label: str) -> str:
     extra = []
     if name == "objective/scores":
         extra = [(r["step"], r["eval/reward"]) for r in records if _is_number(r.get("eval/reward"))]
-    return _draw([(points, "rollouts", "-"), (extra, "evaluation", "o-")], "update", label)
+    return draw([(points, "rollouts", "-"), (extra, "evaluation", "o-")], "update", label)
 
 
 def _frontier(records: Sequence[Mapping[str, Any]]) -> str:
     points = [(r["objective/kl"], r["objective/raw_scores"]) for r in records]
     gold = [(r["objective/kl"], r["eval/gold"]) for r in records if _is_number(r.get("eval/gold"))]
-    return _draw(
+    return draw(
         [(points, "reward", "."), (gold, "gold", "x")], "KL of a response (nats)", "mean score"
     )
-
-
-def _draw(
-    series: Sequence[tuple[Sequence[tuple[float, float]], str, str]], x_label: str, y_label: str
-) -> str:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(5, 3), layout="constrained")
-    drawn = [(points, label, style) for points, label, style in series if points]
-    for points, label, style in drawn:
-        axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
-    if len(drawn) > 1:
-        axes.legend()
-    axes.set(xlabel=x_label, ylabel=y_label)
-    axes.grid(alpha=0.3)
-    text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
-    pyplot.close(figure)
-    drawing = text.getvalue()
-    return f"<figure>{drawing[drawing.index('<svg') :]}</figure>"
 
 
 def _times(records: Sequence[Mapping[str, Any]]) -> str:
@@ -115,7 +77,7 @@ def _times(records: Sequence[Mapping[str, Any]]) -> str:
     sums = {n: sum(r.get(f"time/{n}", 0.0) for r in records) for n in names}
     total = sum(sums.values()) or 1.0
     rows = {name: f"{value:.1f} s ({value / total:.0%})" for name, value in sums.items()}
-    return _table("", rows)
+    return table("", rows)
 
 
 def _completions(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -128,24 +90,6 @@ def _completions(rows: Sequence[Mapping[str, Any]]) -> str:
     )
     head = "<tr><th>update</th><th>kind</th><th>prompt</th><th>response</th><th>score</th></tr>"
     return f"<table>{head}{body}</table>"
-
-
-def _table(title: str, rows: Mapping[str, Any]) -> str:
-    body = "".join(
-        f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(value))}</td></tr>"
-        for name, value in rows.items()
-    )
-    return (f"<h2>{html.escape(title)}</h2>" if title else "") + f"<table>{body}</table>"
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{name}.")
-        else:
-            found[prefix + name] = value
-    return found
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -128,7 +128,8 @@ class Learner:
             stats.norms[role].append(norm)
         self.optimizer.step()
         stats.sums.update(totals | {"tokens": tokens})
-        stats.ratios.append(totals["ratio"] / tokens)
+        if not value_only:
+            stats.ratios.append(totals["ratio"] / tokens)
         stats.steps += 1
         return totals["approx_kl"] / tokens
 

@@ -127,7 +127,7 @@ def peak_bytes() -> int:
 def alarms(history: Sequence[Mapping[str, Any]], stops_at_eos: bool) -> list[tuple[str, str]]:
     """Return (kind, message) of what looks wrong in the newest of the records."""
     now, found = history[-1], []
-    kl, ratio = now["objective/kl"], now["val/ratio"]
+    kl, ratio = now["objective/kl"], now.get("val/ratio", 1.0)
     if kl < -1:
         found.append(
             (
@@ -136,7 +136,7 @@ def alarms(history: Sequence[Mapping[str, Any]], stops_at_eos: bool) -> list[tup
                 "disagree, or responses are cut where the policy is unlike the reference",
             )
         )
-    if not math.isnan(ratio) and not 0.5 <= ratio <= 2:
+    if not 0.5 <= ratio <= 2:
         found.append(("ratio", f"the mean ratio is {ratio:.2f}: lower learning_rate"))
     eos_rate = now["score/eos_rate"]
     if stops_at_eos and eos_rate < 0.5:

@@ -33,6 +33,7 @@ VALID_NAMES = {
     "eval_loss": "valid_loss",
     "eval_mean_token_accuracy": "valid_mean_token_accuracy",
 }
+RENAMED = {*TRAIN_NAMES, *VALID_NAMES, "num_tokens", "epoch"}  # the rest keeps TRL's names
 
 
 class Stopper(TrainerCallback):
@@ -156,11 +157,13 @@ class RunLog(TrainerCallback):
         }
         if "loss" in logs:
             record |= {ours: logs[name] for name, ours in TRAIN_NAMES.items() if name in logs}
+            record |= {name: value for name, value in logs.items() if name not in RENAMED}
             self._training = {name: record[name] for name in CHECKPOINT_NAMES if name in record}
             record |= self._speed(logs.get("num_tokens", 0.0))
         elif "eval_loss" in logs:
             record |= {ours: logs[name] for name, ours in VALID_NAMES.items() if name in logs}
-            found = {ours: logs[name] for name, ours in VALID_NAMES.items()}
+            found = {ours: logs[name] for name, ours in VALID_NAMES.items() if name in logs}
+            record |= {name: value for name, value in logs.items() if name not in RENAMED}
             self._evaluated_at = state.global_step
             self._evaluation = found | {f"full_{name}": value for name, value in found.items()}
         else:

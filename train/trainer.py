@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig
 from rich.console import Console
 from transformers import PrinterCallback, set_seed
 from transformers.trainer_callback import ProgressCallback
@@ -22,6 +21,7 @@ from train.batches import LengthGroupedSampler, as_dataset
 from train.callbacks import EarlyStop, ProgressBar, RunLog, SaveAt, Stopper
 from train.config import Plan, SftConfig
 from train.example_losses import write_losses
+from train.lora import lora_config
 from train.prepare import TrainingJob
 from train.publish import PROBE_ROWS, write_adapter
 from train.run import RunFolder
@@ -100,19 +100,11 @@ def estimate(job: TrainingJob) -> dict[str, float]:
 
 def _make_trainer(job: TrainingJob, run: RunFolder, stopper: Stopper) -> LoraTrainer:
     config, plan, base = job.config, job.plan, job.base
-    lora = config.lora
     set_seed(config.seed)  # so that the adapter starts the same however the data were read
     if config.start_adapter is None:
-        peft_config = LoraConfig(
-            r=lora.r,
-            lora_alpha=2 * lora.r if lora.alpha is None else lora.alpha,
-            lora_dropout=lora.dropout,
-            target_modules=lora.target_modules,
-            use_rslora=lora.use_rslora,
-            task_type="CAUSAL_LM",
-        )
+        peft_config = lora_config(config.lora)
     else:
-        peft_config = read_shape(config.start_adapter, base, lora.dropout)
+        peft_config = read_shape(config.start_adapter, base, config.lora.dropout)
     steps = checkpoint_steps(config, plan)
     lengths = [len(example) for example in job.train.examples]
     trainer = LoraTrainer(

@@ -1,0 +1,221 @@
+"""What a reward model is worth: accuracy with an interval, calibration, length, agreement.
+
+Pairs whose better answer is not decided (a probability of 0.5) count in loss and Brier score only.
+Intervals are bootstrapped over prompts, as pairs of one prompt are not independent.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rlhf.comparisons import Group, agreement, noise_ceiling
+from train.pages import draw, flat, page, table
+
+BINS = 10
+RESAMPLES = 1000
+NEAR = 0.1  # lengths within this share of one another
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One held-out pair: its prompt, both scores and lengths, and the labelled probability."""
+
+    group: int
+    line: int
+    better: float
+    worse: float
+    better_length: int
+    worse_length: int
+    prob: float
+
+    @property
+    def difference(self) -> float:
+        return self.better - self.worse
+
+    @property
+    def decided(self) -> bool:
+        return self.prob > 0.5
+
+
+def judge(groups: Sequence[Group], scores: Sequence[Sequence[float]]) -> list[Judged]:
+    """Return the pairs of some groups with the scores of their answers."""
+    return [
+        Judged(
+            index,
+            pair.line,
+            scores[index][pair.better],
+            scores[index][pair.worse],
+            group.lengths[pair.better],
+            group.lengths[pair.worse],
+            pair.prob,
+        )
+        for index, group in enumerate(groups)
+        for pair in group.pairs
+    ]
+
+
+def report_card(groups: Sequence[Group], scores: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """Return the numbers of a reward model on held-out pairs; None where one is not defined."""
+    judged = judge(groups, scores)
+    decided = [pair for pair in judged if pair.decided]
+    ceiling, no_ceiling = noise_ceiling(groups)
+    agreed, not_agreed = agreement(groups)
+    near = [
+        pair
+        for pair in decided
+        if abs(pair.better_length - pair.worse_length)
+        <= NEAR * max(pair.better_length, pair.worse_length)
+    ]
+    probs = np.array([_sigmoid(pair.difference) for pair in judged])
+    labels = np.array([pair.prob for pair in judged])
+    every = [score for group in scores for score in group]
+    lengths = [length for group in groups for length in group.lengths]
+    temperature = fit_temperature([pair.difference for pair in judged], labels.tolist())
+    bins = reliability([pair.difference for pair in decided])
+    return {
+        "prompts": len(groups),
+        "pairs": len(judged),
+        "ties": len(judged) - len(decided),
+        "accuracy": accuracy(decided),
+        "accuracy_interval": bootstrap(decided),
+        "chance": 0.5,
+        "longer_wins": _longer_wins(decided),
+        "accuracy_near_equal_length": accuracy(near),
+        "pairs_near_equal_length": len(near),
+        "noise_ceiling": ceiling,
+        "noise_ceiling_reason": no_ceiling,
+        "label_agreement": agreed,
+        "label_agreement_reason": not_agreed,
+        "nll": float(np.mean(_nll(probs, labels))) if judged else None,
+        "brier": float(np.mean((probs - labels) ** 2)) if judged else None,
+        "ece": expected_calibration_error(bins, len(decided)),
+        "temperature": temperature,
+        "reliability": bins,
+        "score_length_correlation": pearson(every, lengths),
+        "score_mean": float(np.mean(every)) if every else None,
+        "score_std": float(np.std(every)) if every else None,
+    }
+
+
+def accuracy(pairs: Sequence[Judged]) -> float | None:
+    """Return the share of pairs that the scores order rightly; equal scores count half."""
+    if not pairs:
+        return None
+    return sum(1.0 if p.difference > 0 else 0.5 * (p.difference == 0) for p in pairs) / len(pairs)
+
+
+def bootstrap(pairs: Sequence[Judged], seed: int = 0) -> list[float] | None:
+    """Return the 95 % interval of the accuracy, resampling prompts."""
+    by_group: dict[int, list[Judged]] = {}
+    for pair in pairs:
+        by_group.setdefault(pair.group, []).append(pair)
+    if len(by_group) < 2:
+        return None
+    right = np.array([sum((p.difference > 0) for p in group) for group in by_group.values()])
+    right = right + np.array(
+        [sum(0.5 * (p.difference == 0) for p in group) for group in by_group.values()]
+    )
+    counts = np.array([len(group) for group in by_group.values()])
+    drawn = np.random.default_rng(seed).integers(0, len(counts), (RESAMPLES, len(counts)))
+    found = right[drawn].sum(1) / counts[drawn].sum(1)
+    return [float(value) for value in np.quantile(found, (0.025, 0.975))]
+
+
+def reliability(differences: Sequence[float]) -> list[dict[str, float]]:
+    """Return bins of how sure the model was and how often it was right.
+
+    Each pair counts as the answer that scores higher beating the other.
+    """
+    sure = np.array([_sigmoid(abs(difference)) for difference in differences])
+    right = np.array([difference > 0 for difference in differences])
+    edges = np.linspace(0.5, 1.0, BINS + 1)
+    found = []
+    for low, high in itertools.pairwise(edges):
+        inside = (sure >= low) & ((sure < high) | (high == 1.0))
+        if inside.any():
+            found.append(
+                {
+                    "low": float(low),
+                    "high": float(high),
+                    "count": int(inside.sum()),
+                    "confidence": float(sure[inside].mean()),
+                    "accuracy": float(right[inside].mean()),
+                }
+            )
+    return found
+
+
+def expected_calibration_error(bins: Sequence[dict[str, float]], count: int) -> float | None:
+    """Return the mean |confidence - accuracy| over pairs (Naeini et al. 2015)."""
+    if not count:
+        return None
+    return sum(b["count"] * abs(b["confidence"] - b["accuracy"]) for b in bins) / count
+
+
+def fit_temperature(differences: Sequence[float], probs: Sequence[float]) -> float | None:
+    """Return the T that makes sigmoid(difference / T) likeliest; above 1: the model is too sure.
+
+    Newton's method on 1 / T (Guo et al. 2017); None where no T > 0 is best.
+    """
+    d, p = np.array(differences), np.array(probs)
+    scale = 1.0
+    for _ in range(100):
+        found = 1 / (1 + np.exp(-np.clip(scale * d, -500, 500)))
+        slope, bend = float(((found - p) * d).sum()), float((found * (1 - found) * d * d).sum())
+        if bend < 1e-12:
+            return None
+        step = slope / bend
+        scale = min(max(scale - step, scale / 10), scale * 10)
+        if abs(step) < 1e-9 * max(1.0, scale):
+            break
+    return 1 / scale if 1e-4 < scale < 1e4 else None
+
+
+def pearson(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Return the correlation; None where one of them does not vary."""
+    if len(first) < 2 or np.std(first) == 0 or np.std(second) == 0:
+        return None
+    return float(np.corrcoef(first, second)[0, 1])
+
+
+def card_page(card: dict[str, Any], title: str) -> str:
+    """Return the report card as a page with pictures."""
+    bins = card["reliability"]
+    shown = {name: value for name, value in flat(card).items() if name != "reliability"}
+    line = [(0.5, 0.5), (1.0, 1.0)]
+    points = [(b["confidence"], b["accuracy"]) for b in bins]
+    counts = [((b["low"] + b["high"]) / 2, float(b["count"])) for b in bins]
+    return page(
+        title,
+        [
+            table("Held-out comparisons", shown),
+            "<h2>Calibration</h2>",
+            draw([(line, "perfect", "--"), (points, "model", "o-")], "confidence", "accuracy"),
+            draw([(counts, "pairs", "o-")], "confidence", "pairs"),
+        ],
+    )
+
+
+def _longer_wins(pairs: Sequence[Judged]) -> float | None:
+    if not pairs:
+        return None
+    won = sum(
+        1.0 if p.better_length > p.worse_length else 0.5 * (p.better_length == p.worse_length)
+        for p in pairs
+    )
+    return won / len(pairs)
+
+
+def _sigmoid(value: float) -> float:
+    return 1 / (1 + math.exp(-value)) if value > -700 else 0.0
+
+
+def _nll(probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    inside = np.clip(probs, 1e-12, 1 - 1e-12)
+    return -(labels * np.log(inside) + (1 - labels) * np.log(1 - inside))
