@@ -161,7 +161,7 @@ class PairTrainer(RewardTrainer):
         with torch.no_grad():
             for part in batches_of(mine, self._max_tokens):
                 summed, scores = self._sums(self.model, part)
-                better, worse, prob, _ = _columns(part, self.args.device)
+                better, worse, prob, _margin = _columns(part, self.args.device)
                 wins = ((scores[better] > scores[worse]) & (prob > 0.5)).sum()
                 found = (summed, wins, (prob > 0.5).sum(), torch.tensor(len(better)))
                 totals += torch.stack([value.double().to(totals.device) for value in found])

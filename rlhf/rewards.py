@@ -7,25 +7,25 @@ number of rewards ends the run, and names the prompt.
 
 from __future__ import annotations
 
-import importlib
 import multiprocessing
 import time
-from collections.abc import Callable, Mapping, Sequence
-from multiprocessing.connection import Connection
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import httpx
 import torch
 
-from data.errors import ConfigError, TrainingFailed
+from data.errors import TrainingFailed
 from rlhf.actor_critic import ActorCritic
 from rlhf.config import PpoRewardSettings
 from rlhf.reward_model import Normalizer
+from rlhf.reward_process import find_function, serve_function
 from rlhf.rollout import Sample
 from train.batches import name_lines
 
 BATCH_TOKENS = 2048
 RETRY_S = 1.0
+START_S = 120.0  # for importing the module of a function
 SHOWN = 60
 
 
@@ -78,26 +78,31 @@ class FunctionReward:
         find_function(name)  # a wrong name is told before anything is trained
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve_function, args=(name, theirs), daemon=True)
+        self._process = context.Process(target=serve_function, args=(name, theirs), daemon=True)
         self._process.start()
         theirs.close()
+        self._is_ready = False
 
     def score(self, samples: Sequence[Sample]) -> list[float]:
+        if not self._is_ready:
+            self._receive(START_S, f"{self._name} was not imported within {START_S:g} s", samples)
+            self._is_ready = True
         self._pipe.send(as_columns(samples))
-        if not self._pipe.poll(self._timeout_s):
+        late = f"{self._name} did not answer within reward.timeout_s ({self._timeout_s:g} s)"
+        kind, value = self._receive(self._timeout_s, late, samples)
+        if kind == "error":
+            raise _failed(f"{self._name} raised {value}", samples, "reward_failed")
+        return read_scores(value, samples, self._name)
+
+    def _receive(self, limit_s: float, late: str, samples: Sequence[Sample]) -> tuple[str, Any]:
+        if not self._pipe.poll(limit_s):
             self.close()
-            raise _failed(
-                f"{self._name} did not answer within reward.timeout_s ({self._timeout_s:g} s)",
-                samples,
-                "reward_timeout",
-            )
+            raise _failed(late, samples, "reward_timeout")
         try:
             kind, value = self._pipe.recv()
         except EOFError as error:
             raise _failed(f"the process of {self._name} ended", samples, "reward_failed") from error
-        if kind == "error":
-            raise _failed(f"{self._name} raised {value}", samples, "reward_failed")
-        return read_scores(value, samples, self._name)
+        return kind, value
 
     def close(self) -> None:
         if self._process.is_alive():
@@ -153,22 +158,6 @@ def make_source(
     return GraderReward(settings.grader or {}, roles, normalizer)
 
 
-def find_function(name: str) -> Callable[..., Any]:
-    """Import `module:function`.
-
-    Raises:
-        ConfigError: There is none.
-    """
-    module, _, attribute = name.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), attribute) if attribute else None
-    except (ImportError, AttributeError) as error:
-        raise ConfigError([f"reward.function {name} cannot be imported: {error}"]) from error
-    if not callable(found):
-        raise ConfigError([f"reward.function is {name!r}; write it as module:function"])
-    return found
-
-
 def as_columns(samples: Sequence[Sample]) -> dict[str, list[Any]]:
     """Return samples as TRL hands them to reward functions."""
     columns: dict[str, list[Any]] = {
@@ -217,26 +206,6 @@ def by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
         else:
             parts.append([index])
     return parts
-
-
-def _serve_function(name: str, pipe: Connection) -> None:
-    """Answer batches until the other end is closed."""
-    function = find_function(name)
-    while True:
-        try:
-            columns = pipe.recv()
-        except EOFError:
-            return
-        try:
-            answer: tuple[str, Any] = ("scores", [_number(v) for v in function(**columns)])
-        except Exception as error:  # noqa: BLE001 - whatever it is, the trainer tells it
-            answer = ("error", f"{type(error).__name__}: {error}")
-        pipe.send(answer)
-
-
-def _number(value: Any) -> Any:
-    """Turn numpy's and torch's numbers into plain ones."""
-    return value.item() if hasattr(value, "item") else value
 
 
 def _failed(what: str, samples: Sequence[Sample], code: str) -> TrainingFailed:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
-from collections.abc import Iterator
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +17,7 @@ from tiny_models import save_tiny_base
 
 from train import sft
 
+ROOT = Path(__file__).resolve().parent.parent
 LABELS = ("refund", "parcel", "login")
 
 
@@ -74,3 +79,31 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def read_json(path: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text("utf-8")))
+
+
+def launch(module: str, words: Sequence[str], processes: int, folders: Sequence[Path] = ()) -> int:
+    """Run a trainer by `accelerate launch` on that many CPU processes; returns the exit status."""
+    command = [
+        *(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1"),
+        *("--num_processes", str(processes), "--mixed_precision", "no", "--dynamo_backend", "no"),
+        *("--main_process_port", str(free_port()), "-m", module, *words),
+    ]
+    path = ":".join(map(str, (ROOT, *folders)))
+    done = subprocess.run(
+        command,
+        env=os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    if done.returncode:
+        print(done.stderr[-4000:])
+    return done.returncode
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on now."""
+    with socket.socket() as made:
+        made.bind(("127.0.0.1", 0))
+        return int(made.getsockname()[1])

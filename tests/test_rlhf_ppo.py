@@ -1,0 +1,337 @@
+"""`rlhf.ppo` on a tiny base: what a run does, leaves behind, survives and refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import save_tiny_base
+from train_runs import launch
+
+from rlhf import ppo
+from train.command import STOPPED
+
+ROOT = Path(__file__).resolve().parent.parent
+REWARDS = """
+import time
+def share(text):
+    return 10 * sum(c in "aeiou" for c in text) / max(len(text), 1)
+def vowels(prompts, completions, **columns):
+    return [share(text) for text in completions]
+def no_vowels(prompts, completions, **columns):
+    return [-share(text) for text in completions]
+def constant(prompts, completions, **columns):
+    return [1.0] * len(completions)
+def sometimes(prompts, completions, **columns):
+    return [None if i % 4 == 0 else float("nan") if i % 4 == 1 else share(t)
+            for i, t in enumerate(completions)]
+def never(prompts, completions, **columns):
+    return [None] * len(completions)
+def short(prompts, completions, **columns):
+    return [1.0]
+def raises(prompts, completions, **columns):
+    raise RuntimeError("no luck")
+def hangs(prompts, completions, **columns):
+    time.sleep(60)
+def letters(prompts, completions, letter, **columns):
+    return [text.count(one) for text, one in zip(completions, letter)]
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A tiny base, prompts and reward functions."""
+    folder = tmp_path_factory.mktemp("ppo")
+    save_tiny_base(folder / "tiny-base", "llama")
+    rows = [{"prompt": f"say {index}: ", "letter": "a"} for index in range(24)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "my_rewards.py").write_text(REWARDS)
+    sys.path.insert(0, str(folder))
+    return folder
+
+
+def words(place: Path, out: str, **values: object) -> list[str]:
+    given = {
+        "base_model": place / "tiny-base",
+        "prompts_file": place / "prompts.jsonl",
+        "output_dir": place / out,
+        "reward.clip": "null",
+        "reward.missing_eos_penalty": 0,
+        "total_episodes": 64,
+        "batch_size": 16,
+        "max_new_tokens": 8,
+        "learning_rate": 5e-3,
+        "kl.coef": 0.02,
+        "eval_prompts": 4,
+        "eval_every": 2,
+        "save_every": 2,
+        "num_epochs": 2,
+        "value.warmup_updates": 0,
+        "value.learning_rate": 5e-3,
+        "device": "cpu",
+        "threads": 1,
+        **values,
+    }
+    return [f"{name}={value}" for name, value in given.items()]
+
+
+def run(place: Path, out: str, **values: object) -> int:
+    return ppo.main(words(place, out, **values))
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def error_of(place: Path, out: str) -> str:
+    return str(json.loads((place / out / "error.json").read_text())["message"])
+
+
+def test_a_rule_as_reward_rises_and_the_run_folder_tells_all(place):
+    assert (
+        run(
+            *(place, "rises"),
+            **{"reward.function": "my_rewards:vowels", "total_episodes": 960, "batch_size": 48},
+        )
+        == 0
+    )
+    folder = place / "rises"
+    records = lines(folder / "metrics.jsonl")
+    assert [record["step"] for record in records] == list(range(1, 21))
+    scores = [record["objective/scores"] for record in records]
+    assert sum(scores[-4:]) > sum(scores[:4]) + 0.5
+    assert records[0]["objective/kl"] == 0
+    assert records[0]["rollout/logprob_gap"] < 1e-4
+    assert records[-1]["optimizer_steps"] == 40
+    for name in ("objective/kl_k3", "val/explained_var", "grad_norm/value", "time/rollout", "lr"):
+        assert name in records[-1]
+    result = json.loads((folder / "result.json").read_text())
+    assert result["status"] == "succeeded"
+    assert result["comparison"]["prompts"] == 4
+    assert {path.name for path in (folder / "adapter").iterdir()} >= {
+        *("adapter_config.json", "adapter_model.safetensors", "hone.json", "README.md", "loss.png")
+    }
+    page = (folder / "report.html").read_text()
+    assert page.count("<svg") >= 9
+    assert "<script" not in page
+    table = lines(folder / "completions.jsonl")
+    assert {row["kind"] for row in table} == {"rollout", "eval", "final"}
+
+
+def test_a_flipped_reward_falls(place):
+    values = {"total_episodes": 960, "batch_size": 48, "seed": 1}
+    assert run(place, "falls", **{"reward.function": "my_rewards:no_vowels"}, **values) == 0
+    scores = [r["objective/raw_scores"] for r in lines(place / "falls" / "metrics.jsonl")]
+    assert -sum(scores[-4:]) <= -sum(scores[:4])  # fewer vowels than at the start
+
+
+@pytest.mark.parametrize("trunk", ["separate", "shared"])
+def test_a_killed_run_goes_on_bit_for_bit(place, trunk):
+    values = {
+        "reward.function": "my_rewards:vowels",
+        "value.trunk": trunk,
+        "total_episodes": 96,
+        "kl.target": 1.0,
+        "kl.budget": 50.0,
+    }
+    whole, cut = f"whole-{trunk}", f"cut-{trunk}"
+    assert run(place, whole, **values) == 0
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rlhf.ppo", *words(place, cut, **values)],
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{place}", "HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not list((place / cut / "checkpoints").glob("checkpoint-*/complete")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (place / cut / "result.json").exists()
+    assert run(place, cut, **values) == 0
+    one, other = (
+        load_file(place / out / "adapter/adapter_model.safetensors") for out in (whole, cut)
+    )
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    last = [max((place / out / "checkpoints").glob("checkpoint-6")) for out in (whole, cut)]
+    for name in ("heads.safetensors", "adapter_model.safetensors"):
+        states = [load_file(folder / name) for folder in last]
+        assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    kept = [
+        [(r["step"], r["objective/scores"], r["objective/kl_coef"]) for r in lines(path)]
+        for path in (place / whole / "metrics.jsonl", place / cut / "metrics.jsonl")
+    ]
+    assert kept[0] == kept[1]
+
+
+def test_a_signal_ends_the_run_in_order_and_it_goes_on(place):
+    values = {"reward.function": "my_rewards:vowels", "total_episodes": 1600}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rlhf.ppo", *words(place, "signal", **values)],
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{place}", "HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not (place / "signal" / "metrics.jsonl").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.terminate()
+    assert process.wait(timeout=60) == STOPPED
+    assert list((place / "signal" / "checkpoints").glob("checkpoint-*/complete"))
+    refused = run(place, "signal", **values | {"learning_rate": 1e-6})
+    assert refused == 2
+    assert "learning_rate" in error_of(place, "signal")
+
+
+def test_columns_of_the_prompts_reach_the_function(place):
+    assert run(place, "columns", **{"reward.function": "my_rewards:letters"}) == 0
+
+
+def test_rewards_that_are_no_numbers_are_skipped_and_counted(place):
+    assert run(place, "some", **{"reward.function": "my_rewards:sometimes"}) == 0
+    assert json.loads((place / "some" / "result.json").read_text())["skipped"] == 32
+
+
+def test_a_constant_reward_is_told(place):
+    assert run(place, "constant", **{"reward.function": "my_rewards:constant"}) == 0
+    events = [event["message"] for event in lines(place / "constant" / "events.jsonl")]
+    assert any("every response got the same score" in message for message in events)
+
+
+@pytest.mark.parametrize(
+    ("function", "told"),
+    [
+        ("never", "no number for any of 16 responses"),
+        ("short", "1 values for 16 completions"),
+        ("raises", "RuntimeError: no luck"),
+        ("hangs", "did not answer within reward.timeout_s"),
+    ],
+)
+def test_a_function_that_fails_ends_the_run_and_names_the_prompts(place, function, told):
+    values = {"reward.function": f"my_rewards:{function}", "reward.timeout_s": 3, "eval_prompts": 0}
+    assert run(place, f"fails-{function}", **values) == 1
+    message = error_of(place, f"fails-{function}")
+    assert told in message
+    assert function == "never" or ("lines" in message and "say" in message)
+
+
+def test_a_kl_that_explodes_ends_the_run_with_the_best_policy(place):
+    values = {"learning_rate": 0.5, "kl.stop": 3.0, "kl.coef": 0.0, "total_episodes": 640}
+    assert run(place, "explodes", **{"reward.function": "my_rewards:vowels"}, **values) == 0
+    result = json.loads((place / "explodes" / "result.json").read_text())
+    assert result["updates"] < 40
+    events = [event["message"] for event in lines(place / "explodes" / "events.jsonl")]
+    assert any("beyond kl.stop" in message for message in events)
+    assert any("The adapter is the policy of update" in message for message in events)
+
+
+@pytest.fixture
+def reward_server():
+    """A real HTTP server that scores by length, and fails the first time."""
+    calls = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            calls.append(body)
+            if len(calls) == 1:
+                self.send_response(500)
+                self.end_headers()
+                return
+            found = json.dumps({"rewards": [len(text) / 4 for text in body["completions"]]})
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(found.encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}", calls
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_url_as_reward_is_asked_again_when_it_fails(place, reward_server):
+    url, calls = reward_server
+    assert run(place, "url", **{"reward.url": url, "total_episodes": 32}) == 0
+    assert len(calls) >= 4
+    assert set(calls[1]) >= {"prompts", "completions", "letter"}
+
+
+def test_a_grader_of_the_api_as_reward(place):
+    grader = {
+        "type": "multi",
+        "graders": {
+            "a": {
+                "type": "string_check",
+                "name": "a",
+                "input": "{{ sample.output_text }}",
+                "reference": "{{ item.letter }}",
+                "operation": "like",
+            }
+        },
+        "calculate_output": "2 * a",
+    }
+    settings = place / "grader.yaml"
+    settings.write_text(json.dumps({"reward": {"grader": grader}}))
+    given = words(place, "grader", total_episodes=32)
+    assert ppo.main(["--config", str(settings), *given]) == 0
+    scores = {row["score"] for row in lines(place / "grader" / "completions.jsonl")}
+    assert scores <= {0.0, 2.0}
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({}, "exactly one of model, function, url and grader"),
+        ({"reward.function": "my_rewards"}, "write it as module:function"),
+        ({"reward.function": "nowhere:f"}, "cannot be imported"),
+        ({"reward.function": "my_rewards:vowels", "prompts_file": "none.jsonl"}, "is not a file"),
+        ({"reward.function": "my_rewards:vowels", "num_minibatches": 3}, "does not divide"),
+        ({"reward.function": "my_rewards:vowels", "total_episodes": 8}, "is less than batch_size"),
+        ({"reward.function": "my_rewards:vowels", "max_prompt_length": 2}, "more than 2 tokens"),
+        ({"reward.function": "my_rewards:vowels", "lora.dropout": 0.1}, "must be 0"),
+        ({"reward.function": "my_rewards:vowels", "value.start": "reward"}, "names no reward"),
+        ({"reward.model": "tests"}, "is no reward model"),
+        ({"reward.function": "my_rewards:vowels", "kl.targget": 5}, "target"),
+    ],
+)
+def test_wrong_settings_are_refused_before_anything_is_trained(place, capsys, values, told):
+    assert run(place, "refused", **values) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_two_processes_take_the_same_steps_as_one(place):
+    values = {
+        "reward.function": "my_rewards:vowels",
+        "total_episodes": 32,
+        "eval_prompts": 0,
+        "learning_rate": 1e-3,
+    }
+    for out, count in (("one-process", 1), ("two-processes", 2)):
+        assert launch("rlhf.ppo", words(place, out, **values), count, [place]) == 0
+    one, two = (
+        load_file(place / out / "adapter/adapter_model.safetensors")
+        for out in ("one-process", "two-processes")
+    )
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-5
+    numbers = [lines(place / out / "metrics.jsonl")[-1] for out in ("one-process", "two-processes")]
+    for name in ("objective/kl", "objective/scores", "loss/policy_avg", "val/explained_var"):
+        assert numbers[0][name] == pytest.approx(numbers[1][name], abs=1e-5)
