@@ -289,7 +289,7 @@ def _make_trainer(
             seed=config.seed,
             data_seed=config.seed,
             max_length=None,  # rows are cut already
-            gradient_checkpointing=config.gradient_checkpointing,
+            activation_checkpointing=config.gradient_checkpointing,
             bf16=False,  # the base has its dtype; adapters are float32 over it
             use_cpu=job.base.model.device.type == "cpu",
             eval_strategy="steps" if job.valid else "no",
