@@ -18,7 +18,7 @@ import torch
 
 from data.errors import DataError, ToolkitError
 from data.jsonl import read_numbered_rows
-from data.render import IGNORED, render_answer, truncate
+from data.render import IGNORED, render_answer
 from data.rows import Content, Format, Preference, Ranking, Row
 from data.validate import validate
 
@@ -117,7 +117,7 @@ def limit_length(comparisons: Comparisons, max_length: int, on_long: str) -> Non
             comparisons.long += sorted({pair.line for pair in group.pairs})
             if on_long == "drop":
                 continue
-            group.answers = [_cut(group, ids, excess, max_length) for ids in group.answers]
+            _cut(group, excess, max_length)
         kept.append(group)
     if comparisons.long and on_long == "error":
         lines = ", ".join(map(str, comparisons.long[:20]))
@@ -228,14 +228,20 @@ def _answers(
     return prompt, places
 
 
-def _cut(group: Group, ids: tuple[int, ...], excess: int, max_length: int) -> tuple[int, ...]:
-    room = len(group.prompt) - 1
-    if excess <= room:
-        return (ids[0], *ids[1 + excess :])
-    from data.render import Example
-
-    labels = (*[IGNORED] * len(group.prompt), *ids[len(group.prompt) :])
-    return truncate(Example(ids, labels), max_length).input_ids
+def _cut(group: Group, excess: int, max_length: int) -> None:
+    """Take the prompt's start away, its first token aside; then the end of answers, EOS aside."""
+    prompt, size = group.prompt, len(group.prompt)
+    if excess < size:
+        group.prompt = (prompt[0], *prompt[1 + excess :])
+        group.answers = [(*group.prompt, *ids[size:]) for ids in group.answers]
+        return
+    group.prompt = prompt[-1:]
+    bodies = [ids[size:] for ids in group.answers]
+    room = max_length - 1
+    group.answers = [
+        (*group.prompt, *(body if len(body) <= room else (*body[: room - 1], body[-1])))
+        for body in bodies
+    ]
 
 
 def _num_chars(answer: Content) -> int:

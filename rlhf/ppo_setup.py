@@ -21,7 +21,7 @@ from rlhf.actor_critic import (
     load_role,
     with_policy,
 )
-from rlhf.config import PpoConfig
+from rlhf.config import GroupConfig, PpoConfig
 from rlhf.ppo_math import Reduce
 from rlhf.prompts import Prompt, load_prompts
 from rlhf.reward_model import RewardHead, read_head
@@ -184,7 +184,7 @@ def build_roles(config: PpoConfig, base: Base, head: RewardHead | None) -> Actor
 
 
 def read_prompts(
-    config: PpoConfig, base: Base, room: int
+    config: PpoConfig | GroupConfig, base: Base, room: int
 ) -> tuple[list[Prompt], list[Prompt], list[str]]:
     """Return the prompts to learn on, those to evaluate on, and what to warn of."""
     found = load_prompts(config.prompts_file, base.tokenizer, room)

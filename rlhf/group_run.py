@@ -1,0 +1,255 @@
+"""Learning from several responses to a prompt, with no value model: RLOO and GRPO, by TRL.
+
+The responses come from the engine, the rewards from the same sources as PPO's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+
+from data.errors import TrainingFailed
+from rlhf.actor_critic import POLICY, REWARD, ActorCritic, load_role
+from rlhf.config import GrpoConfig, RlooConfig
+from rlhf.evaluate import Answers, compare
+from rlhf.experience import shape_scores
+from rlhf.ppo_setup import read_prompts
+from rlhf.prompts import Prompt
+from rlhf.reward_model import read_head
+from rlhf.rewards import RewardSource, make_source
+from rlhf.rollout import GREEDY_ENOUGH, Sample, Sampler, describe, seed_of, under_another_name
+from rlhf.trl_run import (
+    Steps,
+    arguments,
+    callbacks,
+    num_processes,
+    plan_steps,
+    start_policy,
+    train_policy,
+)
+from train.base_model import Base, load_base
+from train.callbacks import Stopper
+from train.run import RunFolder
+
+SHOWN = 2  # rollouts of a step in the table of completions
+CURVES = (("reward", "reward"), ("kl", "KL"), ("completions/mean_length", "tokens"))
+
+
+@dataclass
+class GroupRun:
+    """Everything that a run needs before its first step."""
+
+    config: RlooConfig | GrpoConfig
+    base: Base
+    roles: ActorCritic
+    sampler: Sampler
+    source: RewardSource
+    prompts: list[Prompt]
+    eval_prompts: list[Prompt]
+    steps: Steps
+    warnings: list[str]
+
+    def close(self) -> None:
+        """Give back the engine and the source of rewards."""
+        self.sampler.close()
+        self.source.close()
+
+
+def set_up(config: RlooConfig | GrpoConfig) -> GroupRun:
+    """Load and check everything.
+
+    Raises:
+        ToolkitError: The base, the adapters, the prompts or the settings do not fit together.
+    """
+    base = load_base(config)
+    room = min(config.max_prompt_length, base.context_length - config.max_new_tokens)
+    prompts, eval_prompts, warnings = read_prompts(config, base, room)
+    head = read_head(config.reward.model, base.fingerprint) if config.reward.model else None
+    longest = max(len(prompt.ids) for prompt in (*prompts, *eval_prompts))
+    total = max(1, config.total_episodes // config.batch_size)
+    device = base.model.device.type
+    steps = plan_steps(config, total, longest + config.max_new_tokens, device)
+    model = start_policy(config, base)
+    if head is not None and config.reward.model is not None:
+        load_role(model, config.reward.model, REWARD)
+    roles = ActorCritic(model, config.temperature)
+    if head is not None:
+        roles.add_head(REWARD, head.weight)
+    roles.freeze_all_but((POLICY,))
+    source = make_source(config.reward, roles, head.normalizer if head else None)
+    rows = max(config.batch_size // num_processes(), len(eval_prompts))
+    sampler = Sampler(base, config.device, longest + config.max_new_tokens, rows, True)
+    return GroupRun(*(config, base, roles, sampler, source, prompts, eval_prompts, steps, warnings))
+
+
+def train(
+    job: GroupRun, run: RunFolder, stopper: Stopper, checkpoint: Path | None
+) -> dict[str, Any] | None:
+    """Train; returns the outcome, or None when told to stop."""
+    config = job.config
+    start = _answer(job, run, None)
+    trainer = _make_trainer(job, run, stopper)
+
+    def judge() -> dict[str, Any]:
+        if not job.eval_prompts:
+            return {}
+        return {"comparison": compare(start, _answer(job, run, "final"))}
+
+    rows = [prompt.ids for prompt in job.prompts[:3]]
+    method = "RLOO" if isinstance(config, RlooConfig) else "GRPO"
+    return train_policy(
+        *(trainer, config, job.base, run, stopper, checkpoint, method, rows, judge, CURVES)
+    )
+
+
+def _make_trainer(job: GroupRun, run: RunFolder, stopper: Stopper) -> RLOOTrainer | GRPOTrainer:
+    config, steps = job.config, job.steps
+    episodes = _Episodes(job, run)
+    common = arguments(config, job.base, run, steps, evaluates=False) | {
+        "num_generations": config.num_generations,
+        "num_iterations": config.num_iterations,
+        "max_completion_length": config.max_new_tokens,
+        "temperature": config.temperature,
+        "beta": config.beta,
+        "epsilon": config.clip_range,
+        "steps_per_generation": steps.accumulation,
+        "shuffle_dataset": True,
+        "log_completions": False,
+    }
+    parts: dict[str, Any] = {
+        "model": job.roles.model,
+        "reward_funcs": [episodes.score],
+        "train_dataset": Dataset.from_list([{"prompt": str(i)} for i in range(len(job.prompts))]),
+        "processing_class": job.base.tokenizer,
+        "callbacks": callbacks(run, job.base, stopper, steps),
+    }
+    if isinstance(config, RlooConfig):
+        return EngineRloo(episodes, args=RLOOConfig(**common), **parts)
+    scale = "group" if config.scale_rewards else "none"
+    return EngineGrpo(episodes, args=GRPOConfig(scale_rewards=scale, **common), **parts)
+
+
+class _Episodes:
+    """Samples and scores for TRL's trainers; a prompt travels through them as its index."""
+
+    def __init__(self, job: GroupRun, run: RunFolder):
+        self._job, self._run = job, run
+        self._made: dict[tuple[str, tuple[int, ...]], Sample] = {}
+        self.step = 0
+        self.rank = 0
+
+    def prompt_ids(self, indices: Sequence[str]) -> list[list[int]]:
+        return [list(self._job.prompts[int(index)].ids) for index in indices]
+
+    def sample(self, indices: Sequence[str]) -> list[list[int]]:
+        """Return one response to each prompt."""
+        job = self._job
+        seeds = [
+            seed_of(job.config.seed, self.step, self.rank * 1_000_003 + place)
+            for place in range(len(indices))
+        ]
+        samples = job.sampler.sample(
+            job.roles.policy_adapter(),
+            [job.prompts[int(index)] for index in indices],
+            seeds,
+            job.config.max_new_tokens,
+            job.config.temperature,
+        )
+        self._made = {
+            (index, sample.response): sample for index, sample in zip(indices, samples, strict=True)
+        }
+        return [list(sample.response) for sample in samples]
+
+    def score(
+        self, prompts: Sequence[str], completion_ids: Sequence[Sequence[int]], **_: Any
+    ) -> list[float]:
+        """Return the shaped reward of each response; TRL calls it as a reward function."""
+        samples = [
+            self._made[index, tuple(ids)]
+            for index, ids in zip(prompts, completion_ids, strict=True)
+        ]
+        raw = self._job.source.score(samples)
+        known = [score for score in raw if not math.isnan(score)]
+        if not known:
+            raise TrainingFailed(
+                f"The source of rewards gave no number for any of {len(raw)} responses",
+                code="reward_not_finite",
+            )
+        if len(known) < len(raw):
+            count = len(raw) - len(known)
+            self._run.tell(
+                f"{count} responses without a finite reward count as the mean", level="warn"
+            )
+        mean = sum(known) / len(known)
+        raw = [mean if math.isnan(score) else score for score in raw]
+        if self.rank == 0:
+            for sample, score in zip(samples[:SHOWN], raw, strict=False):
+                row = describe(sample, score=score, step=self.step, kind="rollout")
+                self._run.append(self._run.completions, row)
+        return shape_scores(raw, samples, self._job.config.reward, stops=True)
+
+
+class _Sampling:
+    """What RLOO and GRPO have in common: prompts by index, responses from the engine."""
+
+    episodes: _Episodes
+
+    def _tokenize_prompts(self, prompts: list[str]) -> tuple[Any, ...]:
+        self.indices = prompts
+        return self.episodes.prompt_ids(prompts), None, {}
+
+    def _sample(self) -> list[list[int]]:
+        state: Any = getattr(self, "state")  # noqa: B009 - of the trainer beside
+        self.episodes.step = int(state.global_step)
+        self.episodes.rank = int(getattr(self, "accelerator").process_index)  # noqa: B009
+        return self.episodes.sample(self.indices)
+
+
+class EngineRloo(_Sampling, RLOOTrainer):
+    """RLOOTrainer that samples by the engine."""
+
+    def __init__(self, episodes: _Episodes, **kwargs: Any):
+        self.episodes = episodes
+        super().__init__(**kwargs)
+
+    def _generate_single_turn(self, *_: Any) -> list[list[int]]:
+        return self._sample()
+
+
+class EngineGrpo(_Sampling, GRPOTrainer):
+    """GRPOTrainer that samples by the engine."""
+
+    def __init__(self, episodes: _Episodes, **kwargs: Any):
+        self.episodes = episodes
+        super().__init__(**kwargs)
+
+    def _generate_single_turn(self, *_: Any, **__: Any) -> tuple[list[list[int]], None]:
+        return self._sample(), None
+
+
+@torch.no_grad()
+def _answer(job: GroupRun, run: RunFolder, kind: str | None) -> Answers:
+    """Answer the fixed prompts, nearly greedily."""
+    prompts: Sequence[Prompt] = job.eval_prompts
+    if not prompts:
+        return Answers([], [])
+    policy = under_another_name(job.roles.policy_adapter(), "eval")
+    seeds = [seed_of(job.config.seed, -1, index) for index in range(len(prompts))]
+    length = job.config.max_new_tokens
+    samples = job.sampler.sample(policy, prompts, seeds, length, GREEDY_ENOUGH)
+    scores = job.source.score(samples)
+    if kind is not None:
+        rows: list[Mapping[str, Any]] = [
+            describe(sample, score=score, step=job.steps.total, kind=kind)
+            for sample, score in zip(samples, scores, strict=True)
+        ]
+        for row in rows:
+            run.append(run.completions, row)
+    return Answers(samples, scores)

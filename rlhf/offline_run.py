@@ -1,0 +1,271 @@
+"""Learning from judged answers without sampling: DPO on pairs, KTO on single answers, by TRL."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+
+from data.errors import ConfigError, DataError
+from data.jsonl import read_numbered_rows
+from data.render import IGNORED, render_answer
+from data.rows import Format, Unpaired
+from data.validate import validate
+from rlhf.comparisons import Comparisons, Group, limit_length, load_comparisons, split_prompts
+from rlhf.config import DpoConfig, KtoConfig, OfflineConfig
+from rlhf.trl_run import Steps, arguments, callbacks, plan_steps, start_policy, train_policy
+from train.base_model import Base, load_base
+from train.batches import name_lines
+from train.callbacks import Stopper
+from train.run import RunFolder
+
+Rows = list[dict[str, Any]]
+
+
+@dataclass
+class OfflineRun:
+    """Everything that a run needs before its first step; rows are rendered."""
+
+    config: DpoConfig | KtoConfig
+    base: Base
+    train: Rows
+    valid: Rows
+    steps: Steps
+    warnings: list[str]
+
+
+def set_up(config: DpoConfig | KtoConfig) -> OfflineRun:
+    """Load and check everything.
+
+    Raises:
+        ToolkitError: The base is unavailable, or the rows cannot be used.
+    """
+    base = load_base(config)
+    if config.max_length > base.context_length:
+        raise ConfigError(
+            [
+                f"max_length is {config.max_length}, but {base.name} reads at most "
+                f"{base.context_length} tokens"
+            ]
+        )
+    if isinstance(config, DpoConfig):
+        train, valid, warnings = read_pairs(config, base)
+    else:
+        train, valid, warnings = read_judged(config, base)
+        train = _shuffled(train, config.seed)  # TRL takes them in order
+    pairs = 2 if isinstance(config, DpoConfig) else 1
+    mean = sum(_tokens(row) for row in train) / len(train)
+    total = config.num_epochs * math.ceil(len(train) / config.batch_size)
+    least = 1 if isinstance(config, DpoConfig) else 2  # KTO's KL needs a mismatched answer
+    steps = plan_steps(config, total, pairs * mean, base.model.device.type, least)
+    return OfflineRun(config, base, train, valid, steps, warnings)
+
+
+def train(
+    job: OfflineRun, run: RunFolder, stopper: Stopper, checkpoint: Path | None
+) -> dict[str, Any] | None:
+    """Train; returns the outcome, or None when told to stop."""
+    config, base = job.config, job.base
+    common = arguments(config, base, run, job.steps, bool(job.valid))
+    common |= {"max_length": None, "per_device_eval_batch_size": job.steps.micro_rows}
+    parts: dict[str, Any] = {
+        "model": start_policy(config, base),
+        "train_dataset": Dataset.from_list(job.train),
+        "eval_dataset": Dataset.from_list(job.valid) if job.valid else None,
+        "processing_class": base.tokenizer,
+        "callbacks": callbacks(run, base, stopper, job.steps),
+    }
+    trainer: DPOTrainer | KTOTrainer
+    if isinstance(config, DpoConfig):
+        trainer = RenderedDpo(
+            args=DPOConfig(
+                beta=config.beta,
+                loss_type=[config.loss_type],
+                label_smoothing=config.label_smoothing,
+                **common,
+            ),
+            **parts,
+        )
+    else:
+        trainer = RenderedKto(
+            args=KTOConfig(
+                beta=config.beta,
+                desirable_weight=config.desirable_weight,
+                undesirable_weight=config.undesirable_weight,
+                train_sampling_strategy="sequential",  # the KL's answers are those of the batch
+                **common,
+            ),
+            **parts,
+        )
+    rows = [
+        row["prompt_ids"] + row.get("chosen_ids", row.get("completion_ids")) for row in job.train
+    ]
+    method = "DPO" if isinstance(config, DpoConfig) else "KTO"
+    return train_policy(trainer, config, base, run, stopper, checkpoint, method, rows[:3])
+
+
+class RenderedDpo(DPOTrainer):
+    """DPOTrainer on rows of prompt_ids, chosen_ids and rejected_ids, rendered as hone serves."""
+
+    def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
+        return dataset
+
+
+class RenderedKto(KTOTrainer):
+    """KTOTrainer on rows of prompt_ids, completion_ids, label and KL_completion_ids."""
+
+    def _prepare_dataset(self, dataset: Any, _: Any, args: KTOConfig, *__: Any) -> Any:
+        size = args.per_device_train_batch_size
+        ids = dataset["completion_ids"]
+        mismatched = [
+            ids[start + (index - 1) % (min(start + size, len(ids)) - start)]
+            for start in range(0, len(ids), size)
+            for index in range(min(size, len(ids) - start))
+        ]
+        return dataset.add_column("KL_completion_ids", mismatched)
+
+
+def read_pairs(config: DpoConfig, base: Base) -> tuple[Rows, Rows, list[str]]:
+    """Return the decided pairs to learn and those held out, and what to warn of."""
+    parts, warnings = _read_comparisons(config, base)
+    train, valid = ([] if part is None else _pair_rows(part.groups) for part in parts)
+    return train, valid, warnings
+
+
+def read_judged(config: KtoConfig, base: Base) -> tuple[Rows, Rows, list[str]]:
+    """Return single judged answers: those of a file, or the sides of its pairs.
+
+    Raises:
+        DataError: All are good, or all are bad.
+    """
+    if not config.train_file.is_file():
+        raise DataError(f"train_file {config.train_file} is not a file", code="file_not_found")
+    report = validate(config.train_file, min_examples=config.min_examples)
+    if report.ok and report.format is Format.UNPAIRED:
+        rows, warnings = _judged_rows(config, config.train_file, base)
+        if config.validation_file is not None:
+            valid, more = _judged_rows(config, config.validation_file, base)
+            warnings += more
+        else:
+            rows, valid = _hold_out(rows, config)
+    else:
+        parts, warnings = _read_comparisons(config, base)
+        rows, valid = ([] if part is None else _side_rows(part.groups) for part in parts)
+    labels = {row["label"] for row in rows}
+    if len(labels) < 2:
+        kind = "good" if labels == {True} else "bad"
+        raise DataError(
+            f"{config.train_file}: every answer is {kind}; KTO learns from good and bad ones",
+            code="one_label",
+        )
+    return rows, valid, warnings
+
+
+def _read_comparisons(
+    config: OfflineConfig, base: Base
+) -> tuple[tuple[Comparisons, Comparisons | None], list[str]]:
+    train = load_comparisons(config.train_file, base.tokenizer, config.min_examples)
+    valid = None
+    if config.validation_file is not None:
+        valid = load_comparisons(config.validation_file, base.tokenizer, 1)
+    elif config.validation_fraction and len(train.groups) > 1:
+        train, valid = split_prompts(train, config.validation_fraction, config.seed)
+    warnings = []
+    for part in (train, valid):
+        if part is not None:
+            limit_length(part, config.max_length, config.on_long)
+            if part.long:
+                did = "dropped" if config.on_long == "drop" else "cut"
+                lines = name_lines(part.long)
+                warnings.append(f"rows of more than {config.max_length} tokens {did}: {lines}")
+    ties = sum(pair.prob == 0.5 for group in train.groups for pair in group.pairs)
+    if ties:
+        warnings.append(f"{ties} ties are left out: this method learns from decided pairs")
+    return (train, valid), warnings
+
+
+def _pair_rows(groups: Sequence[Group]) -> Rows:
+    rows = []
+    for group in groups:
+        for pair in group.pairs:
+            if pair.prob > 0.5:
+                better, worse = group.answers[pair.better], group.answers[pair.worse]
+                start = len(group.prompt)
+                rows.append(
+                    {
+                        "prompt_ids": list(better[:start]),
+                        "chosen_ids": list(better[start:]),
+                        "rejected_ids": list(worse[start:]),
+                    }
+                )
+    return rows
+
+
+def _side_rows(groups: Sequence[Group]) -> Rows:
+    rows = []
+    for row in _pair_rows(groups):
+        for name, label in (("chosen_ids", True), ("rejected_ids", False)):
+            ids = {"prompt_ids": row["prompt_ids"], "completion_ids": row[name]}
+            rows.append({**ids, "label": label})
+    return rows
+
+
+def _judged_rows(config: KtoConfig, path: Path, base: Base) -> tuple[Rows, list[str]]:
+    report = validate(path, min_examples=1)
+    if not report.ok:
+        raise DataError(f"{path} cannot be used.\n{report.summary()}", code="invalid_file")
+    rows, long = [], []
+    for line, row in read_numbered_rows(path, Format.UNPAIRED):
+        if not isinstance(row, Unpaired):
+            continue
+        good = row.label if isinstance(row.label, bool) else row.label >= config.good_rating
+        example = render_answer(base.tokenizer, row.prompt, row.completion)
+        start = next(i for i, label in enumerate(example.labels) if label != IGNORED)
+        prompt, answer = list(example.input_ids[:start]), list(example.input_ids[start:])
+        excess = len(example) - config.max_length
+        if excess > 0:
+            long.append(line)
+            if config.on_long == "drop" or len(answer) + 1 > config.max_length:
+                continue
+            prompt = [prompt[0], *prompt[1 + excess :]]
+        rows.append({"prompt_ids": prompt, "completion_ids": answer, "label": good})
+    if long and config.on_long == "error":
+        raise DataError(
+            f"{path}: {name_lines(long)} have more than max_length {config.max_length} tokens",
+            code="example_too_long",
+        )
+    did = "dropped" if config.on_long == "drop" else "cut"
+    told = f"rows of more than {config.max_length} tokens {did}: {name_lines(long)}"
+    return rows, [told] if long else []
+
+
+def _shuffled(rows: Rows, seed: int) -> Rows:
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [rows[index] for index in order]
+
+
+def _hold_out(rows: Rows, config: OfflineConfig) -> tuple[Rows, Rows]:
+    """Hold a share of the prompts out, all their answers with them."""
+    prompts = list(dict.fromkeys(tuple(row["prompt_ids"]) for row in rows))
+    count = round(config.validation_fraction * len(prompts))
+    if not count or len(prompts) < 2:
+        return rows, []
+    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(config.seed))
+    held = {prompts[index] for index in order[: min(count, len(prompts) - 1)].tolist()}
+    parts: tuple[Rows, Rows] = ([], [])
+    for row in rows:
+        parts[tuple(row["prompt_ids"]) in held].append(row)
+    return parts
+
+
+def _tokens(row: dict[str, Any]) -> float:
+    prompt = len(row["prompt_ids"])
+    if "label" in row:
+        return prompt + len(row["completion_ids"])
+    return prompt + (len(row["chosen_ids"]) + len(row["rejected_ids"])) / 2
