@@ -19,11 +19,9 @@ from data.job_start import check_file, find_start
 from data.jsonl import read_numbered_rows
 from data.render import render
 from data.report import Report
-from data.rows import Format
 from data.tables import Job
 from data.validate import validate
 
-TRAINABLE = (Format.PROMPT_COMPLETION, Format.CHAT, Format.TEXT)
 MAX_AUTO_LENGTH = 4096  # tokens of the longest row, unless `max_seq_length` says otherwise
 MAX_COUNTED = 5000  # rows
 SAMPLED = 4
@@ -92,10 +90,10 @@ def estimate(
         found.reports[param] = report.to_dict()
         if not report.ok:
             found.faults.append(f"{param}: {report.summary(5)}")
-        elif report.format not in TRAINABLE:
+        elif report.format not in spec.rules.formats:
             found.faults.append(
-                f"{param}: the rows are of the kind {report.format}; supervised fine-tuning takes "
-                f"{', '.join(TRAINABLE)}."
+                f"{param}: the rows are of the kind {report.format}; the method "
+                f"{spec.method_type} takes {', '.join(spec.rules.formats)}."
             )
         elif param == "training_file":
             longest = min(spec.options.get("max_seq_length", MAX_AUTO_LENGTH), context_length)

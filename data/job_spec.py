@@ -12,27 +12,23 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data.errors import InvalidInput
+from data.job_methods import METHODS, MethodRules, Rule
 from data.settings import nearest
 
 AUTO = "auto"
-METHODS = ("supervised",)
 MAX_SEED = 2**31 - 1
 MAX_METADATA = 16
 SUFFIX = re.compile(r"[A-Za-z0-9._-]{1,64}")
 # name: (type, lowest, highest); a lowest of None means "more than zero"
-HYPERPARAMETERS: dict[str, tuple[type, float | None, float]] = {
-    "n_epochs": (int, 1, 50),
-    "batch_size": (int, 1, 256),
-    "learning_rate_multiplier": (float, None, 1000),
-}
-OPTIONS: dict[str, tuple[type, float | None, float]] = {
+OPTIONS: dict[str, Rule] = {
     "max_seq_length": (int, 8, 1 << 20),
+    "max_completion_tokens": (int, 1, 1 << 16),
     "n_checkpoints": (int, 1, 100),
     "n_evals": (int, 1, 1000),
     "keep_checkpoints": (int, 1, 100),
 }
 TEXTS = ("from_checkpoint",)
-SECTIONS: dict[str, dict[str, tuple[type, float | None, float]]] = {
+SECTIONS: dict[str, dict[str, Rule]] = {
     "lora": {"r": (int, 1, 256), "alpha": (float, None, 1024), "dropout": (float, 0, 0.9)},
     "early_stopping": {
         "patience": (int, 1, 100),
@@ -77,6 +73,7 @@ class JobSpec:
                 _check_text(name, value)
             else:
                 raise _unknown(name, name, [*OPTIONS, *SECTIONS, *TEXTS, "on_long"])
+        self._check_method_options()
         self._check_evaluations()
         self._check_integrations()
 
@@ -84,12 +81,33 @@ class JobSpec:
     def method_type(self) -> str:
         return str((self.method or {}).get("type", "supervised"))
 
+    @property
+    def rules(self) -> MethodRules:
+        """What the method takes."""
+        return METHODS[self.method_type]
+
+    @property
+    def grader(self) -> dict[str, Any] | None:
+        """What judges the answers of a method that samples."""
+        section = (self.method or {}).get(self.method_type) or {}
+        found = section.get("grader")
+        return None if found is None else dict(found)
+
     def resolved_hyperparameters(self) -> dict[str, Any]:
         """Return every hyperparameter, "auto" where the client left it open."""
-        _check_choice("method.type", self.method_type, METHODS)
+        _check_choice("method.type", self.method_type, tuple(METHODS))
+        rules = self.rules
         section = (self.method or {}).get(self.method_type) or {}
         _check_keys("method", self.method or {}, ("type", self.method_type))
-        _check_keys(f"method.{self.method_type}", section, ("hyperparameters",))
+        known = ("hyperparameters", "grader") if rules.graded else ("hyperparameters",)
+        _check_keys(f"method.{self.method_type}", section, known)
+        if rules.graded and not section.get("grader"):
+            raise InvalidInput(
+                f"Missing required parameter: 'method.{self.method_type}.grader': it says what a "
+                "good answer is.",
+                param=f"method.{self.method_type}.grader",
+                code="missing_required_parameter",
+            )
         nested = section.get("hyperparameters") or {}
         if nested and self.hyperparameters:
             raise InvalidInput(
@@ -99,11 +117,30 @@ class JobSpec:
         place = f"method.{self.method_type}.hyperparameters" if nested else "hyperparameters"
         asked = {**nested, **(self.hyperparameters or {})}
         for name, value in asked.items():
-            if name not in HYPERPARAMETERS:
-                raise _unknown(f"{place}.{name}", name, list(HYPERPARAMETERS))
+            if name not in rules.hyperparameters:
+                raise _unknown(f"{place}.{name}", name, list(rules.hyperparameters))
             if value is not None and value != AUTO:
-                _check_number(f"{place}.{name}", value, HYPERPARAMETERS[name])
-        return {name: AUTO if asked.get(name) is None else asked[name] for name in HYPERPARAMETERS}
+                _check_number(f"{place}.{name}", value, rules.hyperparameters[name])
+        return {
+            name: AUTO if asked.get(name) is None else asked[name] for name in rules.hyperparameters
+        }
+
+    def _check_method_options(self) -> None:
+        for name in self.options:
+            if name not in self.rules.options:
+                raise InvalidInput(
+                    f"Unsupported parameter: '{name}' is not used by the method "
+                    f"'{self.method_type}'. It takes {', '.join(sorted(self.rules.options))}.",
+                    param=name,
+                    code="unsupported_parameter",
+                )
+        if self.rules.graded and self.validation_file is not None:
+            raise InvalidInput(
+                f"Unsupported parameter: 'validation_file' is not used by the method "
+                f"'{self.method_type}', which holds out some prompts of the training file.",
+                param="validation_file",
+                code="unsupported_parameter",
+            )
 
     def _check_evaluations(self) -> None:
         early = self.options.get("early_stopping")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -10,6 +12,7 @@ from sqlalchemy.orm import Session
 from data import registry
 from data.checkpoints import PREFIX, find_name
 from data.errors import InvalidInput, ModelNotFound
+from data.job_methods import REWARD_MODEL, score_models
 from data.job_spec import JobSpec
 from data.tables import AdapterVersion, File, now
 
@@ -60,6 +63,48 @@ def find_start(
     if start is not None:
         _check_shape(spec)
     return start
+
+
+def pin_grader(session: Session, project_id: str, spec: JobSpec, base_model: str) -> dict[str, Any]:
+    """Return a job's grader with the reward model that it names as a version; {} without one.
+
+    Raises:
+        InvalidInput: It names a model that is no reward model of this account and base, or two.
+    """
+    grader = spec.grader
+    if grader is None:
+        return {}
+    grader = copy.deepcopy(grader)
+    param = f"method.{spec.method_type}.grader"
+    names = set()
+    for part in score_models(grader):
+        version = _find(session, project_id, part["model"])
+        if version is None or version.lineage.get("kind") != REWARD_MODEL:
+            raise InvalidInput(
+                f"Invalid '{param}.model': `{part['model']}` is no reward model of yours; train "
+                f"one by a job of the method '{REWARD_MODEL}'.",
+                param=f"{param}.model",
+                code="model_not_available",
+            )
+        if version.base_model != base_model:
+            raise InvalidInput(
+                f"Invalid '{param}.model': `{part['model']}` was trained on "
+                f"`{version.base_model}`, the job is for `{base_model}`.",
+                param=f"{param}.model",
+            )
+        if part.get("input"):
+            raise InvalidInput(
+                f"Invalid '{param}.input': a reward model reads prompt and answer as they are; "
+                "leave it out.",
+                param=f"{param}.input",
+            )
+        part["model"] = version.name
+        names.add(version.name)
+    if len(names) > 1:
+        raise InvalidInput(
+            f"Invalid '{param}': it names {len(names)} reward models; a job uses one.", param=param
+        )
+    return {"grader": grader}
 
 
 def check_file(session: Session, project_id: str, name: str, file_id: str) -> None:

@@ -24,7 +24,7 @@ from data.db import Database
 from data.errors import InvalidInput, NotFound, StateConflict
 from data.files import LIVE_JOBS
 from data.job_spec import JobSpec
-from data.job_start import check_file, find_start
+from data.job_start import check_file, find_start, pin_grader
 from data.settings import Limits
 from data.tables import AdapterVersion, Checkpoint, Job, JobEvent, Project, new_id, now
 
@@ -74,6 +74,7 @@ def create(
             if file_id is not None:
                 check_file(session, project_id, name, file_id)
         start = find_start(session, project_id, spec, base_models)
+        grading = pin_grader(session, project_id, spec, start.base_model if start else spec.model)
         job = Job(
             id=new_id("ftjob-"),
             project_id=project_id,
@@ -82,7 +83,7 @@ def create(
             start_version_id=start.id if start else None,
             method={
                 "type": spec.method_type,
-                spec.method_type: {"hyperparameters": hyperparameters},
+                spec.method_type: {"hyperparameters": hyperparameters, **grading},
             },
             hyperparameters=hyperparameters,
             options=dict(spec.options),

@@ -7,8 +7,29 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from data.errors import ConfigError
 from data.settings import StrictModel
 from train.config import Auto, LoraSettings, RunConfig
+
+LONGEST = 1024  # tokens of prompt and answer, unless max_length says otherwise
+
+
+def resolve_length(max_length: int | Auto, base: str, context_length: int) -> int:
+    """Return the tokens that prompt and answer may have together.
+
+    Raises:
+        ConfigError: `max_length` exceeds what the base reads, or is too small for an answer.
+    """
+    if max_length == "auto":
+        return min(LONGEST, context_length)
+    if not 8 <= max_length <= context_length:
+        raise ConfigError(
+            [
+                f"max_length is {max_length}, but {base} reads at most {context_length} tokens; "
+                "give 8 to that many, or auto"
+            ]
+        )
+    return max_length
 
 
 class RewardConfig(RunConfig):
@@ -20,7 +41,9 @@ class RewardConfig(RunConfig):
         0.1, ge=0, le=0.5, description="Prompts held out of train_file, if there is no such file."
     )
     min_examples: int = Field(10, ge=1, description="Fewer comparisons than this are refused.")
-    max_length: int = Field(1024, ge=8, description="Tokens of prompt and answer; see on_long.")
+    max_length: int | Auto = Field(
+        "auto", description="Tokens of prompt and answer; auto: 1024, or what the base reads."
+    )
     on_long: Literal["truncate", "drop", "error"] = Field(
         "truncate", description="What becomes of longer rows; truncate cuts the prompt's start."
     )
@@ -247,7 +270,9 @@ class OfflineConfig(TrlConfig):
         0.1, ge=0, le=0.5, description="Prompts held out of train_file, if there is no such file."
     )
     min_examples: int = Field(10, ge=1, description="Fewer rows than this are refused.")
-    max_length: int = Field(1024, ge=8, description="Tokens of prompt and answer; see on_long.")
+    max_length: int | Auto = Field(
+        "auto", description="Tokens of prompt and answer; auto: 1024, or what the base reads."
+    )
     on_long: Literal["truncate", "drop", "error"] = Field(
         "truncate", description="What becomes of longer rows; truncate cuts the prompt's start."
     )

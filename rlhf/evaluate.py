@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rlhf.rollout import Sample
+
+EOS_LOSS = 0.2  # of the share of answers that end, that a better policy may lose
+MOST_GROWTH = 2.0  # of the mean length
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,35 @@ def compare(start: Answers, end: Answers) -> dict[str, object]:
         "prompts": len(pairs),
         "ties": ties,
     }
+
+
+def gate(outcome: Mapping[str, Any], kl_limit: float | None = None) -> dict[str, Any] | None:
+    """Decide whether a policy may take the place of the one it started from, and say why.
+
+    It may when its reward rose, it wins at least as often as it loses, it still ends its answers,
+    they did not double in length, and its KL is within the limit. None where nothing was compared.
+    """
+    found = outcome.get("comparison")
+    if not found or found["win_rate"] is None:
+        return None
+    start, end, kl = found["start"], found["end"], outcome.get("kl")
+    won = f"wins {found['win_rate']:.0%} of {found['prompts']} prompts"
+    rules = [
+        (end["reward"] > start["reward"], f"reward {start['reward']:.3f} to {end['reward']:.3f}"),
+        (found["win_rate"] >= 0.5, won),
+        (
+            end["eos_rate"] >= start["eos_rate"] - EOS_LOSS,
+            f"answers that end {start['eos_rate']:.0%} to {end['eos_rate']:.0%}",
+        ),
+        (
+            end["length_mean"] <= MOST_GROWTH * max(start["length_mean"], 1.0),
+            f"length {start['length_mean']:.0f} to {end['length_mean']:.0f} tokens",
+        ),
+    ]
+    if kl is not None and kl_limit is not None:
+        rules.append((kl <= kl_limit, f"KL {kl:.2f} of at most {kl_limit:g}"))
+    failed = [reason for passed, reason in rules if not passed]
+    return {"promote": not failed, "reasons": failed or [reason for _, reason in rules]}
 
 
 def wilson(successes: float, count: int, z: float = 1.959964) -> tuple[float, float]:

@@ -18,7 +18,7 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from data.errors import TrainingFailed
 from rlhf.actor_critic import POLICY, REWARD, ActorCritic, load_role
 from rlhf.config import GrpoConfig, RlooConfig
-from rlhf.evaluate import Answers, compare
+from rlhf.evaluate import Answers, compare, gate
 from rlhf.experience import shape_scores
 from rlhf.ppo_setup import read_prompts
 from rlhf.prompts import Prompt
@@ -100,7 +100,8 @@ def train(
     def judge() -> dict[str, Any]:
         if not job.eval_prompts:
             return {}
-        return {"comparison": compare(start, _answer(job, run, "final"))}
+        found: dict[str, Any] = {"comparison": compare(start, _answer(job, run, "final"))}
+        return found | {"gate": gate(found)}
 
     rows = [prompt.ids for prompt in job.prompts[:3]]
     method = "RLOO" if isinstance(config, RlooConfig) else "GRPO"

@@ -12,13 +12,13 @@ import torch
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
-from data.errors import ConfigError, DataError
+from data.errors import DataError
 from data.jsonl import read_numbered_rows
 from data.render import IGNORED, render_answer
 from data.rows import Format, Unpaired
 from data.validate import validate
 from rlhf.comparisons import Comparisons, Group, limit_length, load_comparisons, split_prompts
-from rlhf.config import DpoConfig, KtoConfig, OfflineConfig
+from rlhf.config import DpoConfig, KtoConfig, OfflineConfig, resolve_length
 from rlhf.trl_run import Steps, arguments, callbacks, plan_steps, start_policy, train_policy
 from train.base_model import Base, load_base
 from train.batches import name_lines
@@ -47,13 +47,6 @@ def set_up(config: DpoConfig | KtoConfig) -> OfflineRun:
         ToolkitError: The base is unavailable, or the rows cannot be used.
     """
     base = load_base(config)
-    if config.max_length > base.context_length:
-        raise ConfigError(
-            [
-                f"max_length is {config.max_length}, but {base.name} reads at most "
-                f"{base.context_length} tokens"
-            ]
-        )
     if isinstance(config, DpoConfig):
         train, valid, warnings = read_pairs(config, base)
     else:
@@ -170,6 +163,7 @@ def read_judged(config: KtoConfig, base: Base) -> tuple[Rows, Rows, list[str]]:
 def _read_comparisons(
     config: OfflineConfig, base: Base
 ) -> tuple[tuple[Comparisons, Comparisons | None], list[str]]:
+    longest = resolve_length(config.max_length, base.name, base.context_length)
     train = load_comparisons(config.train_file, base.tokenizer, config.min_examples)
     valid = None
     if config.validation_file is not None:
@@ -179,11 +173,11 @@ def _read_comparisons(
     warnings = []
     for part in (train, valid):
         if part is not None:
-            limit_length(part, config.max_length, config.on_long)
+            limit_length(part, longest, config.on_long)
             if part.long:
                 did = "dropped" if config.on_long == "drop" else "cut"
                 lines = name_lines(part.long)
-                warnings.append(f"rows of more than {config.max_length} tokens {did}: {lines}")
+                warnings.append(f"rows of more than {longest} tokens {did}: {lines}")
     ties = sum(pair.prob == 0.5 for group in train.groups for pair in group.pairs)
     if ties:
         warnings.append(f"{ties} ties are left out: this method learns from decided pairs")
@@ -220,6 +214,7 @@ def _judged_rows(config: KtoConfig, path: Path, base: Base) -> tuple[Rows, list[
     report = validate(path, min_examples=1)
     if not report.ok:
         raise DataError(f"{path} cannot be used.\n{report.summary()}", code="invalid_file")
+    longest = resolve_length(config.max_length, base.name, base.context_length)
     rows, long = [], []
     for line, row in read_numbered_rows(path, Format.UNPAIRED):
         if not isinstance(row, Unpaired):
@@ -228,20 +223,20 @@ def _judged_rows(config: KtoConfig, path: Path, base: Base) -> tuple[Rows, list[
         example = render_answer(base.tokenizer, row.prompt, row.completion)
         start = next(i for i, label in enumerate(example.labels) if label != IGNORED)
         prompt, answer = list(example.input_ids[:start]), list(example.input_ids[start:])
-        excess = len(example) - config.max_length
+        excess = len(example) - longest
         if excess > 0:
             long.append(line)
-            if config.on_long == "drop" or len(answer) + 1 > config.max_length:
+            if config.on_long == "drop" or len(answer) + 1 > longest:
                 continue
             prompt = [prompt[0], *prompt[1 + excess :]]
         rows.append({"prompt_ids": prompt, "completion_ids": answer, "label": good})
     if long and config.on_long == "error":
         raise DataError(
-            f"{path}: {name_lines(long)} have more than max_length {config.max_length} tokens",
+            f"{path}: {name_lines(long)} have more than max_length {longest} tokens",
             code="example_too_long",
         )
     did = "dropped" if config.on_long == "drop" else "cut"
-    told = f"rows of more than {config.max_length} tokens {did}: {name_lines(long)}"
+    told = f"rows of more than {longest} tokens {did}: {name_lines(long)}"
     return rows, [told] if long else []
 
 

@@ -45,6 +45,7 @@ class Progress:
     kl_coef: float = 0.0
     optimizer_steps: int = 0
     skipped: int = 0
+    tokens: int = 0
     best: Best | None = None
 
 

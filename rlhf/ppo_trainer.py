@@ -18,7 +18,7 @@ import torch
 
 from data.errors import TrainingFailed
 from rlhf import ppo_state
-from rlhf.evaluate import Answers, compare, summarize
+from rlhf.evaluate import Answers, compare, gate, summarize
 from rlhf.experience import Experience, gather
 from rlhf.ppo_math import AdaptiveKL
 from rlhf.ppo_setup import PpoRun
@@ -117,6 +117,8 @@ class PpoTrainer:
             stats = self._learner.update(experience, number)
         progress.update += 1
         progress.optimizer_steps += stats.steps
+        read = sum(len(s.prompt.ids) + len(s.response) for s in experience.samples)
+        progress.tokens += int(self._team.sum(torch.tensor(float(read), dtype=torch.float64)))
         record = self._record(experience, stats, controller.coef)
         controller.update(record["objective/kl"], config.batch_size)
         progress.kl_coef = controller.coef
@@ -191,6 +193,7 @@ class PpoTrainer:
             "lr": self._learner.optimizer.param_groups[0]["lr"],
             "optimizer_steps": progress.optimizer_steps,
             "skipped": progress.skipped,
+            "trained_tokens": progress.tokens,
         }
 
     def _judge(self, kl: float) -> dict[str, float]:
@@ -264,6 +267,7 @@ class PpoTrainer:
             "episodes": progress.update * config.batch_size,
             "optimizer_steps": progress.optimizer_steps,
             "skipped": progress.skipped,
+            "trained_tokens": progress.tokens,
             "chosen_update": best.update if use_best and best else progress.update,
         }
         if self._history:
@@ -274,13 +278,15 @@ class PpoTrainer:
             if self._job.eval_prompts:
                 end = self._answer(progress.update, "final")
                 outcome["comparison"] = compare(start, end)
+                outcome["gate"] = gate(outcome, config.kl.budget or config.kl.stop)
             self._write(outcome)
         return outcome
 
     def _write(self, outcome: Mapping[str, Any]) -> None:
         base: Base = self._job.base
         rows = [prompt.ids for prompt in self._job.prompts[:3]]
-        summary = {name: value for name, value in outcome.items() if name != "comparison"}
+        told = ("comparison", "gate")
+        summary = {name: value for name, value in outcome.items() if name not in told}
         write_adapter(
             self._run,
             self._roles.model,

@@ -7,16 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import orjson
 import torch
 
 from data.errors import DataError, ToolkitError
-from data.jsonl import iter_lines, read_numbered_rows
+from data.jsonl import read_numbered_rows
+from data.prompt_format import prompt_format
 from data.render import question, render_prompt
 from data.rows import Format, Preference, PromptOnly, Ranking, Reinforcement, Row, Text, Unpaired
 from data.validate import validate
-
-ANSWER_KEYS = {"completion", "completions", "chosen", "rejected", "messages", "text"}
 
 
 @dataclass(frozen=True)
@@ -35,20 +33,6 @@ class Prompts:
 
     rows: list[Prompt]
     too_long: list[int]
-
-
-def prompt_format(path: Path) -> Format | str:
-    """Return the format to read a file of prompts by: rows of a prompt alone need to be named."""
-    with path.open("rb") as stream:
-        for _, _, line in iter_lines(stream):
-            try:
-                row = orjson.loads(line)
-            except orjson.JSONDecodeError:
-                break  # validation tells
-            if isinstance(row, dict) and "prompt" in row and not row.keys() & ANSWER_KEYS:
-                return Format.PROMPT_ONLY
-            break
-    return "auto"
 
 
 def load_prompts(path: Path, tokenizer: Any, max_length: int) -> Prompts:

@@ -17,7 +17,7 @@ from transformers import PrinterCallback, set_seed
 from transformers.trainer_callback import ProgressCallback
 from trl import RewardConfig as TrlRewardConfig
 
-from data.errors import ConfigError, TrainingFailed
+from data.errors import TrainingFailed
 from rlhf.actor_critic import POLICY
 from rlhf.comparisons import (
     Comparisons,
@@ -27,7 +27,7 @@ from rlhf.comparisons import (
     load_comparisons,
     split_prompts,
 )
-from rlhf.config import RewardConfig
+from rlhf.config import RewardConfig, resolve_length
 from rlhf.prompts import Prompt
 from rlhf.report_card import card_page, report_card
 from rlhf.reward_model import Normalizer, save_head
@@ -44,7 +44,6 @@ from train.publish import write_adapter
 from train.run import RunFolder, replace_text, write_json
 from train.start import read_shape, set_weights
 
-CARD, CARD_PAGE = "report_card.json", "report.html"
 CURVES = (("train_loss", "training"), ("valid_loss", "validation"))
 SCORE_TOLERANCE = 1e-3  # of a raw score, saved and loaded again
 
@@ -76,13 +75,7 @@ def set_up(config: RewardConfig) -> RewardRun:
     """
     set_seed(config.seed)
     base = load_base(config)
-    if config.max_length > base.context_length:
-        raise ConfigError(
-            [
-                f"max_length is {config.max_length}, but {base.name} reads at most "
-                f"{base.context_length} tokens"
-            ]
-        )
+    longest = resolve_length(config.max_length, base.name, base.context_length)
     train = load_comparisons(config.train_file, base.tokenizer, config.min_examples)
     valid = None
     if config.validation_file is not None:
@@ -92,12 +85,11 @@ def set_up(config: RewardConfig) -> RewardRun:
     warnings = []
     for part in (train, valid):
         if part is not None:
-            limit_length(part, config.max_length, config.on_long)
+            limit_length(part, longest, config.on_long)
             if part.long:
                 did = "dropped" if config.on_long == "drop" else "cut"
                 warnings.append(
-                    f"comparisons of more than {config.max_length} tokens {did}: "
-                    f"{name_lines(part.long)}"
+                    f"comparisons of more than {longest} tokens {did}: {name_lines(part.long)}"
                 )
     size = int(os.environ.get("WORLD_SIZE", "1"))
     mean = train.num_pairs / len(train.groups)
@@ -141,6 +133,7 @@ def train(
         "steps": trainer.state.global_step,
         "train_loss": losses[-1] if losses else outcome.training_loss,
         "train_pairs": job.train.num_pairs,
+        "trained_tokens": sum(g.num_tokens for g in job.train.groups) * config.num_epochs,
     }
     if not trainer.is_world_process_zero():
         return result
@@ -149,9 +142,9 @@ def train(
     if job.valid is not None:
         scores = score_groups(scored, job.valid.groups, job.max_tokens, Normalizer())
         card = report_card(job.valid.groups, scores)
-        write_json(run.path / CARD, card)
+        write_json(run.card, card)
         title = f"Reward model of {job.train.path.name}"
-        replace_text(run.path / CARD_PAGE, card_page(card, title))
+        replace_text(run.report, card_page(card, title))
         result |= {name: card[name] for name in ("accuracy", "accuracy_interval", "longer_wins")}
         result |= {"valid_pairs": card["pairs"], "nll": card["nll"]}
     _write(job, run, scored, normalizer, result)
@@ -229,7 +222,7 @@ def _write(
     def save(folder: Path) -> None:
         scored.model.peft_config[POLICY].base_model_name_or_path = job.base.name
         scored.model.save_pretrained(str(folder), save_embedding_layers=False)
-        save_head(folder, scored.head.weight, normalizer, max_length=job.config.max_length)
+        save_head(folder, scored.head.weight, normalizer)
 
     summary = {"method": "reward modelling (Bradley-Terry)", **result}
     write_adapter(run, scored.model, job.base, job.config, rows, summary, save=save, curves=CURVES)

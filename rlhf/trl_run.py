@@ -162,6 +162,7 @@ def train_policy(
         return None
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     valid = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    tokens = [e["num_tokens"] for e in trainer.state.log_history if "num_tokens" in e]
     if any(not math.isfinite(loss) for loss in losses):
         raise TrainingFailed(
             "The loss is not finite; the last whole checkpoint is kept. Lower learning_rate",
@@ -171,6 +172,7 @@ def train_policy(
         "steps": trainer.state.global_step,
         "train_loss": losses[-1] if losses else outcome.training_loss,
         "valid_loss": valid[-1] if valid else None,
+        "trained_tokens": int(tokens[-1]) if tokens else None,
     }
     if trainer.is_world_process_zero():
         model: PeftModel = trainer.accelerator.unwrap_model(trainer.model)
@@ -183,6 +185,9 @@ def train_policy(
                 str(folder), selected_adapters=[POLICY], save_embedding_layers=False
             )
 
-        summary = {"method": method, **{k: v for k, v in result.items() if k != "comparison"}}
+        summary = {
+            "method": method,
+            **{k: v for k, v in result.items() if k not in ("comparison", "gate")},
+        }
         write_adapter(run, model, base, config, rows, summary, save=save, curves=curves)
     return result

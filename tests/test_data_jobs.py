@@ -97,7 +97,23 @@ def test_a_new_job(database: Database, project: Project, file_id: str) -> None:
             "method.supervised.hyperparameters.beta",
             "unknown_parameter",
         ),
-        ({"method": {"type": "dpo"}}, "method.type", "invalid_value"),
+        ({"method": {"type": "rlaif"}}, "method.type", "invalid_value"),
+        ({"method": {"type": "ppo"}}, "method.ppo.grader", "missing_required_parameter"),
+        (
+            {"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 2.5}}}},
+            "method.dpo.hyperparameters.beta",
+            "invalid_value",
+        ),
+        (
+            {"method": {"type": "dpo", "dpo": {"hyperparameters": {"kl_coef": 0.1}}}},
+            "method.dpo.hyperparameters.kl_coef",
+            "unknown_parameter",
+        ),
+        (
+            {"method": {"type": "dpo"}, "options": {"n_checkpoints": 2}},
+            "n_checkpoints",
+            "unsupported_parameter",
+        ),
         (
             {"method": {"type": "supervised", "hyperparameters": {}}},
             "method.hyperparameters",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ def write_config(
         values["start_adapter"] = str(start_adapter.resolve())
     if "early_stopping" in asked:
         values["early_stopping"] = {"enabled": True, **asked["early_stopping"]}
-    wandb = _wandb(job, settings)
+    wandb = wandb_of(job, settings)
     if wandb:
         values["wandb"] = wandb
     replace_text(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
@@ -79,12 +80,16 @@ def base_of(job: Job, settings: Settings) -> str:
     return settings.model if find_spec(settings.model).name == job.base else job.base
 
 
-def resolved_hyperparameters(resolved: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the API's hyperparameters as numbers, from the trainer's resolved_config.json."""
+def resolved_hyperparameters(resolved: Mapping[str, Any], run: RunFolder) -> dict[str, Any]:
+    """Return the API's hyperparameters as numbers: those of a plan in resolved_config.json, or
+    what was decided before the trainer began."""
+    if resolved["plan"] is None:
+        found: dict[str, Any] = json.loads(run.hyperparameters.read_text("utf-8"))
+        return found
     return {name: resolved["plan"][FIELDS[name]] for name in RESOLVED}
 
 
-def _wandb(job: Job, settings: Settings) -> dict[str, str]:
+def wandb_of(job: Job, settings: Settings) -> dict[str, str]:
     for item in job.integrations:
         asked = item["wandb"]
         return {"project": asked["project"], "name": asked.get("name") or job.id}

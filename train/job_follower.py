@@ -103,7 +103,7 @@ class Follower:
         if self._resolved is None:
             self._resolved = read_object(self._run.resolved)
             if self._resolved is not None:
-                fields["hyperparameters"] = resolved_hyperparameters(self._resolved)
+                fields["hyperparameters"] = resolved_hyperparameters(self._resolved, self._run)
         for line in metrics:
             fields |= self._estimate(line)
         return fields

@@ -24,6 +24,18 @@ CSV_COLUMNS = (
     "valid_loss",
     "valid_mean_token_accuracy",
 )
+TOLD = {
+    "train_loss": "training loss",
+    "valid_loss": "validation loss",
+    "accuracy": "accuracy",
+    "eval_accuracy": "validation accuracy",
+    "rewards/accuracies": "accuracy",
+    "reward": "reward",
+    "kl": "KL",
+    "objective/scores": "score",
+    "objective/kl": "KL",
+    "eval/reward": "evaluation",
+}
 LEVELS = ("info", "warn", "error")
 
 log = logging.getLogger("hone.worker")
@@ -72,17 +84,17 @@ class LineTail:
 
 def metrics_event(record: Mapping[str, Any]) -> EventLine | None:
     """Describe one record of metrics.jsonl; None for one without a loss."""
-    losses = [
-        f"{label} loss={record[name]:.4g}"
-        for name, label in (("train_loss", "training"), ("valid_loss", "validation"))
+    numbers = [
+        f"{label}={record[name]:.4g}"
+        for name, label in TOLD.items()
         if isinstance(record.get(name), int | float)
     ]
-    if not losses:
+    if not numbers:
         return None
-    step, kind = record.get("step"), "train" if "train_loss" in record else "valid"
+    step, kind = record.get("step"), "valid" if "valid_loss" in record else "train"
     return EventLine(
         time=_time(record),
-        message=f"Step {step}/{record.get('total_steps')}: {', '.join(losses)}",
+        message=f"Step {step}/{record.get('total_steps')}: {', '.join(numbers)}",
         level="info",
         type="metrics",
         data={name: value for name, value in record.items() if name != "time"},
@@ -116,7 +128,8 @@ def step_metrics_csv(metrics: Path) -> bytes:
         if isinstance(record.get("step"), int):
             steps.setdefault(record["step"], {}).update(record)
     text = io.StringIO()
-    table = csv.DictWriter(text, CSV_COLUMNS, extrasaction="ignore", lineterminator="\n")
+    more = sorted({name for record in steps.values() for name in record if "/" in name})
+    table = csv.DictWriter(text, (*CSV_COLUMNS, *more), extrasaction="ignore", lineterminator="\n")
     table.writeheader()
     table.writerows(steps[step] for step in sorted(steps))
     return text.getvalue().encode()

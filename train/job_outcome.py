@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 from data import job_pause, jobs, registry
 from data.checkpoints import mark_of
 from data.files import RESULTS
-from data.tables import Job, Project
+from data.tables import AdapterVersion, Job, Project
 from train.job_config import resolved_hyperparameters
 from train.job_log import read_object, step_metrics_csv
 from train.lease import Lease
@@ -38,9 +38,10 @@ def publish_outcome(shop: Workshop, job: Job, lease: Lease, run: RunFolder) -> N
     fingerprint = shop.base_fingerprint(job.base)
     adapters_dir = shop.settings.adapters_dir
     tables = [shop.files.stage(job.project_id, [step_metrics_csv(run.metrics)], TABLE, RESULTS)]
-    if run.losses.exists():
-        with run.losses.open("rb") as stream:
-            tables.append(shop.files.stage(job.project_id, stream, run.losses.name, RESULTS))
+    for path in (run.losses, run.completions, run.card, run.report):
+        if path.exists():
+            with path.open("rb") as stream:
+                tables.append(shop.files.stage(job.project_id, stream, path.name, RESULTS))
     staged = registry.stage(adapters_dir, run.adapter, fingerprint)
     published = False
     try:
@@ -61,20 +62,43 @@ def publish_outcome(shop: Workshop, job: Job, lease: Lease, run: RunFolder) -> N
                     suffix=job.suffix,
                     job_id=job.id,
                     lineage={
+                        "kind": job.method["type"],
                         "result": result,
                         "resolved": resolved,
                         "start_version": job.start_version_id,
                     },
                     mark=mark_of(job.id),
                 )
-                registry.point_alias(session, version)
+                _promote(session, job, version, result.get("gate"))
                 session.add_all(tables)
                 file_ids = [table.id for table in tables]
-                _succeed(session, job, result, resolved, file_ids, version.name)
+                _succeed(session, job, result, resolved, file_ids, version.name, run)
                 published = True
     finally:
         if not published:
             registry.discard(adapters_dir, staged)
+
+
+def _promote(
+    session: Session, job: Job, version: AdapterVersion, gate: Mapping[str, Any] | None
+) -> None:
+    """Point the alias at a version, unless the trainer's gate says no, and tell why."""
+    reasons = (gate or {}).get("reasons") or []
+    if gate is None or gate["promote"]:
+        registry.point_alias(session, version)
+        if reasons:
+            jobs.record_event(
+                session, job.id, f"Promoted: {'; '.join(reasons)}", data=dict(gate or {})
+            )
+        return
+    jobs.record_event(
+        session,
+        job.id,
+        f"Not promoted: {'; '.join(reasons)}. The model can be used by its full name, and "
+        "promoted by hand",
+        level="warn",
+        data=dict(gate),
+    )
 
 
 def _succeed(
@@ -84,10 +108,11 @@ def _succeed(
     resolved: Mapping[str, Any] | None,
     file_ids: list[str],
     model: str,
+    run: RunFolder,
 ) -> None:
     fields: dict[str, Any] = {}
     if resolved is not None:
-        fields["hyperparameters"] = resolved_hyperparameters(resolved)
+        fields["hyperparameters"] = resolved_hyperparameters(resolved, run)
     jobs.record_event(session, job.id, f"Uploaded result files: {', '.join(file_ids)}")
     jobs.record_event(session, job.id, f"New fine-tuned model created: {model}")
     jobs.move(

@@ -18,6 +18,7 @@ from data.tables import Job, now
 from train.exit_cause import Cause, cause_of_exit
 from train.job_config import write_config
 from train.job_follower import Follower
+from train.job_method_config import write_method_config
 from train.job_outcome import publish_outcome
 from train.job_validation import validate_late
 from train.lease import Lease
@@ -79,8 +80,15 @@ class _Training:
                 "A file of the job was deleted or has expired.", code="invalid_training_file"
             ) from error
         start = self.shop.place_start(job)
-        config = write_config(job, self.shop.settings, self.run, train_file, validation_file, start)
-        return [*self.shop.trainer, "--config", str(config.resolve())]
+        settings, run = self.shop.settings, self.run
+        if job.method["type"] == "supervised":
+            config = write_config(job, settings, run, train_file, validation_file, start)
+        else:
+            reward = self.shop.place_reward(job)
+            config = write_method_config(
+                job, settings, run, train_file, validation_file, start, reward
+            )
+        return [*self.shop.command(job), "--config", str(config.resolve())]
 
     def begin_attempt(self) -> bool:
         """Note that the trainer is started; False when the job ended instead."""

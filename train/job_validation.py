@@ -10,7 +10,8 @@ from sqlalchemy.orm import Session
 
 from data import job_pause, jobs
 from data.errors import NotFound
-from data.estimate import TRAINABLE
+from data.job_methods import METHODS
+from data.prompt_format import prompt_format
 from data.report import Problem, Report
 from data.tables import Job
 from data.validate import validate
@@ -81,11 +82,13 @@ def _check_files(
             path = shop.place(job, file_id, param)
         except (NotFound, FileNotFoundError):
             return _Fault(param, f"The file {file_id} was deleted or has expired."), {}
-        report = validate(path, min_examples=least[param], name=path.name)
+        rules = METHODS[job.method["type"]]
+        format = prompt_format(path) if rules.graded else "auto"
+        report = validate(path, format, min_examples=least[param], name=path.name)
         if not report.ok:
             return _invalid(param, file_id, report), {}
-        if report.format not in TRAINABLE:
-            return _wrong_format(param, file_id, report), {}
+        if report.format not in rules.formats:
+            return _wrong_format(param, file_id, report, job.method["type"]), {}
         reports[param] = report
         _note(warnings, f"{file_id}: ", report.warnings, report.warning_counts)
     formats = {report.format for report in reports.values()}
@@ -101,12 +104,10 @@ def _invalid(param: str, file_id: str, report: Report) -> _Fault:
     return _Fault(param, message, {"errors": errors, "counts": report.counts})
 
 
-def _wrong_format(param: str, file_id: str, report: Report) -> _Fault:
-    wanted = ", ".join(TRAINABLE)
-    message = (
-        f"The rows of {file_id} are of the kind {report.format}; supervised fine-tuning takes "
-        f"{wanted}."
-    )
+def _wrong_format(param: str, file_id: str, report: Report, method: str) -> _Fault:
+    wanted = ", ".join(METHODS[method].formats)
+    what = "supervised fine-tuning" if method == "supervised" else f"the method {method}"
+    message = f"The rows of {file_id} are of the kind {report.format}; {what} takes {wanted}."
     return _Fault(param, message)
 
 

@@ -39,6 +39,8 @@ class RunFolder:
         self.completions = path / "completions.jsonl"
         self.report = path / "report.html"
         self.log = path / "trainer.log"
+        self.card = path / "report_card.json"
+        self.hyperparameters = path / "hyperparameters.json"
 
     def prepare(self) -> None:
         """Make the folder and clear what an earlier, unfinished attempt left half-done."""

@@ -15,8 +15,9 @@ from sqlalchemy.orm import Session
 
 from data import jobs, registry
 from data.db import Database
-from data.errors import NotFound, StateConflict
+from data.errors import ModelNotFound, NotFound, StateConflict
 from data.files import FileStore
+from data.job_methods import METHODS, score_models
 from data.settings import Settings
 from data.tables import AdapterVersion, Job
 from train.lease import Lease
@@ -54,6 +55,33 @@ class Workshop:
     base_fingerprint: Callable[[str], str]
     trainer: Sequence[str] = TRAINER
     stopping: threading.Event = field(default_factory=threading.Event)
+
+    def command(self, job: Job) -> list[str]:
+        """Return the command of a job's trainer."""
+        if self.trainer is not TRAINER:
+            return list(self.trainer)
+        return [*TRAINER[:-1], METHODS[job.method["type"]].module]
+
+    def place_reward(self, job: Job) -> Path | None:
+        """Put the reward model that a job's grader names into its run folder, if it names one.
+
+        Raises:
+            NotFound: It was deleted since the job was made.
+            AdapterRefused: Its files are damaged.
+        """
+        grader = job.method[job.method["type"]].get("grader") or {}
+        folder = self.run_of(job).path / INPUTS / "reward_model"
+        for part in score_models(grader):
+            if not folder.exists():
+                try:
+                    version = registry.resolve(self.database, job.project_id, part["model"])
+                except ModelNotFound as error:
+                    raise NotFound(
+                        f"The reward model {part['model']} was deleted.", code="model_gone"
+                    ) from error
+                registry.export(version, self.settings.adapters_dir, folder)
+            return folder
+        return None
 
     def run_of(self, job: Job) -> RunFolder:
         """Return a job's run folder."""

@@ -18,6 +18,7 @@ from starlette.concurrency import run_in_threadpool
 from data import model_access, registry
 from data.db import Database
 from data.errors import AdapterRefused, InvalidInput, ModelNotFound
+from data.job_methods import REWARD_MODEL
 from data.tables import AdapterVersion
 from serve.api.schemas import SamplingFields
 from serve.api.token_text import TokenText
@@ -125,6 +126,12 @@ class ModelCatalog:
         version = registry.resolve(self._database, account_id, name)
         if not model_access.permits(self._database, account_id, version.name, version.base_model):
             raise ModelNotFound(name)
+        if version.lineage.get("kind") == REWARD_MODEL:
+            raise InvalidInput(
+                f"Invalid 'model': '{name}' is a reward model, which scores answers and writes "
+                "none. Name it in the grader of a fine-tuning job.",
+                param="model",
+            )
         if version.base_fingerprint != self.base_fingerprint:
             raise AdapterRefused(
                 f"The model {name} was trained on other weights ({version.base_model}, "

@@ -99,12 +99,12 @@ class GraderSampling(RequestModel):
 
 
 class ScoreModel(RequestModel):
-    """Asks a model for a number."""
+    """Asks a model for a number; a reward model needs no `input`, as it reads prompt and answer."""
 
     type: Literal["score_model"]
     name: str
     model: str
-    input: list[GraderMessage] = Field(min_length=1)
+    input: list[GraderMessage] = Field(default_factory=list, min_length=1)
     range: list[float] = Field(default=[0.0, 1.0], min_length=2, max_length=2)
     sampling_params: GraderSampling = Field(default_factory=GraderSampling)
 

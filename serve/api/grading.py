@@ -80,6 +80,12 @@ class _Run:
         return await run_in_threadpool(MEASURES[grader.evaluation_metric], *texts)
 
     async def _ask(self, grader: ScoreModel) -> float:
+        if not grader.input:
+            raise InvalidInput(
+                f"Missing required parameter: 'grader.input': `{grader.model}` needs messages.",
+                param="grader.input",
+                code="missing_required_parameter",
+            )
         served = await self.runtime.models.resolve(self.account, grader.model)
         messages = [
             ChatMessage(role=message.role, content=self._fill(message.content))

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from data.job_spec import JobSpec
+from serve.api.grader_schemas import Grader
 from serve.api.schemas import RequestModel
 
 MAX_INTEGRATIONS = 5
@@ -19,6 +20,7 @@ OPTIONS = (
     "from_checkpoint",
     "keep_checkpoints",
     "lora",
+    "max_completion_tokens",
     "max_seq_length",
     "n_checkpoints",
     "n_evals",
@@ -26,19 +28,31 @@ OPTIONS = (
 )
 
 
-class Supervised(RequestModel):
-    """Settings of supervised fine-tuning."""
+class Plain(RequestModel):
+    """Settings of a method that learns from the rows of its file."""
 
+    hyperparameters: dict[str, Any] | None = None
+
+
+class Graded(RequestModel):
+    """Settings of a method that learns from what a grader says of the model's answers."""
+
+    unsupported: ClassVar[frozenset[str]] = frozenset({"response_format"})
+
+    grader: Grader
     hyperparameters: dict[str, Any] | None = None
 
 
 class Method(RequestModel):
     """How to train."""
 
-    unsupported: ClassVar[frozenset[str]] = frozenset({"dpo", "reinforcement"})
-
-    type: Literal["supervised"]
-    supervised: Supervised | None = None
+    type: Literal["supervised", "dpo", "reinforcement", "reward_model", "ppo", "kto"]
+    supervised: Plain | None = None
+    dpo: Plain | None = None
+    kto: Plain | None = None
+    reward_model: Plain | None = None
+    reinforcement: Graded | None = None
+    ppo: Graded | None = None
 
 
 class WandbSettings(RequestModel):
@@ -74,6 +88,7 @@ class JobRequest(RequestModel):
     early_stopping: dict[str, Any] | None = None
     from_checkpoint: str | None = None
     keep_checkpoints: int | None = None
+    max_completion_tokens: int | None = None
     max_seq_length: int | None = None
     n_checkpoints: int | None = None
     n_evals: int | None = None
@@ -84,6 +99,18 @@ class JobRequest(RequestModel):
     def spec(self) -> JobSpec:
         """Return the checked job; raises InvalidInput that names the field."""
         given = self.model_dump(exclude_none=True, exclude={"dry_run"})
+        section = given.get("method", {}).get(given.get("method", {}).get("type"), {})
+        if "grader" in section:
+            section["grader"] = _plain(section["grader"])
         options = {name: given.pop(name) for name in OPTIONS if name in given}
         integrations = tuple(given.pop("integrations"))
         return JobSpec(**given, integrations=integrations, options=options)
+
+
+def _plain(grader: Any) -> Any:
+    """Return a grader as JSON; the parts of a `multi` are models of their own."""
+    if isinstance(grader, RequestModel):
+        grader = grader.model_dump(exclude_none=True)
+    if isinstance(grader, dict) and isinstance(grader.get("graders"), dict):
+        grader["graders"] = {name: _plain(part) for name, part in grader["graders"].items()}
+    return grader
