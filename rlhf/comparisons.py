@@ -89,7 +89,7 @@ def load_comparisons(path: Path, tokenizer: Any, min_examples: int) -> Compariso
         raise DataError(f"{path} cannot be used.\n{report.summary()}", code="invalid_file")
     if report.format not in (Format.PREFERENCE, Format.RANKING):
         raise DataError(
-            f"{path} holds {report.format} rows; a reward model takes preference rows (prompt, "
+            f"{path} holds {report.format} rows; comparisons are preference rows (prompt, "
             "chosen, rejected) or rankings (prompt, completions, ranks)",
             code="wrong_format",
         )

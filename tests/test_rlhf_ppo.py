@@ -63,6 +63,7 @@ def place(tmp_path_factory) -> Path:
 def words(place: Path, out: str, **values: object) -> list[str]:
     given = {
         "base_model": place / "tiny-base",
+        "models_dir": place / "models",
         "prompts_file": place / "prompts.jsonl",
         "output_dir": place / out,
         "reward.clip": "null",

@@ -61,6 +61,7 @@ def place(tmp_path_factory) -> Path:
 def words(place: Path, out: str, **values: object) -> list[str]:
     given = {
         "base_model": place / "tiny-base",
+        "models_dir": place / "models",
         "train_file": place / "pairs.jsonl",
         "output_dir": place / out,
         "learning_rate": 5e-3,
@@ -144,7 +145,11 @@ def test_scores_of_reference_answers_have_mean_0_and_std_1(trained, place):
     from train.config import RunConfig
 
     config = RunConfig(
-        base_model=str(place / "tiny-base"), output_dir=place / "x", device="cpu", threads=1
+        base_model=str(place / "tiny-base"),
+        models_dir=place / "models",
+        output_dir=place / "x",
+        device="cpu",
+        threads=1,
     )
     base = load_base(config)
     groups = load_comparisons(place / "pairs.jsonl", base.tokenizer, 1).groups
@@ -171,6 +176,7 @@ def test_ppo_takes_the_reward_model_and_its_value_starts_as_it(trained, place):
     prompts = write(place / "prompts.jsonl", [{"prompt": f"say {i}: "} for i in range(20)])
     given = {
         "base_model": place / "tiny-base",
+        "models_dir": place / "models",
         "prompts_file": prompts,
         "output_dir": place / "ppo",
         "reward.model": trained / "adapter",
@@ -196,6 +202,7 @@ def test_a_reward_model_of_another_base_is_refused(trained, place, capsys):
     prompts = write(place / "prompts.jsonl", [{"prompt": f"say {i}: "} for i in range(20)])
     given = [
         f"base_model={place / 'other-base'}",
+        f"models_dir={place / 'models'}",
         f"prompts_file={prompts}",
         f"output_dir={place / 'refused'}",
         f"reward.model={trained / 'adapter'}",
@@ -207,7 +214,7 @@ def test_a_reward_model_of_another_base_is_refused(trained, place, capsys):
     headless.mkdir(exist_ok=True)
     for name in ("adapter_config.json", "adapter_model.safetensors", "reward.json"):
         (headless / name).write_bytes((trained / "adapter" / name).read_bytes())
-    given[3] = f"reward.model={headless}"
+    given[4] = f"reward.model={headless}"
     given[0] = f"base_model={place / 'tiny-base'}"
     assert ppo.main(given) == 2
     assert "it has no head.safetensors" in capsys.readouterr().err
@@ -265,7 +272,7 @@ def test_two_processes_take_the_same_steps_as_one(place):
             {},
             "compares answers to a single prompt",
         ),
-        ([{"text": f"a {i}"} for i in range(12)], {}, "a reward model takes preference rows"),
+        ([{"text": f"a {i}"} for i in range(12)], {}, "comparisons are preference rows"),
     ],
 )
 def test_files_that_cannot_be_learned_from_are_refused(place, rows, values, told, capsys):

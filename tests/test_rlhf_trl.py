@@ -1,0 +1,148 @@
+"""DPO, KTO, RLOO and GRPO on a tiny base: they learn, resume, and say what they cannot use."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from test_rlhf_reward import vowel_rows, write
+from tiny_models import save_tiny_base
+
+from rlhf import dpo, grpo, kto, rloo
+from rlhf.comparisons import load_comparisons
+from serve.engine import base_model
+
+RULE = """
+def vowels(prompts, completions, **columns):
+    return [10 * sum(c in "aeiou" for c in text) / max(len(text), 1) for text in completions]
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("trl")
+    save_tiny_base(folder / "tiny-base", "llama")
+    write(folder / "pairs.jsonl", vowel_rows(80))
+    write(folder / "prompts.jsonl", [{"prompt": f"say {i}: "} for i in range(20)])
+    (folder / "rules_of_trl.py").write_text(RULE)
+    return folder
+
+
+def words(place: Path, out: str, **values: object) -> list[str]:
+    given = {
+        "base_model": place / "tiny-base",
+        "models_dir": place / "models",
+        "output_dir": place / out,
+        "learning_rate": 3e-3,
+        "batch_size": 8,
+        "device": "cpu",
+        "threads": 1,
+        **values,
+    }
+    return [f"{name}={value}" for name, value in given.items()]
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def margins(place: Path, adapter: Path) -> list[float]:
+    """log p(chosen) - log p(rejected) of every pair, tuned minus base, by transformers and PEFT."""
+    model, tokenizer = base_model.load(place / "tiny-base", "float32", "cpu")
+    model = PeftModel.from_pretrained(model, str(adapter))
+    found = []
+    for group in load_comparisons(place / "pairs.jsonl", tokenizer, 1).groups:
+        start = len(group.prompt)
+        scores = []
+        for ids in group.answers:
+            tokens = torch.tensor([ids])
+            with torch.no_grad():
+                tuned = model(input_ids=tokens).logits[0, start - 1 : -1].log_softmax(-1)
+                with model.disable_adapter():
+                    base = model(input_ids=tokens).logits[0, start - 1 : -1].log_softmax(-1)
+            chosen = tokens[0, start:, None]
+            scores.append(float((tuned - base).gather(-1, chosen).sum()))
+        found += [scores[pair.better] - scores[pair.worse] for pair in group.pairs]
+    return found
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_answers_that_were_preferred_become_likelier(place, method):
+    main = {"dpo": dpo.main, "kto": kto.main}[method]
+    given = words(place, method, train_file=place / "pairs.jsonl", num_epochs=2)
+    assert main(given) == 0
+    found = margins(place, place / method / "adapter")
+    assert sum(margin > 0 for margin in found) > 0.8 * len(found)
+    last = records(place / method)[-1]
+    assert math.isfinite(last["valid_loss"])
+    assert main(given) == 0  # done already: nothing is trained again
+
+
+def test_the_first_loss_of_dpo_is_log_2(place):
+    """The policy is the reference: every margin is 0."""
+    assert dpo.main(words(place, "first", train_file=place / "pairs.jsonl", num_epochs=1)) == 0
+    assert records(place / "first")[0]["train_loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_dpo_goes_on_from_an_adapter_which_is_its_reference(place):
+    start = place / "dpo" / "adapter"
+    if not start.exists():
+        assert dpo.main(words(place, "dpo", train_file=place / "pairs.jsonl")) == 0
+    given = words(place, "on", train_file=place / "pairs.jsonl", start_adapter=start)
+    assert dpo.main(given) == 0
+    assert records(place / "on")[0]["train_loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+@pytest.mark.parametrize("method", ["rloo", "grpo"])
+def test_a_rule_as_reward_rises(place, method, monkeypatch):
+    monkeypatch.syspath_prepend(str(place))
+    main = {"rloo": rloo.main, "grpo": grpo.main}[method]
+    given = words(
+        place,
+        method,
+        prompts_file=place / "prompts.jsonl",
+        batch_size=32,
+        total_episodes=960,
+        max_new_tokens=8,
+        beta=0.01,
+        eval_prompts=5,
+        **{"reward.function": "rules_of_trl:vowels", "reward.missing_eos_penalty": 0},
+    )
+    assert main(given) == 0
+    scores = [record["reward"] for record in records(place / method)]
+    assert sum(scores[-6:]) > sum(scores[:6]) + 0.5
+    result = json.loads((place / method / "result.json").read_text())
+    assert set(result["gate"]) == {"promote", "reasons"}
+    assert result["comparison"]["prompts"] == 5
+
+
+@pytest.mark.parametrize(
+    ("main", "rows", "told"),
+    [
+        (dpo.main, [{"prompt": "a", "completion": "b"}] * 12, "comparisons are preference rows"),
+        (
+            kto.main,
+            [{"prompt": f"{i}", "completion": "b", "label": True} for i in range(12)],
+            "good",
+        ),
+        (
+            dpo.main,
+            [row | {"label_prob": 0.5} for row in vowel_rows(12)],
+            "every comparison is a tie",
+        ),
+    ],
+)
+def test_files_that_cannot_be_learned_from_are_refused(place, main, rows, told, capsys):
+    path = write(place / "bad.jsonl", rows)
+    assert main(words(place, "bad", train_file=path)) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_label_smoothing_where_it_would_do_nothing_is_refused(place, capsys):
+    given = words(place, "bad", train_file=place / "pairs.jsonl", label_smoothing=0.1)
+    assert dpo.main(given) == 2
+    assert "acts in loss_type robust only" in capsys.readouterr().err
