@@ -69,11 +69,17 @@ def test_the_same_over_http(found: dict[str, Any], ours: str, theirs: str) -> No
     got, expected = found[ours], found[theirs]
     assert (got["acc"], got["acc_norm"]) == (expected["acc"], expected["acc_norm"])
     assert got["texts"] == expected["texts"]
-    assert len(got["choices"]) == 40
+    assert len(got["choices"]) == 44
     for row, other in zip(got["choices"], expected["choices"], strict=True):
         for (value, greedy), (reference, reference_greedy) in zip(row, other, strict=True):
             assert value == pytest.approx(reference, abs=TOLERANCE)
             assert greedy == reference_greedy
+
+
+def test_the_rows_tell_something(found: dict[str, Any]) -> None:
+    for run in found.values():
+        assert {greedy for row in run["choices"] for _, greedy in row} == {"True", "False"}
+        assert len(set(run["texts"])) > 3
 
 
 def test_the_adapter_makes_a_difference(found: dict[str, Any]) -> None:

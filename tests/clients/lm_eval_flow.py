@@ -26,6 +26,7 @@ test_split: test
 doc_to_text: "Question: {{question}}\\nAnswer:"
 doc_to_choice: "{{choices}}"
 doc_to_target: "{{answer}}"
+target_delimiter: ""
 metric_list: [{metric: acc}, {metric: acc_norm}]
 """
 TEXTS = """
@@ -39,7 +40,20 @@ doc_to_target: "{{answer}}"
 generation_kwargs: {until: ["\\n\\n", "e", "zz", "#", "qq", "77"], max_gen_toks: 24}
 metric_list: [{metric: exact_match}]
 """
-WORDS = "cat sat mat red tree house seven moon river bread glass stone".split()
+WORDS = [
+    "cat",
+    "sat",
+    "mat",
+    "red",
+    "tree",
+    "house",
+    "seven",
+    "moon",
+    "river",
+    "bread",
+    "glass",
+    "stone",
+]
 
 
 def write_tasks(folder: Path) -> None:
@@ -51,6 +65,8 @@ def write_tasks(folder: Path) -> None:
         }
         for i in range(40)
     ]
+    characters = [chr(code) for code in range(32, 127)]  # one of which may be the likeliest
+    choices += [{"question": f"{i}?", "choices": characters, "answer": 0} for i in range(4)]
     texts = [{"prompt": f"{word} and {i}:", "answer": "x"} for i, word in enumerate(WORDS)]
     for name, rows in (("choices", choices), ("texts", texts)):
         text = "".join(json.dumps(row) + "\n" for row in rows)
