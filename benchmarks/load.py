@@ -2,6 +2,7 @@
 
 Each client draws what to do next: a completion, the life of a file (upload, read, list, delete),
 or the life of a job (create, read, list, cancel; no worker runs), a third each, without pauses.
+The clients join over the first half minute.
 Afterwards the engine alone, in a process of its own, is given the completions' work.
 
     python benchmarks/load.py --minutes 10
@@ -42,6 +43,7 @@ from data.settings import Settings, load_settings  # noqa: E402
 
 CLIENTS = 64
 ACCOUNTS = 4
+JOIN_S = 30.0  # over which the clients come, one after another
 OUTPUT_TOKENS = 32
 ENGINE_REQUESTS = 256
 VOCABULARY = {"tiny": 250}  # of token ids in prompts; real models have the 40,000 of `prompts`
@@ -83,8 +85,9 @@ class Client:
         self._draw = random.Random(seed)
         self._seen = seen
 
-    async def run(self, until: float) -> None:
-        """Do one thing after another until this time."""
+    async def run(self, wait_s: float, until: float) -> None:
+        """Wait, then do one thing after another until this time."""
+        await asyncio.sleep(wait_s)
         while time.monotonic() < until:
             await self._draw.choice((self._complete, self._file, self._job))()
 
@@ -150,7 +153,11 @@ class Client:
 
 
 async def load(url: str, keys: list[str], model: str, work: Any, seconds: float, pid: int) -> Any:
-    """Run all clients for this long; returns what they saw, and memory (MiB) by second."""
+    """Run all clients for this long.
+
+    Returns:
+        What they saw; memory (MiB) by second; the seconds until the last answer.
+    """
     seen, memory, started = Seen(), {}, time.monotonic()
     process = psutil.Process(pid)
     limits = httpx.Limits(max_connections=CLIENTS, max_keepalive_connections=CLIENTS)
@@ -159,13 +166,15 @@ async def load(url: str, keys: list[str], model: str, work: Any, seconds: float,
             Client(http, keys[number % ACCOUNTS], model, work, number, seen)
             for number in range(CLIENTS)
         ]
-        tasks = [asyncio.create_task(client.run(started + seconds)) for client in clients]
+        tasks = [
+            asyncio.create_task(client.run(JOIN_S * number / CLIENTS, started + seconds))
+            for number, client in enumerate(clients)
+        ]
         for second in (60.0, seconds):
             await asyncio.sleep(max(0.0, started + second - time.monotonic()))
             memory[second] = round(process.memory_info().rss / MIB, 1)
-        tokens = seen.tokens
         await asyncio.gather(*tasks)
-    return seen, memory, tokens
+    return seen, memory, time.monotonic() - started
 
 
 def engine_alone(folder: Path, dtype: str, work: list[list[int]]) -> float:
@@ -246,9 +255,9 @@ def measure(arguments: argparse.Namespace, home: Path) -> dict[str, Any]:
     log = Path(tempfile.gettempdir()) / "hone-load.log"
     with server(command, f"{url}/health", log, environment) as ready_s:
         [process] = psutil.Process().children()
-        seen, memory, tokens = asyncio.run(load(url, keys, folder.name, work, seconds, process.pid))
+        seen, memory, took_s = asyncio.run(load(url, keys, folder.name, work, seconds, process.pid))
     others = [s for name, found in seen.seconds.items() if name != "completion" for s in found]
-    served = round(tokens / seconds, 1)
+    served = round(seen.tokens / took_s, 1)
     alone = engine_alone(folder, dtype, work)
     return {
         "clients": CLIENTS,
