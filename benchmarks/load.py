@@ -35,7 +35,7 @@ import psutil
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE / "peers"), str(HERE.parent / "tests")]
 
-from http_load import free_port, prompts, server  # noqa: E402
+from http_load import free_port, server  # noqa: E402
 
 from data import accounts  # noqa: E402
 from data.db import Database  # noqa: E402
@@ -46,7 +46,9 @@ ACCOUNTS = 4
 JOIN_S = 30.0  # over which the clients come, one after another
 OUTPUT_TOKENS = 32
 ENGINE_REQUESTS = 256
-VOCABULARY = {"tiny": 250}  # of token ids in prompts; real models have the 40,000 of `prompts`
+PROMPT_TOKENS = 75
+TOKEN_IDS = {"tiny": (3, 250)}  # that prompts are drawn from
+COMMON_TOKEN_IDS = (100, 40_000)
 LATER = (429, 503)
 MIB = 2**20
 ROWS = b"".join(
@@ -74,14 +76,12 @@ class Client:
         http: httpx.AsyncClient,
         key: str,
         model: str,
-        work: list[list[int]],
         seed: int,
         seen: Seen,
     ):
         self._http = http
         self._headers = {"authorization": f"Bearer {key}"}
         self._model = model
-        self._prompts = work
         self._draw = random.Random(seed)
         self._seen = seen
 
@@ -92,12 +92,8 @@ class Client:
             await self._draw.choice((self._complete, self._file, self._job))()
 
     async def _complete(self) -> None:
-        fields: dict[str, Any] = {
-            "model": self._model,
-            "max_tokens": OUTPUT_TOKENS,
-            "ignore_eos": True,
-        }
-        fields |= {"prompt": self._draw.choice(self._prompts)}
+        fields = {"model": self._model, "prompt": prompt(self._draw, self._model)}
+        fields |= {"max_tokens": OUTPUT_TOKENS, "temperature": 0, "ignore_eos": True}
         answer = await self._ask("completion", "POST", "/completions", json=fields)
         if answer is not None:
             self._seen.tokens += answer["usage"]["completion_tokens"]
@@ -152,7 +148,13 @@ class Client:
             await asyncio.sleep(float(answer.headers["retry-after"]))
 
 
-async def load(url: str, keys: list[str], model: str, work: Any, seconds: float, pid: int) -> Any:
+def prompt(draw: random.Random, model: str) -> list[int]:
+    """Return token ids that nobody sent before, so that no prefix is known."""
+    ids = TOKEN_IDS.get(model, COMMON_TOKEN_IDS)
+    return [draw.randrange(*ids) for _ in range(PROMPT_TOKENS)]
+
+
+async def load(url: str, keys: list[str], model: str, seconds: float, pid: int) -> Any:
     """Run all clients for this long.
 
     Returns:
@@ -163,8 +165,7 @@ async def load(url: str, keys: list[str], model: str, work: Any, seconds: float,
     limits = httpx.Limits(max_connections=CLIENTS, max_keepalive_connections=CLIENTS)
     async with httpx.AsyncClient(base_url=f"{url}/v1", timeout=600, limits=limits) as http:
         clients = [
-            Client(http, keys[number % ACCOUNTS], model, work, number, seen)
-            for number in range(CLIENTS)
+            Client(http, keys[number % ACCOUNTS], model, number, seen) for number in range(CLIENTS)
         ]
         tasks = [
             asyncio.create_task(client.run(JOIN_S * number / CLIENTS, started + seconds))
@@ -177,7 +178,7 @@ async def load(url: str, keys: list[str], model: str, work: Any, seconds: float,
     return seen, memory, time.monotonic() - started
 
 
-def engine_alone(folder: Path, dtype: str, work: list[list[int]]) -> float:
+def engine_alone(folder: Path, dtype: str) -> float:
     """Return the output tokens a second of the engine without server, files and jobs."""
     import torch
     from engine import Load
@@ -190,12 +191,13 @@ def engine_alone(folder: Path, dtype: str, work: list[list[int]]) -> float:
         torch.set_num_threads(settings.threads)
     model, tokenizer = base_model.load(folder, dtype, "cpu")
     config = EngineConfig(kv_budget_bytes=settings.kv_cache_mb * MIB)
-    asked = [tuple(work[number % len(work)]) for number in range(ENGINE_REQUESTS)]
+    draw = random.Random(CLIENTS)
+    asked = [tuple(prompt(draw, folder.name)) for _ in range(CLIENTS + ENGINE_REQUESTS)]
     with LocalEngine(model, tokenizer, config) as engine:
         run = Load(engine, seed=0).run
-        run([None] * CLIENTS, CLIENTS, asked, num_tokens=4)
+        run([None] * CLIENTS, CLIENTS, asked[:CLIENTS], num_tokens=4)
         started = time.monotonic()
-        run([None] * ENGINE_REQUESTS, CLIENTS, asked, num_tokens=OUTPUT_TOKENS)
+        run([None] * ENGINE_REQUESTS, CLIENTS, asked[CLIENTS:], num_tokens=OUTPUT_TOKENS)
         return round(ENGINE_REQUESTS * OUTPUT_TOKENS / (time.monotonic() - started), 1)
 
 
@@ -237,10 +239,6 @@ def find_model(arguments: argparse.Namespace, home: Path) -> tuple[Path, str]:
 
 def measure(arguments: argparse.Namespace, home: Path) -> dict[str, Any]:
     folder, dtype = find_model(arguments, home)
-    vocabulary = VOCABULARY.get(folder.name)
-    work = prompts(CLIENTS)
-    if vocabulary is not None:
-        work = [[token % vocabulary for token in prompt] for prompt in work]
     settings = Settings(home=home)
     database = Database(settings.effective_database_url)
     database.migrate()
@@ -255,10 +253,10 @@ def measure(arguments: argparse.Namespace, home: Path) -> dict[str, Any]:
     log = Path(tempfile.gettempdir()) / "hone-load.log"
     with server(command, f"{url}/health", log, environment) as ready_s:
         [process] = psutil.Process().children()
-        seen, memory, took_s = asyncio.run(load(url, keys, folder.name, work, seconds, process.pid))
+        seen, memory, took_s = asyncio.run(load(url, keys, folder.name, seconds, process.pid))
     others = [s for name, found in seen.seconds.items() if name != "completion" for s in found]
     served = round(seen.tokens / took_s, 1)
-    alone = engine_alone(folder, dtype, work)
+    alone = engine_alone(folder, dtype)
     return {
         "clients": CLIENTS,
         "seconds": seconds,
