@@ -3,7 +3,7 @@
 Each client draws what to do next: a completion, the life of a file (upload, read, list, delete),
 or the life of a job (create, read, list, cancel; no worker runs), a third each, without pauses.
 The clients join over the first half minute.
-Afterwards the engine alone, in a process of its own, is given the completions' work.
+Afterwards the engine alone, without a server, is given the completions' work.
 
     python benchmarks/load.py --minutes 10
     python benchmarks/load.py --minutes 1 --model tiny
