@@ -1,17 +1,20 @@
 """The database: opened by URL, migrated by Alembic, used through `read()` and `write()`.
 
 SQLite runs in WAL, and every `write()` starts with BEGIN IMMEDIATE, so a transaction that reads and
-then writes (claiming a job, moving an alias) never fails half-way for a lock taken in between. On
-PostgreSQL every `write()` first takes one advisory lock, which has the same effect: writers take
-turns, readers never wait, and each `read()` sees one snapshot.
+then writes (claiming a job, moving an alias) never fails half-way for a lock taken in between. The
+writers of one process take turns at a lock of their own first: SQLite's waits by sleeping, up to a
+tenth of a second at a time, and whoever comes later may overtake. On PostgreSQL every `write()`
+first takes one advisory lock, which has the same effect: writers take turns, readers never wait,
+and each `read()` sees one snapshot.
 """
 
 from __future__ import annotations
 
 import re
 import sqlite3
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from sqlalchemy.orm import Session
 from data.errors import InvalidInput
 
 BUSY_TIMEOUT_S = 30
+SQLITE_CONNECTIONS = 40  # as many as the threads that a server answers with
 WRITERS = 0x686F6E65  # "hone": the advisory lock that writers take turns with on PostgreSQL
 MALFORMED = (sqlalchemy.exc.ArgumentError, sqlalchemy.exc.NoSuchModuleError, ValueError)
 PASSWORD = re.compile(r"(://[^:/@]*:).*@")
@@ -49,6 +53,9 @@ class Database:
             if self.is_sqlite:
                 _prepare_folder(self.url)
             self.engine = _open(self.url, self.is_sqlite)
+            self._turn: AbstractContextManager[object] = (
+                threading.Lock() if self.is_sqlite else nullcontext()
+            )
         except MALFORMED as error:
             raise InvalidInput(
                 f'database_url "{shown}" is not a usable database URL: {error}',
@@ -76,7 +83,11 @@ class Database:
     @contextmanager
     def write(self) -> Iterator[Session]:
         """Yield a session that commits at the end, or rolls back on an exception."""
-        with Session(self._writing(), expire_on_commit=False) as session, session.begin():
+        with (
+            self._turn,
+            Session(self._writing(), expire_on_commit=False) as session,
+            session.begin(),
+        ):
             yield session
 
     def migrate(self) -> None:
@@ -109,7 +120,9 @@ def _open(url: sqlalchemy.URL, is_sqlite: bool) -> Engine:
         )
         event.listen(engine, "begin", _begin_postgresql)
         return engine
-    engine = sqlalchemy.create_engine(url, connect_args={"timeout": BUSY_TIMEOUT_S})
+    engine = sqlalchemy.create_engine(
+        url, connect_args={"timeout": BUSY_TIMEOUT_S}, pool_size=SQLITE_CONNECTIONS
+    )
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     return engine

@@ -50,7 +50,7 @@ def run(settings: Settings, read: Callable[[], Settings]) -> None:
         runtime = open_runtime(settings)
         config = uvicorn.Config(
             create_app(settings, runtime),
-            http=_Http,
+            http=HttpProtocol,
             log_config=None,
             access_log=False,
             server_header=False,
@@ -101,7 +101,7 @@ class _Server(uvicorn.Server):
             )
 
 
-class _Http(H11Protocol):
+class HttpProtocol(H11Protocol):
     """Answers bytes that are not HTTP in the API's own error shape."""
 
     def send_400_response(self, msg: str) -> None:

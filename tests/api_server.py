@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from data.settings import Settings
 from data.tables import Project
 from serve.app import create_app
 from serve.runtime import Runtime, open_runtime
+from serve.server import HttpProtocol
 
 MODEL = "tiny-base"  # the name of the folder that holds it
 
@@ -61,11 +62,22 @@ def tiny_settings(home: Path, arch: str = "llama", **values: Any) -> Settings:
 
 
 @contextmanager
-def running(settings: Settings) -> Iterator[Server]:
-    """Serve until the block ends."""
+def running(settings: Settings, wrap: Callable[[Any], Any] | None = None) -> Iterator[Server]:
+    """Serve until the block ends.
+
+    Args:
+        wrap: Put around the ASGI application, to watch it.
+    """
     runtime = open_runtime(settings)
-    app = create_app(settings, runtime)
-    config = uvicorn.Config(app, port=0, log_config=None, access_log=False, lifespan="on")
+    app: Any = create_app(settings, runtime)
+    config = uvicorn.Config(
+        app if wrap is None else wrap(app),
+        http=HttpProtocol,
+        port=0,
+        log_config=None,
+        access_log=False,
+        lifespan="on",
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()

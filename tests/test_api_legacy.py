@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import textwrap
-import venv
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from api_server import MODEL, Server, running, tiny_settings
+from client_env import SCRIPTS, python_env, run_client
 from tiny_models import tiny_tokenizer
 
 from data import jobs
@@ -20,37 +18,6 @@ from data.tables import Job
 ROWS = b"".join(
     json.dumps({"prompt": f"q {i}", "completion": f" a {i}"}).encode() + b"\n" for i in range(12)
 )
-FORMER_CLIENT = """
-import json, sys
-import openai
-
-openai.api_base, openai.api_key, model, rows = sys.argv[1:]
-engines = [engine["id"] for engine in openai.Engine.list()["data"]]
-assert openai.Engine.retrieve(model)["ready"] is True
-options = dict(prompt="The cat", max_tokens=8, temperature=0)
-by_engine = openai.Completion.create(engine=model, **options)
-by_model = openai.Completion.create(model=model, **options)
-chunks = openai.Completion.create(engine=model, stream=True, **options)
-pieces = [chunk["choices"][0]["text"] for chunk in chunks]
-uploaded = openai.File.create(file=open(rows, "rb"), purpose="fine-tune")
-made = openai.FineTune.create(training_file=uploaded["id"], n_epochs=1, suffix="old")
-listed = [tune["id"] for tune in openai.FineTune.list()["data"]]
-openai.FineTune.cancel(made["id"])
-events = [event["message"] for event in openai.FineTune.stream_events(made["id"])]
-try:
-    openai.Completion.create(engine="absent", prompt="x")
-except openai.error.InvalidRequestError as error:
-    missing = str(error)
-print(json.dumps({
-    "engines": engines,
-    "texts": [by_engine["choices"][0]["text"], by_model["choices"][0]["text"], "".join(pieces)],
-    "made": made.to_dict_recursive(),
-    "listed": listed,
-    "events": events,
-    "status": openai.FineTune.retrieve(made["id"])["status"],
-    "missing": missing,
-}))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -174,17 +141,12 @@ def test_refused_tokens(server: Server) -> None:
 
 @pytest.mark.slow
 def test_the_client_of_that_time(server: Server, tmp_path: Path) -> None:
-    venv.create(tmp_path / "env", with_pip=True)
-    python = tmp_path / "env" / "bin" / "python"
-    install = [python, "-m", "pip", "install", "-q", "openai==0.28.1", "setuptools<81"]
-    subprocess.run(install, check=True)
-    rows, script = tmp_path / "rows.jsonl", tmp_path / "former.py"
+    python = python_env("openai-0.28.1", "openai==0.28.1", "setuptools<81")
+    rows = tmp_path / "rows.jsonl"
     rows.write_bytes(ROWS)
-    script.write_text(textwrap.dedent(FORMER_CLIENT))
-    command = [python, script, f"{server.url}/v1", server.key, MODEL, rows]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
+    told = run_client(
+        [python, SCRIPTS / "openai_former.py", f"{server.url}/v1", server.key, MODEL, rows]
+    )
     assert MODEL in told["engines"]
     assert len(set(told["texts"])) == 1
     assert told["made"]["id"] in told["listed"]

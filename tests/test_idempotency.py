@@ -175,6 +175,14 @@ def test_official_client_that_tries_again_makes_one_job(server: Server) -> None:
     assert jobs(server, project.id) == 3
 
 
+@pytest.mark.parametrize("tries", [b"x", b"-1", b"\xb2", b"9" * 5000])
+def test_a_number_of_tries_that_is_none(server: Server, tries: bytes) -> None:
+    key = b"tries " + tries[:4].hex().encode()
+    headers = {b"idempotency-key": key, b"x-stainless-retry-count": tries}
+    answer = server.http().post("/v1/completions", json=BODY, headers=headers)
+    assert answer.status_code == 200
+
+
 def test_what_says_later_is_not_kept(server: Server, database: Database) -> None:
     assert kept_answers.begin(database, "p", "k", "h") is None
     assert kept_answers.begin(database, "p", "k", "h").status is None  # type: ignore[union-attr]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,9 +10,8 @@ from typing import Any
 
 import openai
 import pytest
-from api_server import MODEL, Server, running, tiny_settings
-
-from train.worker import Worker, open_workshop
+from api_server import MODEL, Server, tiny_settings
+from working_server import working
 
 pytestmark = pytest.mark.slow
 
@@ -25,17 +23,8 @@ ROWS = b"".join(
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
-    settings = tiny_settings(tmp_path, threads=1)
-    with running(settings) as found:
-        shop = open_workshop(settings)
-        worker = threading.Thread(target=Worker(shop).run)
-        worker.start()
-        try:
-            yield found
-        finally:
-            shop.stopping.set()
-            worker.join()
-            shop.database.close()
+    with working(tiny_settings(tmp_path, threads=1)) as found:
+        yield found
 
 
 def wait_for(condition: Callable[[], Any], timeout_s: float = 120) -> Any:

@@ -31,6 +31,7 @@ from data.tables_metering import KeptAnswer
 from serve.api.errors import error_response
 
 RETRIED = re.compile(r"/v1/(fine_tuning/jobs|batches|uploads/[^/]+/complete)")
+TRIES = re.compile(r"[0-9]+")
 SECRET_PREFIX = "/v1/organization/"  # its answers hold keys, which are nowhere stored
 RETRY_AGE_S = 600
 MAX_KEY = 255
@@ -66,7 +67,7 @@ class Idempotency:
             return
         headers = Headers(scope=scope)
         given, tries = headers.get("idempotency-key"), headers.get("x-stainless-retry-count", "")
-        retried = tries.isdigit() and RETRIED.fullmatch(scope["path"])
+        retried = TRIES.fullmatch(tries) and RETRIED.fullmatch(scope["path"])
         principal: Principal | None = scope["state"].get("principal")
         if principal is None or not (given or retried):
             await self.app(scope, receive, send)
@@ -78,7 +79,7 @@ class Idempotency:
                 if not await _read(receive, body):
                     return  # the client went away
                 call = await run_in_threadpool(
-                    _call, scope, headers, principal, body, given, int(tries or 0)
+                    _call, scope, headers, principal, body, given, not tries.strip("0")
                 )
                 kept = await self._begin(call)
                 if kept is None:
@@ -168,7 +169,7 @@ def _call(
     principal: Principal,
     body: IO[bytes],
     given: str | None,
-    tries: int,
+    is_first: bool,
 ) -> _Call:
     digest = hashlib.sha256(f"{scope['path']}?{scope['query_string'].decode('latin-1')}\n".encode())
     _add_body(digest, headers.get("content-type", ""), body)
@@ -178,7 +179,7 @@ def _call(
         key = hashlib.sha256(f"given:{given}".encode()).hexdigest()
         return _Call(owner, key, body_hash, kept_answers.KEEP_S, anew=False)
     key = hashlib.sha256(f"tried:{principal.key_id}:{body_hash}".encode()).hexdigest()
-    return _Call(owner, key, body_hash, RETRY_AGE_S, anew=tries == 0)
+    return _Call(owner, key, body_hash, RETRY_AGE_S, anew=is_first)
 
 
 def _add_body(digest: hashlib._Hash, content_type: str, body: IO[bytes]) -> None:

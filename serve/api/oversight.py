@@ -100,7 +100,7 @@ async def set_model_permissions(
 async def delete_model_permissions(project_id: str, _key: Operator, runtime: Running) -> Response:
     """Let an account use every model again."""
     await run_in_threadpool(model_access.clear, runtime.database, project_id)
-    return json_response({"object": "project.model_permissions", "deleted": True})
+    return json_response({"object": "project.model_permissions.deleted", "deleted": True})
 
 
 @router.get("/organization/audit_logs")
