@@ -22,6 +22,7 @@ from serve.api.metered import metered
 from serve.api.prompts import Prompt, read_messages, room_for
 from serve.api.sampling import engine_requests, num_generated, sampling_params, usage
 from serve.api.schemas import ChatRequest
+from serve.api.screening import Screening
 from serve.api.stream import KEEP_ALIVE_S, EventStream, Frames
 from serve.engine.base import Delta, GenerationRequest, TokenLogprob
 from serve.runtime import Runtime
@@ -38,11 +39,14 @@ async def create_chat_completion(
     """Answer a conversation `n` times."""
     served = await runtime.models.resolve_for(caller.id, body)
     plan = await run_in_threadpool(_plan, body, served, runtime.engine.max_context, caller.id)
-    generator = metered(runtime, request, body, served, [plan.prompt])
+    screening = Screening(runtime, request, caller.id, body, served.name)
+    await screening.admit([message.content for message in body.messages], "messages")
+    generator = metered(runtime, request, body, served, [plan.prompt], screening)
     if body.stream:
-        return await EventStream.begin(request, _frames(plan, generator, runtime, caller.id))
+        frames = _frames(plan, generator, screening, runtime, caller.id)
+        return await EventStream.begin(request, frames)
     answer = _answer(plan, generator, runtime, caller.id)
-    return json_response(await unless_disconnected(request, answer))
+    return json_response(await unless_disconnected(request, answer) | screening.results())
 
 
 async def _answer(
@@ -126,7 +130,9 @@ def _choice(plan: _Plan, index: int, answer: Answer) -> dict[str, Any]:
     return choice
 
 
-async def _frames(plan: _Plan, generator: Generator, runtime: Runtime, account_id: str) -> Frames:
+async def _frames(
+    plan: _Plan, generator: Generator, screening: Screening, runtime: Runtime, account_id: str
+) -> Frames:
     options = plan.body.stream_options
     with_usage = options is not None and options.include_usage
     head = plan.head("chat.completion.chunk")
@@ -152,6 +158,8 @@ async def _frames(plan: _Plan, generator: Generator, runtime: Runtime, account_i
                 yield {**head, "choices": [last]}
     whole = _whole(plan, answers)
     await _store(plan, whole, runtime, account_id)
+    if screening.results():
+        yield {**head, "choices": [], **screening.results()}
     if with_usage:
         yield {**head, "choices": [], "usage": whole["usage"]}
 

@@ -107,7 +107,35 @@ class StreamOptions(RequestModel):
     include_obfuscation: bool = False  # accepted; hone never pads its chunks
 
 
-class SamplingFields(RequestModel):
+class SideModeration(RequestModel):
+    """What to do about one side's texts."""
+
+    mode: Literal["score", "block"]
+
+
+class ModerationPolicy(RequestModel):
+    """What to do about what goes in and what comes out."""
+
+    input: SideModeration | None = None
+    output: SideModeration | None = None
+
+
+class Moderation(RequestModel):
+    """Judge this request's texts; it can only be stricter than its account's policy."""
+
+    model: str
+    policy: ModerationPolicy | None = None
+
+
+class ModeratedFields(RequestModel):
+    """What content control reads of a request."""
+
+    user: str | None = None
+    safety_identifier: str | None = None
+    moderation: Moderation | None = None
+
+
+class SamplingFields(ModeratedFields):
     """What completions and chat completions have in common, hone's extensions last."""
 
     model: str
@@ -126,7 +154,6 @@ class SamplingFields(RequestModel):
     seed: int | None = Field(None, ge=-INT64, lt=INT64)
     stream: bool = False
     stream_options: StreamOptions | None = None
-    user: str | None = None
 
     top_k: int = Field(0, ge=0)
     min_p: float = Field(0.0, ge=0, le=1, allow_inf_nan=False)
@@ -218,7 +245,6 @@ class ChatRequest(SamplingFields):
             "audio",
             "function_call",
             "functions",
-            "moderation",
             "parallel_tool_calls",
             "prediction",
             "reasoning_effort",
@@ -238,7 +264,6 @@ class ChatRequest(SamplingFields):
     store: bool = False
     metadata: dict[str, str] | None = None
     service_tier: Literal["auto", "default"] | None = None
-    safety_identifier: str | None = None
     prompt_cache_key: str | None = None
 
     @model_validator(mode="after")

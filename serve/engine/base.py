@@ -248,6 +248,11 @@ class Delta:
     num_cached: int = 0
     embedding: tuple[float, ...] | None = None
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens produced since the last delta."""
+        return len(self.token_ids)
+
 
 @dataclass(frozen=True, slots=True)
 class Completion:
