@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -106,6 +106,8 @@ def _plan(body: ChatRequest, served: ServedModel, max_context: int, account: str
     room = room_for(prompt, wanted, max_context, max_context, "messages")
     scored = (body.top_logprobs or 0) if body.logprobs else None
     params = sampling_params(body, served, room, scored)
+    if body.response_format is not None:
+        params = replace(params, json_schema=body.response_format.schema_text)
     requests = engine_requests(completion_id, [(prompt, params)], body.n, served, account)
     return _Plan(completion_id, now(), body, served, prompt, requests)
 
