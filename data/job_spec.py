@@ -30,6 +30,7 @@ OPTIONS: dict[str, tuple[type, float | None, float]] = {
     "n_checkpoints": (int, 1, 100),
     "n_evals": (int, 1, 1000),
     "keep_checkpoints": (int, 1, 100),
+    "prompt_loss_weight": (float, 0, 1),
 }
 TEXTS = ("from_checkpoint",)
 SECTIONS: dict[str, dict[str, tuple[type, float | None, float]]] = {

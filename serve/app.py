@@ -31,6 +31,7 @@ from serve.api import (
     models,
     moderations,
     organization,
+    organization_limits,
     oversight,
     permissions,
     stored_chats,
@@ -125,6 +126,7 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
         access,
         usage,
         limits,
+        organization_limits,
         health,
     ):
         app.include_router(routes.router)

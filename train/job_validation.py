@@ -15,6 +15,7 @@ from data.errors import NotFound
 from data.estimate import TRAINABLE
 from data.moderation import classifier
 from data.report import Problem, Report
+from data.rows import Format
 from data.tables import Job
 from data.validate import validate
 from train.lease import Lease
@@ -91,6 +92,12 @@ def _check_files(
             return _invalid(param, file_id, report), {}
         if report.format not in TRAINABLE:
             return _wrong_format(param, file_id, report), {}
+        if job.options.get("prompt_loss_weight") and report.format != Format.PROMPT_COMPLETION:
+            message = (
+                f"prompt_loss_weight needs prompt/completion rows; those of {file_id} are "
+                f"{report.format}. Leave it out, or upload such rows."
+            )
+            return _Fault(param, message), {}
         reports[param] = report
         _note(warnings, f"{file_id}: ", report.warnings, report.warning_counts)
         fault = _screen(shop, job, policy, (param, file_id, path), report, warnings)

@@ -46,6 +46,13 @@ def prepare(config: SftConfig) -> TrainingJob:
     set_seed(config.seed)
     base = load_base(config)
     train = load_file(config.train_file, base.tokenizer, config.min_examples)
+    if config.prompt_loss_weight and train.kind != Format.PROMPT_COMPLETION:
+        raise ConfigError(
+            [
+                f"prompt_loss_weight is {config.prompt_loss_weight}, but the rows of "
+                f"{config.train_file} are {train.kind}; only prompt/completion rows have a prompt"
+            ]
+        )
     valid = None
     if config.validation_file is not None:
         valid = load_file(config.validation_file, base.tokenizer, 1)
