@@ -21,6 +21,7 @@ from sqlalchemy.orm import Session
 from data import audit
 from data.db import Database
 from data.errors import Forbidden, InvalidInput, NotFound, StateConflict, Unauthorized
+from data.roles import Role
 from data.tables import ApiKey, Project, new_id, now
 
 KEY_PREFIXES = {"project": "sk-", "admin": "sk-admin-"}
@@ -30,12 +31,16 @@ LAST_USED_STEP_S = 60  # last_used_at is written at most this often
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """Who a key stands for; `project_id` and `project_slug` are None for an admin key."""
+    """Who a key stands for; `project_id` and `project_slug` are None for an admin key.
+
+    `role` tells what the key of an account may do; see `data.roles`.
+    """
 
     project_id: str | None
     project_slug: str | None
     key_id: str
     kind: Literal["project", "admin"]
+    role: str = "owner"
 
 
 def create_account(database: Database, name: str) -> tuple[Project, str]:
@@ -89,7 +94,12 @@ def list_accounts(database: Database) -> list[Project]:
 
 
 def create_key(
-    database: Database, project_id: str, name: str = "", *, expires_at: int | None = None
+    database: Database,
+    project_id: str,
+    name: str = "",
+    *,
+    expires_at: int | None = None,
+    role: Role = "owner",
 ) -> tuple[ApiKey, str]:
     """Make another key for an account; returns its record and its plain text.
 
@@ -105,7 +115,7 @@ def create_key(
     with database.write() as session:
         if session.get(Project, project_id) is None:
             raise NotFound(f"No such account: {project_id}", param="project_id")
-        return add_key(session, project_id, name, expires_at)
+        return add_key(session, project_id, name, expires_at, role=role)
 
 
 def create_admin_key(
@@ -180,6 +190,7 @@ def authenticate(database: Database, key: str | None, *, also_closed: bool = Fal
         project_slug=project.slug if project else None,
         key_id=record.id,
         kind=kind,
+        role=record.role,
     )
 
 
@@ -213,6 +224,7 @@ def add_key(
     expires_at: int | None = None,
     *,
     service_account_id: str | None = None,
+    role: str = "owner",
 ) -> tuple[ApiKey, str]:
     """Make a key inside the caller's transaction; None for the account makes an admin key."""
     kind = "project" if project_id else "admin"
@@ -226,10 +238,11 @@ def add_key(
         redacted=redact(key),
         expires_at=expires_at,
         service_account_id=service_account_id,
+        role=role,
     )
     session.add(record)
     session.flush()
-    audit.record(session, "api_key.created", record.id, project_id, kind=kind, name=name)
+    audit.record(session, "api_key.created", record.id, project_id, kind=kind, name=name, role=role)
     return record, key
 
 

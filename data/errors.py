@@ -120,6 +120,26 @@ class Forbidden(Unauthorized):
     code = "insufficient_permissions"
 
 
+class ContentBlocked(InvalidInput):
+    """A text breaks the content policy of its account."""
+
+    code = "content_policy_violation"
+
+    def __init__(self, matched: Sequence[str], param: str | None = None):
+        self.matched = list(matched)
+        super().__init__(
+            "Your request was rejected as a result of the safety system: the text breaks the "
+            f"content policy ({', '.join(matched)}). Change the text and try again.",
+            param=param,
+        )
+
+
+class EndUserBlocked(Forbidden):
+    """An end user of an account is shut out."""
+
+    code = "safety_identifier_blocked"
+
+
 class ContextTooLong(InvalidInput):
     """Prompt plus requested tokens do not fit in the model's context."""
 

@@ -58,7 +58,9 @@ METHODS: dict[str, MethodRules] = {
         "train.sft",
         (Format.PROMPT_COMPLETION, Format.CHAT, Format.TEXT),
         _COMMON,
-        frozenset(_DATA_OPTIONS | {"n_checkpoints", "n_evals", "early_stopping"}),
+        frozenset(
+            _DATA_OPTIONS | {"n_checkpoints", "n_evals", "early_stopping", "prompt_loss_weight"}
+        ),
     ),
     "dpo": MethodRules(
         "rlhf.dpo",

@@ -26,6 +26,7 @@ OPTIONS: dict[str, Rule] = {
     "n_checkpoints": (int, 1, 100),
     "n_evals": (int, 1, 1000),
     "keep_checkpoints": (int, 1, 100),
+    "prompt_loss_weight": (float, 0, 1),
 }
 TEXTS = ("from_checkpoint",)
 SECTIONS: dict[str, dict[str, Rule]] = {

@@ -158,6 +158,8 @@ def costs(usage: Usage, prices: Prices) -> tuple[int, int, int]:
     """Return the costs of computed prompt, cached prompt and completion, in nano-dollars."""
     if usage.kind == "training":
         return round(usage.prompt_tokens * prices.training * 1000), 0, 0
+    if usage.kind == "moderations":
+        return 0, 0, 0
     computed = usage.prompt_tokens - usage.cached_tokens
     return (
         round(computed * prices.prompt * 1000),

@@ -13,6 +13,7 @@ from data import accounts, audit, jobs
 from data.db import Database
 from data.errors import InvalidInput, NotFound, StateConflict
 from data.files import LIVE_JOBS
+from data.roles import Role
 from data.tables import ApiKey, Job, Project, new_id, now
 from data.tables_accounts import ServiceAccount
 
@@ -91,7 +92,13 @@ def archive(database: Database, project_id: str) -> Project:
 
 
 def create_service_account(
-    database: Database, project_id: str, name: str, *, with_key: bool, expires_at: int | None = None
+    database: Database,
+    project_id: str,
+    name: str,
+    *,
+    with_key: bool,
+    expires_at: int | None = None,
+    role: Role = "member",
 ) -> tuple[ServiceAccount, ApiKey | None, str | None]:
     """Make a program of an account, with its first key unless told otherwise.
 
@@ -102,23 +109,76 @@ def create_service_account(
         NotFound: There is no such account.
         InvalidInput: The name is empty or too long.
     """
+    _check_name(name)
+    with database.write() as session:
+        find(session, project_id)
+        program = ServiceAccount(
+            id=new_id("svc_acct_"), project_id=project_id, name=name.strip(), role=role
+        )
+        session.add(program)
+        session.flush()
+        audit.record(
+            session,
+            "service_account.created",
+            program.id,
+            project_id,
+            name=program.name,
+            role=role,
+        )
+        if not with_key:
+            return program, None, None
+        record, key = accounts.add_key(
+            session,
+            project_id,
+            program.name,
+            expires_at,
+            service_account_id=program.id,
+            role=role,
+        )
+    return program, record, key
+
+
+def update_service_account(
+    database: Database,
+    project_id: str,
+    service_account_id: str,
+    *,
+    name: str | None = None,
+    role: Role | None = None,
+) -> ServiceAccount:
+    """Rename a program, or change what its keys may do from the next request on.
+
+    Raises:
+        NotFound: There is no such program.
+        InvalidInput: The name is empty or too long.
+    """
+    if name is not None:
+        _check_name(name)
+    with database.write() as session:
+        program = _program(session, project_id, service_account_id)
+        program.name = program.name if name is None else name.strip()
+        if role is not None:
+            program.role = role
+            held = select(ApiKey).where(ApiKey.service_account_id == program.id)
+            for record in session.scalars(held).all():
+                record.role = role
+        audit.record(
+            session,
+            "service_account.updated",
+            program.id,
+            project_id,
+            name=program.name,
+            role=program.role,
+        )
+    return program
+
+
+def _check_name(name: str) -> None:
     if not 0 < len(name.strip()) <= MAX_NAME:
         raise InvalidInput(
             f"Invalid 'name': expected 1 to {MAX_NAME} characters, but got {len(name)}.",
             param="name",
         )
-    with database.write() as session:
-        find(session, project_id)
-        program = ServiceAccount(id=new_id("svc_acct_"), project_id=project_id, name=name.strip())
-        session.add(program)
-        session.flush()
-        audit.record(session, "service_account.created", program.id, project_id, name=program.name)
-        if not with_key:
-            return program, None, None
-        record, key = accounts.add_key(
-            session, project_id, program.name, expires_at, service_account_id=program.id
-        )
-    return program, record, key
 
 
 def find_service_account(

@@ -7,8 +7,9 @@ server within seconds, and its jobs are paused here. The case says why, to the a
 from __future__ import annotations
 
 from sqlalchemy import select
+from sqlalchemy.orm import Session
 
-from data import audit, job_pause, projects
+from data import audit, job_pause, projects, webhooks
 from data.db import Database
 from data.errors import InvalidInput, NotFound, StateConflict
 from data.files import LIVE_JOBS
@@ -23,9 +24,15 @@ def warn(database: Database, project_id: str, reason: str) -> SafetyCase:
     _check(reason)
     with database.write() as session:
         projects.find(session, project_id)
-        case = _new_case(project_id, "warning", reason)
-        session.add(case)
-        audit.record(session, "account.warned", project_id, project_id, case=case.id)
+        return open_warning(session, project_id, reason)
+
+
+def open_warning(session: Session, project_id: str, reason: str) -> SafetyCase:
+    """Open a case that changes nothing, inside the caller's transaction."""
+    case = _new_case(project_id, "warning", reason)
+    session.add(case)
+    audit.record(session, "account.warned", project_id, project_id, case=case.id)
+    webhooks.enqueue(session, project_id, "safety.warning_issued", now(), {"id": case.id})
     return case
 
 
@@ -46,6 +53,7 @@ def suspend(database: Database, project_id: str, reason: str) -> SafetyCase:
         session.add(case)
         project.status, project.case_id = "suspended", case.id
         audit.record(session, "account.suspended", project_id, project_id, case=case.id)
+        webhooks.enqueue(session, project_id, "safety.deactivation_issued", now(), {"id": case.id})
         live = select(Job).where(Job.project_id == project_id, Job.status.in_(LIVE_JOBS))
         case.paused_jobs = [
             job.id for job in session.scalars(live).all() if job_pause.hold(session, job)

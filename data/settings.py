@@ -129,6 +129,9 @@ class Settings(StrictModel):
     webhook_retry_s: float = Field(
         5.0, gt=0, description="Seconds before a webhook's second attempt; tripled each time."
     )
+    moderation_weights: Path | None = Field(
+        None, description="Classifier of data.moderation.train; default: the one hone ships."
+    )
     prices: Prices = Field(Prices(), description="USD per million tokens: ledger and limits.")
     limits: Limits = Field(Limits(), description="Limits of accounts that have none of their own.")
     wandb_project: str | None = Field(None, description="Log training runs to this wandb project.")

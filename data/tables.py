@@ -68,6 +68,7 @@ class ApiKey(Record):
     expires_at: Mapped[int | None] = mapped_column(BigInteger)
     revoked_at: Mapped[int | None] = mapped_column(BigInteger)
     service_account_id: Mapped[str | None] = mapped_column(String(64))
+    role: Mapped[str] = mapped_column(String(16), default="owner", server_default="owner")
 
 
 class File(Record):

@@ -18,6 +18,7 @@ class ServiceAccount(Record):
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
     project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"), index=True)
     name: Mapped[str]
+    role: Mapped[str] = mapped_column(String(16), default="member", server_default="owner")
     created_at: Mapped[int] = mapped_column(BigInteger, default=now)
     deleted_at: Mapped[int | None] = mapped_column(BigInteger)
 

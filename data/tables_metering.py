@@ -95,6 +95,15 @@ class SpendLimit(Record):
     threshold_cents: Mapped[int] = mapped_column(BigInteger)
 
 
+class OrganizationLimit(Record):
+    """A limit of the whole installation."""
+
+    __tablename__ = "organization_limits"
+
+    name: Mapped[str] = mapped_column(String(32), primary_key=True)  # spend_cents: a month's
+    value: Mapped[int] = mapped_column(BigInteger)
+
+
 class SpendAlert(Record):
     """A monthly sum at which the operator is told, once a month."""
 

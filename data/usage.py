@@ -32,6 +32,7 @@ COLUMNS: dict[str, Any] = {
 # Grouping by what is the same for every request here.
 CONSTANTS = {"service_tier": "default", "api_source": "unlabeled"}
 COMPLETION_GROUPS = (*COLUMNS, *CONSTANTS)
+INPUT_GROUPS = ("project_id", "user_id", "api_key_id", "model")
 COST_GROUPS = ("project_id", "user_id", "line_item", "api_key_id", "api_source")
 
 
@@ -122,6 +123,39 @@ def completions(
                 "output_audio_tokens": 0,
                 "num_model_requests": requests,
                 **grouped,
+            }
+        )
+    return _page(buckets, found, next_page)
+
+
+def inputs(
+    database: Database,
+    kind: str,
+    wanted: Range,
+    group_by: Sequence[str] = (),
+    filters: Mapping[str, Sequence[Any]] | None = None,
+) -> dict[str, Any]:
+    """Return a page of buckets as `GET /organization/usage/embeddings` and `/moderations` answer.
+
+    Args:
+        kind: embeddings or moderations.
+        group_by: Of `INPUT_GROUPS`.
+        filters: Of `COLUMNS`: the values to keep.
+    """
+    conditions = [UsageRecord.kind == kind, *_conditions(filters or {})]
+    sums = [func.sum(UsageRecord.prompt_tokens), func.sum(UsageRecord.requests)]
+    buckets, next_page = wanted.buckets()
+    found: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    for start, keys, (tokens, requests) in _rows(
+        database, buckets, WIDTHS_S[wanted.width], group_by, conditions, sums
+    ):
+        found[start].append(
+            {
+                "object": f"organization.usage.{kind}.result",
+                "input_tokens": tokens,
+                "num_model_requests": requests,
+                **dict.fromkeys(INPUT_GROUPS),
+                **keys,
             }
         )
     return _page(buckets, found, next_page)

@@ -26,7 +26,14 @@ from data.tables import new_id, now
 from data.tables_jobs import WebhookDelivery, WebhookEndpoint
 from data.web_address import refuse_private
 
-EVENT_TYPES = ("fine_tuning.job.succeeded", "fine_tuning.job.failed", "fine_tuning.job.cancelled")
+EVENT_TYPES = (
+    "fine_tuning.job.succeeded",
+    "fine_tuning.job.failed",
+    "fine_tuning.job.cancelled",
+    "safety.warning_issued",
+    "safety.deactivation_issued",
+    "safety_identifier.blocked",
+)
 MAX_ENDPOINTS = 20
 MAX_URL, MAX_NAME = 2048, 256
 ROTATION_S = 24 * 3600

@@ -20,11 +20,18 @@ from starlette.responses import Response
 
 from data import batches
 from data.accounts import Principal
-from data.errors import Forbidden, InvalidInput, Overloaded, RateLimited, ToolkitError
+from data.errors import (
+    EndUserBlocked,
+    Forbidden,
+    InvalidInput,
+    Overloaded,
+    RateLimited,
+    ToolkitError,
+)
 from data.files import BATCH_OUTPUT
 from data.tables import Project, new_id, now
 from data.tables_surface import Batch
-from serve.api import chat, completions, embeddings
+from serve.api import chat, completions, embeddings, moderations
 from serve.api.deps import Account
 from serve.api.errors import describe, envelope, status_of
 from serve.api.schemas import ChatRequest, CompletionRequest
@@ -39,6 +46,7 @@ ENDPOINTS: dict[str, tuple[type[pydantic.BaseModel], Answer]] = {
     "/v1/completions": (CompletionRequest, completions.create_completion),
     "/v1/chat/completions": (ChatRequest, chat.create_chat_completion),
     "/v1/embeddings": (embeddings.EmbeddingRequest, embeddings.create_embeddings),
+    "/v1/moderations": (moderations.ModerationRequest, moderations.create_moderation),
 }
 
 log = logging.getLogger("hone.batches")
@@ -152,9 +160,9 @@ class _Run:
                         return
                     continue
                 status, answer = status_of(error), envelope(error)
-            except Forbidden:
-                raise _Closed from None
             except ToolkitError as error:
+                if isinstance(error, Forbidden) and not isinstance(error, EndUserBlocked):
+                    raise _Closed from None
                 status, answer = status_of(error), envelope(error)
             break
         response = {"status_code": status, "request_id": request_id, "body": answer}

@@ -12,7 +12,18 @@ import sys
 import typer
 
 from data.errors import InvalidInput, NotFound, ToolkitError
-from serve.commands import access, accounts, demo, doctor, files, jobs, models, serve, usage
+from serve.commands import (
+    access,
+    accounts,
+    content,
+    demo,
+    doctor,
+    files,
+    jobs,
+    models,
+    serve,
+    usage,
+)
 
 app = typer.Typer(
     name="hone",
@@ -27,6 +38,7 @@ app.command("doctor")(doctor.doctor)
 app.command("usage")(usage.usage)
 app.add_typer(accounts.accounts_app, name="accounts")
 app.add_typer(access.app, name="access")
+app.add_typer(content.app, name="content")
 app.add_typer(accounts.keys_app, name="keys")
 app.add_typer(accounts.admin_keys_app, name="admin-keys")
 app.add_typer(files.app, name="files")

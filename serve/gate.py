@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 from sqlalchemy import select
 
-from data import limits
+from data import limits, organization_limits
 from data.db import Database
 from data.errors import QuotaExceeded
 from data.metering import Meter, Usage, month_of
@@ -51,6 +51,7 @@ class Gate:
         self._lock = threading.Lock()
         self._rates: dict[str, dict[str, RateLimit]] = {}
         self._money: dict[str, tuple[int, int]] = {}  # limit and spent, nano-dollars
+        self._all: tuple[int, int] | None = None  # the same, of all accounts together
         self.refresh()
 
     def set_defaults(self, defaults: Limits) -> None:
@@ -72,6 +73,8 @@ class Gate:
                     for limit in session.scalars(select(SpendLimit))
                 }
                 due = bool(limits.due_alerts(session))
+                most = organization_limits.spend_limit(session)
+                everything = 0 if most is None else organization_limits.spent(session)
             with self._lock:
                 pending = self._meter.pending_costs()
                 self._money = {
@@ -79,6 +82,10 @@ class Gate:
                     for name, (limit, spent) in money.items()
                 }
                 self._rates = rates
+                self._all = None
+                if most is not None:
+                    spent = everything + sum(pending.values())
+                    self._all = (most * limits.NANO_PER_CENT, spent)
         if due:
             self._fire()
 
@@ -86,8 +93,14 @@ class Gate:
         """Refuse an account that has spent what it may.
 
         Raises:
-            QuotaExceeded: It has.
+            QuotaExceeded: It has, or all accounts together have spent what they may.
         """
+        if self._all is not None and self._all[1] >= self._all[0]:
+            raise QuotaExceeded(
+                "You exceeded your current quota: this server has reached the spend limit that its "
+                "operator set for all accounts together this month. It ends with the month (UTC), "
+                "or when the operator raises it."
+            )
         limit, spent = self._money.get(project_id, (1, 0))
         if spent >= limit:
             raise QuotaExceeded(
@@ -102,6 +115,8 @@ class Gate:
             if usage.project_id in self._money:
                 limit, spent = self._money[usage.project_id]
                 self._money[usage.project_id] = (limit, spent + self._meter.cost(usage))
+            if self._all is not None:
+                self._all = (self._all[0], self._all[1] + self._meter.cost(usage))
             self._meter.record(usage)
 
     def admit(

@@ -17,6 +17,7 @@ import torch
 from data.db import Database
 from data.files import FileStore
 from data.metering import Meter
+from data.moderation import classifier
 from data.settings import Settings
 from data.tables import new_id
 from data.uploads import UploadStore
@@ -28,6 +29,7 @@ from serve.engine.base_spec import ModelSpec
 from serve.engine.local import EngineConfig, LocalEngine
 from serve.gate import Gate
 from serve.metrics import Metrics
+from serve.moderator import Moderator
 from serve.throttle import Throttle
 
 MIB = 1 << 20
@@ -48,6 +50,7 @@ class Runtime:
     access_throttle: Throttle = field(default_factory=Throttle)
     gate: Gate = field(init=False)
     meter: Meter = field(init=False)
+    moderator: Moderator = field(init=False)
     metrics: Metrics = field(default_factory=Metrics)
     probe_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -56,7 +59,14 @@ class Runtime:
         self.uploads = UploadStore(self.database, self.files)
         self.meter = Meter(self.database, self.settings.prices)
         self.gate = Gate(self.database, self.meter, self.settings.limits, self.models.base_model)
-        self.meter.start(on_tick=self.gate.refresh)
+        weights = self.settings.moderation_weights
+        self.moderator = Moderator(self.database, classifier.load(weights))
+        self.meter.start(on_tick=self.refresh)
+
+    def refresh(self) -> None:
+        """Read again what requests are held against."""
+        self.gate.refresh()
+        self.moderator.refresh()
 
     def probe(self) -> GenerationRequest:
         """Return the smallest question that shows whether the model answers."""

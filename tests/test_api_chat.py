@@ -122,7 +122,7 @@ def test_stop_and_seed(client: openai.OpenAI) -> None:
         ({"tools": [{"type": "function"}]}, "tools", "unsupported_parameter"),
         ({"messages": []}, "messages", "invalid_value"),
         ({"messages": [{"role": "bot", "content": "x"}]}, "messages[0].role", "invalid_value"),
-        ({"response_format": {"type": "json_object"}}, "response_format.type", "invalid_value"),
+        ({"response_format": {"type": "xml"}}, "response_format.type", "invalid_value"),
         ({"top_logprobs": 2}, "top_logprobs", "invalid_value"),
         (
             {"messages": [{"role": "user", "content": "x" * 600}]},

@@ -37,6 +37,7 @@ NAMES_OF_IDS = {
     "completion_id": "chat",
     "case_id": "case",
     "batch_id": "batch",
+    "api_key_id": "api_key",
 }
 # For the keys of operators alone: keys of accounts are refused before any id is looked at.
 OPERATORS = "/v1/organization/"
@@ -116,6 +117,12 @@ def make_batch(server: Server, _: Any) -> str:
     return create(input_file_id=file_id, endpoint="/v1/completions", completion_window="24h").id
 
 
+def make_api_key(server: Server, _: Any) -> str:
+    answer = server.http().post("/v1/api_keys", json={"name": "another"})
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["id"])
+
+
 def make_permission(server: Server, model: str) -> str:
     friend, _ = server.new_account("friend")
     path = f"/v1/fine_tuning/checkpoints/{quote(model, safe='')}/permissions"
@@ -133,6 +140,7 @@ MAKERS: dict[str, Callable[[Server, Any], str]] = {
     "chat": make_chat,
     "case": make_case,
     "batch": make_batch,
+    "api_key": make_api_key,
 }
 
 # Bodies that name an object: (method, path, body with the object's kind in braces).

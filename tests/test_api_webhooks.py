@@ -25,7 +25,10 @@ from data.web_address import is_public, resolve_public
 from serve import webhook_sender
 from serve.webhook_sender import WebhookSender
 
-EVENTS = ["fine_tuning.job.succeeded", "fine_tuning.job.failed", "fine_tuning.job.cancelled"]
+EVENTS = [
+    *("fine_tuning.job.succeeded", "fine_tuning.job.failed", "fine_tuning.job.cancelled"),
+    *("safety.warning_issued", "safety.deactivation_issued", "safety_identifier.blocked"),
+]
 ROWS = b'{"prompt": "a", "completion": "b"}\n' * 10
 
 

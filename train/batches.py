@@ -19,6 +19,7 @@ from torch.utils.data import Sampler
 from data.errors import DataError
 from data.jsonl import read_numbered_rows
 from data.render import Example, render, truncate
+from data.rows import Format
 from data.validate import validate
 
 POOL_BATCHES = 50  # batches that are sorted by length together
@@ -32,11 +33,13 @@ class Rendered:
     Attributes:
         lines: The line of each example, for messages about it.
         digest: SHA-256 of the file.
+        kind: Of its rows.
         long: Lines that were longer than the limit.
     """
 
     path: Path
     digest: str
+    kind: Format | None = None
     examples: list[Example] = field(default_factory=list)
     lines: list[int] = field(default_factory=list)
     long: list[int] = field(default_factory=list)
@@ -60,7 +63,7 @@ def load_file(path: Path, tokenizer: Any, min_examples: int) -> Rendered:
     if not report.ok:
         code = "invalid_n_examples" if "invalid_n_examples" in report.counts else None
         raise DataError(report.summary(LISTED), code=code or "invalid_training_file")
-    rendered = Rendered(path, _digest(path))
+    rendered = Rendered(path, _digest(path), report.format)
     for line, row in read_numbered_rows(path, report.format):
         try:
             rendered.examples.append(render(tokenizer, row))
@@ -105,7 +108,7 @@ def split(rendered: Rendered, fraction: float, seed: int) -> tuple[Rendered, Ren
     held = set(order[: max(1, round(fraction * len(order)))])
     parts = []
     for chosen in (False, True):
-        part = Rendered(rendered.path, rendered.digest)
+        part = Rendered(rendered.path, rendered.digest, rendered.kind)
         for index, example in enumerate(rendered.examples):
             if (index in held) == chosen:
                 part.examples.append(example)

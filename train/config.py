@@ -80,6 +80,9 @@ class SftConfig(RunConfig):
         "truncate", description="What becomes of longer rows: truncate, error or drop."
     )
 
+    prompt_loss_weight: float = Field(
+        0.0, ge=0, le=1, description="Of a prompt's tokens in the loss; a completion's have 1."
+    )
     num_epochs: int | Auto = Field("auto", description="Passes over the rows, 1 to 50.")
     batch_size: int | Auto = Field("auto", description="Rows per optimizer step, all processes.")
     micro_batch_size: int | Auto = Field("auto", description="Most rows at once on a device.")

@@ -25,6 +25,7 @@ FIELDS = {
     "n_evals": "n_evals",
     "n_checkpoints": "n_checkpoints",
     "lora": "lora",
+    "prompt_loss_weight": "prompt_loss_weight",
 }
 SCORED_EXAMPLES = 5000  # a job with more training rows has no list of their losses
 RESOLVED = ("n_epochs", "batch_size", "learning_rate_multiplier")

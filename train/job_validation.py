@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy.orm import Session
 
-from data import job_pause, jobs
+from data import content, content_events, content_training, job_pause, jobs
+from data.content import Policy
 from data.errors import NotFound
 from data.job_methods import METHODS
+from data.moderation import classifier
 from data.prompt_format import prompt_format
 from data.report import Problem, Report
+from data.rows import Format
 from data.tables import Job
 from data.validate import validate
 from train.lease import Lease
@@ -28,6 +32,7 @@ class _Fault:
     param: str
     message: str
     data: dict[str, Any] | None = None
+    code: str | None = None  # default: invalid_PARAM
 
 
 def validate_job(shop: Workshop, job: Job, lease: Lease) -> None:
@@ -63,7 +68,7 @@ def _settle(
     for message, data in warnings:
         jobs.record_event(session, job.id, message, level="warn", data=data)
     if fault is not None:
-        code = f"invalid_{fault.param}"
+        code = fault.code or f"invalid_{fault.param}"
         jobs.fail(session, job, code, fault.message, fault.param, data=fault.data)
         return False
     return True
@@ -75,6 +80,7 @@ def _check_files(
     files = {"training_file": job.training_file, "validation_file": job.validation_file}
     least = {"training_file": shop.settings.min_examples, "validation_file": 1}
     reports: dict[str, Report] = {}
+    policy = content.get(shop.database, job.project_id)
     for param, file_id in files.items():
         if file_id is None:
             continue
@@ -89,13 +95,48 @@ def _check_files(
             return _invalid(param, file_id, report), {}
         if report.format not in rules.formats:
             return _wrong_format(param, file_id, report, job.method["type"]), {}
+        if job.options.get("prompt_loss_weight") and report.format != Format.PROMPT_COMPLETION:
+            message = (
+                f"prompt_loss_weight needs prompt/completion rows; those of {file_id} are "
+                f"{report.format}. Leave it out, or upload such rows."
+            )
+            return _Fault(param, message), {}
         reports[param] = report
         _note(warnings, f"{file_id}: ", report.warnings, report.warning_counts)
+        fault = _screen(shop, job, policy, (param, file_id, path), report, warnings)
+        if fault is not None:
+            return fault, {}
     formats = {report.format for report in reports.values()}
     if len(formats) > 1:
         told = " and ".join(sorted(str(kind) for kind in formats))
         return _Fault("validation_file", f"The two files hold different kinds of row: {told}."), {}
     return None, {"examples": reports["training_file"].num_examples}
+
+
+def _screen(
+    shop: Workshop,
+    job: Job,
+    policy: Policy,
+    file: tuple[str, str, Path],
+    report: Report,
+    warnings: list[tuple[str, dict[str, Any]]],
+) -> _Fault | None:
+    """Hold a file against the account's content policy; `file` is parameter, id and path."""
+    if policy.training == "off":
+        return None
+    param, file_id, path = file
+    model = classifier.load(shop.settings.moderation_weights)
+    found = content_training.screen(path, report.format, policy, model)
+    if not found.lines:
+        return None
+    matched = list(found.matched)
+    content_events.note(shop.database, job.project_id, policy, "training", matched, model=job.model)
+    message = found.message(file_id)
+    if policy.training == "block":
+        message = f"{message}. Remove these rows, upload the file again and make a new job."
+        return _Fault(param, message, found.data(), code="content_policy_violation")
+    warnings.append((message, found.data()))
+    return None
 
 
 def _invalid(param: str, file_id: str, report: Report) -> _Fault:

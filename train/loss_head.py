@@ -33,14 +33,20 @@ class TokenScores(ModelOutput):
     label_mask: torch.Tensor | None = None
 
 
-def use_compact_head(model: PreTrainedModel) -> None:
+def use_compact_head(model: PreTrainedModel) -> bool:
     """Give a causal LM that TRL's trainer has patched a head that skips positions without loss.
 
+    With `prompt_loss_weight`, it scores the positions without a label too, and multiplies their
+    log-probabilities by the weight; entropy and accuracy stay those of the labels.
+
     Models that scale their logits in a way of their own keep TRL's head, which knows them.
+
+    Returns:
+        Whether the model has it now.
     """
     config = model.config.get_text_config()
     if any(getattr(config, name, None) is not None for name in SCALED):
-        return
+        return False
     softcap = getattr(config, "final_logit_softcapping", None)
     trl_forward = model.forward
 
@@ -49,6 +55,7 @@ def use_compact_head(model: PreTrainedModel) -> None:
         *args: Any,
         fused_lm_head: bool = False,
         labels: torch.Tensor | None = None,
+        prompt_loss_weight: float = 0.0,
         **kwargs: Any,
     ) -> Any:
         if not fused_lm_head or labels is None or getattr(config, "output_router_logits", False):
@@ -57,12 +64,21 @@ def use_compact_head(model: PreTrainedModel) -> None:
         hidden = self.base_model(*args, **kwargs).last_hidden_state[:, :-1]
         targets = labels[:, 1:]
         mask = targets != IGNORED
-        scores = _score(self.get_output_embeddings(), hidden[mask], targets[mask], softcap)
-        return TokenScores(
-            *(part.new_zeros(mask.shape).masked_scatter(mask, part) for part in scores), mask
+        scored = mask
+        if prompt_loss_weight:
+            scored = kwargs["attention_mask"][:, 1:].bool()
+            targets = kwargs["input_ids"][:, 1:]
+        scores = _score(self.get_output_embeddings(), hidden[scored], targets[scored], softcap)
+        log_probs, entropy, is_top1 = (
+            part.new_zeros(mask.shape).masked_scatter(scored, part) for part in scores
         )
+        if prompt_loss_weight:
+            log_probs = torch.where(mask, log_probs, prompt_loss_weight * log_probs)
+            entropy, is_top1 = entropy * mask, is_top1 * mask
+        return TokenScores(log_probs, entropy, is_top1, mask)
 
     model.forward = types.MethodType(forward, model)
+    return True
 
 
 def _score(

@@ -14,9 +14,10 @@ from typing import Any
 from rich.console import Console
 from transformers import set_seed
 
-from data.errors import DataError
+from data.errors import ConfigError, DataError
 from data.overlap import find_overlap
 from data.render import IGNORED
+from data.rows import Format
 from train.base_model import Base, load_base
 from train.batches import Rendered, limit_length, load_file, name_lines, split
 from train.config import Plan, SftConfig, resolve, resolve_length
@@ -46,6 +47,13 @@ def prepare(config: SftConfig) -> TrainingJob:
     set_seed(config.seed)
     base = load_base(config)
     train = load_file(config.train_file, base.tokenizer, config.min_examples)
+    if config.prompt_loss_weight and train.kind != Format.PROMPT_COMPLETION:
+        raise ConfigError(
+            [
+                f"prompt_loss_weight is {config.prompt_loss_weight}, but the rows of "
+                f"{config.train_file} are {train.kind}; only prompt/completion rows have a prompt"
+            ]
+        )
     valid = None
     if config.validation_file is not None:
         valid = load_file(config.validation_file, base.tokenizer, 1)

@@ -17,7 +17,8 @@ from torch.utils.data import Sampler
 from transformers import TrainerControl
 from trl import SFTTrainer
 
-from data.errors import TrainingFailed
+from data.errors import ConfigError, TrainingFailed
+from data.render import IGNORED
 from train.batches import LengthGroupedSampler
 from train.loss_head import use_compact_head
 
@@ -31,17 +32,32 @@ class LoraTrainer(SFTTrainer):
         order: The order of the training rows.
         max_rows: Most rows that go through the model at once.
         max_tokens: Most tokens, padding included, that do; one row always does.
+        prompt_loss_weight: Of a token without a label, beside 1 for one with a label. A step's loss
+            is the weighted mean, `sum(w nll) / sum(w)`.
         kwargs: Of SFTTrainer.
     """
 
     def __init__(
-        self, order: LengthGroupedSampler, max_rows: int, max_tokens: int, **kwargs: Any
+        self,
+        order: LengthGroupedSampler,
+        max_rows: int,
+        max_tokens: int,
+        prompt_loss_weight: float = 0.0,
+        **kwargs: Any,
     ) -> None:
         self._order = order
+        self._prompt_loss_weight = prompt_loss_weight
         self._max_rows = max_rows
         self._max_tokens = max_tokens
         super().__init__(**kwargs)
-        use_compact_head(self.model.get_base_model())
+        is_compact = use_compact_head(self.model.get_base_model())
+        if prompt_loss_weight and not is_compact:
+            raise ConfigError(
+                [
+                    f"prompt_loss_weight is {prompt_loss_weight}, but this base model scales its "
+                    "logits in a way of its own; leave it at 0"
+                ]
+            )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return self._order
@@ -50,6 +66,8 @@ class LoraTrainer(SFTTrainer):
         self, model: torch.nn.Module, inputs: Batch, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         """Accumulate the gradients of one step, part by part; returns the step's loss."""
+        if self._prompt_loss_weight:
+            num_items_in_batch = self._total_weight(inputs)
         parts = list(cut_batch(inputs, self._max_rows, self._max_tokens))
         losses = []
         for index, part in enumerate(parts):
@@ -64,6 +82,19 @@ class LoraTrainer(SFTTrainer):
                 code="loss_not_finite",
             )
         return loss
+
+    def compute_loss(self, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
+        """Return TRL's loss, with prompts at their weight in training."""
+        if self._prompt_loss_weight and self.model.training:
+            inputs = {**inputs, "prompt_loss_weight": self._prompt_loss_weight}  # type: ignore[dict-item]
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _total_weight(self, inputs: Batch) -> torch.Tensor:
+        """Return the sum of the weights of a step's tokens, over all processes: []."""
+        labelled = inputs["labels"][:, 1:].ne(IGNORED).sum()
+        others = inputs["attention_mask"][:, 1:].sum() - labelled
+        weight = (labelled + self._prompt_loss_weight * others).to(self.args.device)
+        return self.accelerator.reduce(weight)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Validate token by token: each counts alike, however the rows fall into batches."""

@@ -111,6 +111,7 @@ def _make_trainer(job: TrainingJob, run: RunFolder, stopper: Stopper) -> LoraTra
         order=LengthGroupedSampler(lengths, plan.batch_size, config.seed),
         max_rows=plan.micro_batch_size,
         max_tokens=plan.micro_batch_tokens,
+        prompt_loss_weight=config.prompt_loss_weight,
         model=base.model,
         args=_training_arguments(job, run),
         train_dataset=as_dataset(job.train.examples),

@@ -50,6 +50,10 @@ class ServedModel:
 class ModelCatalog:
     """Every model that this server can answer with."""
 
+    def count_tokens(self, text: str) -> int:
+        """Return how many tokens of the base model a text is."""
+        return len(self.base_tokens.tokenizer.encode(text, add_special_tokens=False))
+
     def __init__(
         self,
         database: Database,

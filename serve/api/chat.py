@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -22,6 +22,7 @@ from serve.api.metered import metered
 from serve.api.prompts import Prompt, read_messages, room_for
 from serve.api.sampling import engine_requests, num_generated, sampling_params, usage
 from serve.api.schemas import ChatRequest
+from serve.api.screening import Screening
 from serve.api.stream import KEEP_ALIVE_S, EventStream, Frames
 from serve.engine.base import Delta, GenerationRequest, TokenLogprob
 from serve.runtime import Runtime
@@ -38,11 +39,14 @@ async def create_chat_completion(
     """Answer a conversation `n` times."""
     served = await runtime.models.resolve_for(caller.id, body)
     plan = await run_in_threadpool(_plan, body, served, runtime.engine.max_context, caller.id)
-    generator = metered(runtime, request, body, served, [plan.prompt])
+    screening = Screening(runtime, request, caller.id, body, served.name)
+    await screening.admit([message.content for message in body.messages], "messages")
+    generator = metered(runtime, request, body, served, [plan.prompt], screening)
     if body.stream:
-        return await EventStream.begin(request, _frames(plan, generator, runtime, caller.id))
+        frames = _frames(plan, generator, screening, runtime, caller.id)
+        return await EventStream.begin(request, frames)
     answer = _answer(plan, generator, runtime, caller.id)
-    return json_response(await unless_disconnected(request, answer))
+    return json_response(await unless_disconnected(request, answer) | screening.results())
 
 
 async def _answer(
@@ -102,6 +106,8 @@ def _plan(body: ChatRequest, served: ServedModel, max_context: int, account: str
     room = room_for(prompt, wanted, max_context, max_context, "messages")
     scored = (body.top_logprobs or 0) if body.logprobs else None
     params = sampling_params(body, served, room, scored)
+    if body.response_format is not None:
+        params = replace(params, json_schema=body.response_format.schema_text)
     requests = engine_requests(completion_id, [(prompt, params)], body.n, served, account)
     return _Plan(completion_id, now(), body, served, prompt, requests)
 
@@ -126,7 +132,9 @@ def _choice(plan: _Plan, index: int, answer: Answer) -> dict[str, Any]:
     return choice
 
 
-async def _frames(plan: _Plan, generator: Generator, runtime: Runtime, account_id: str) -> Frames:
+async def _frames(
+    plan: _Plan, generator: Generator, screening: Screening, runtime: Runtime, account_id: str
+) -> Frames:
     options = plan.body.stream_options
     with_usage = options is not None and options.include_usage
     head = plan.head("chat.completion.chunk")
@@ -152,6 +160,8 @@ async def _frames(plan: _Plan, generator: Generator, runtime: Runtime, account_i
                 yield {**head, "choices": [last]}
     whole = _whole(plan, answers)
     await _store(plan, whole, runtime, account_id)
+    if screening.results():
+        yield {**head, "choices": [], **screening.results()}
     if with_usage:
         yield {**head, "choices": [], "usage": whole["usage"]}
 

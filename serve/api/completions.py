@@ -12,6 +12,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from data.tables import new_id, now
+from serve.api import content_filter
 from serve.api.adapters import ServedModel
 from serve.api.deps import Caller, Running, json_response
 from serve.api.generation import Answer, Generator, unless_disconnected
@@ -21,6 +22,7 @@ from serve.api.metered import metered
 from serve.api.prompts import Prompt, between, read_prompts, room_for
 from serve.api.sampling import engine_requests, num_generated, sampling_params, usage
 from serve.api.schemas import CompletionRequest
+from serve.api.screening import Screening
 from serve.api.stream import KEEP_ALIVE_S, EventStream, Frames
 from serve.engine.base import Delta, GenerationRequest
 
@@ -34,13 +36,18 @@ async def create_completion(
     body: CompletionRequest, request: Request, caller: Caller, runtime: Running
 ) -> Response:
     """Continue each prompt `n` times."""
+    if body.model == content_filter.MODEL:
+        return await content_filter.answer(body, request, caller, runtime)
     served = await runtime.models.resolve_for(caller.id, body)
     plan = await run_in_threadpool(_plan, body, served, runtime.engine.max_context, caller.id)
-    generator = metered(runtime, request, body, served, plan.prompts)
+    screening = Screening(runtime, request, caller.id, body, served.name)
+    texts = [prompt.text for prompt in plan.prompts] + ([body.suffix] if body.suffix else [])
+    await screening.admit(texts, "prompt")
+    generator = metered(runtime, request, body, served, plan.prompts, screening)
     if body.stream:
-        return await EventStream.begin(request, _frames(plan, generator))
+        return await EventStream.begin(request, _frames(plan, generator, screening))
     answers = await unless_disconnected(request, generator.answer(plan.requests))
-    return json_response(_whole(plan, answers))
+    return json_response(_whole(plan, answers) | screening.results())
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +107,7 @@ def _whole(plan: _Plan, answers: Sequence[Answer]) -> dict[str, Any]:
     return {**plan.head(), "choices": choices, "usage": counted}
 
 
-async def _frames(plan: _Plan, generator: Generator) -> Frames:
+async def _frames(plan: _Plan, generator: Generator, screening: Screening) -> Frames:
     writers = [
         _ChoiceWriter(plan, plan.prompts[index // plan.samples], index)
         for index in range(len(plan.requests))
@@ -114,12 +121,15 @@ async def _frames(plan: _Plan, generator: Generator) -> Frames:
                 yield None
                 continue
             index, delta = event
-            total += len(delta.token_ids)
+            total += delta.num_tokens
             cached[index] = delta.num_cached
             if not writers[index].has_news(delta):
                 continue
             chunk = {**plan.head(), "choices": [writers[index].write(delta)]}
             yield chunk | {"usage": None} if with_usage else chunk
+    if screening.results():
+        last = {**plan.head(), "choices": [], **screening.results()}
+        yield last | {"usage": None} if with_usage else last
     if with_usage:
         yield {**plan.head(), "choices": [], "usage": usage(plan.prompts, total, cached)}
 

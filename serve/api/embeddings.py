@@ -27,6 +27,7 @@ from serve.api.metered import metered
 from serve.api.prompts import Prompt, read_prompts, room_for
 from serve.api.sampling import engine_requests
 from serve.api.schemas import RequestModel
+from serve.api.screening import Screening
 from serve.engine.base import SamplingParams
 
 router = APIRouter(prefix="/v1", route_class=StrictJsonRoute)
@@ -50,7 +51,9 @@ async def create_embeddings(
     """Embed each text."""
     served = await runtime.models.resolve(caller.id, body.model)
     prompts = await run_in_threadpool(_read, body.input, served, runtime.engine.max_context)
-    generator = metered(runtime, request, body, served, prompts)
+    screening = Screening(runtime, request, caller.id, body, served.name)
+    await screening.admit([prompt.text for prompt in prompts], "input")
+    generator = metered(runtime, request, body, served, prompts, kind="embeddings")
     answer = _embed(body, served, prompts, generator, caller.id)
     return json_response(await unless_disconnected(request, answer))
 

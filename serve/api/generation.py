@@ -44,6 +44,13 @@ class Watcher(Protocol):
         """The API request is over, though cancelled sequences may still report."""
 
 
+class Screen(Protocol):
+    """Decides what may leave of each sequence; see `serve.api.screening.Screening`."""
+
+    async def take(self, generation: Generation, index: int, delta: Delta) -> Sequence[Delta]:
+        """Return what may leave, now that the engine tells more."""
+
+
 @dataclass(slots=True)
 class Answer:
     """One finished sequence."""
@@ -53,6 +60,7 @@ class Answer:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: Sequence[TokenLogprob | None] | None = None
     finish_reason: str = ""
+    num_tokens: int = 0  # sampled, also those that are not told
     num_cached: int = 0
     embedding: Sequence[float] = ()
 
@@ -60,6 +68,7 @@ class Answer:
         """Append what the engine reports."""
         self.text += delta.text
         self.token_ids += delta.token_ids
+        self.num_tokens += delta.num_tokens
         self.logprobs += delta.logprobs
         if delta.prompt_logprobs is not None:
             self.prompt_logprobs = delta.prompt_logprobs
@@ -78,9 +87,15 @@ class Generator:
         self._live: WeakSet[Generation] = WeakSet()
 
     def start(
-        self, requests: Sequence[GenerationRequest], watcher: Watcher | None = None
+        self,
+        requests: Sequence[GenerationRequest],
+        watcher: Watcher | None = None,
+        screen: Screen | None = None,
     ) -> Generation:
         """Submit the requests; a watcher learns of all that becomes of them.
+
+        Args:
+            screen: Decides what of it is told; None tells all.
 
         Raises:
             Forbidden: The account is closed.
@@ -88,7 +103,7 @@ class Generator:
             ContextTooLong: A prompt does not fit.
         """
         self.check(requests[0].account)
-        generation = Generation(self, requests, watcher)
+        generation = Generation(self, requests, watcher, screen)
         self._live.add(generation)
         generation.fill()
         return generation
@@ -124,7 +139,10 @@ class Generation:
         generator: Generator,
         requests: Sequence[GenerationRequest],
         watcher: Watcher | None = None,
+        screen: Screen | None = None,
     ):
+        self._screen = screen
+        self._stopped: set[int] = set()
         self.account = requests[0].account
         self._ended_by: ToolkitError | None = None
         self._generator = generator
@@ -172,12 +190,17 @@ class Generation:
                 self._generator.last_answer_s = time.monotonic()
                 if delta.finish_reason is not None:
                     del self._running[index]
-                    if delta.finish_reason in ("error", "cancelled"):
+                    cancelled = delta.finish_reason == "cancelled" and index not in self._stopped
+                    if delta.finish_reason == "error" or cancelled:
                         raise delta.error or EngineFailure(
                             "The server stopped before the answer was complete; ask again."
                         )
                     self.fill()
-                yield index, delta
+                if self._screen is None:
+                    yield index, delta
+                    continue
+                for shown in await self._screen.take(self, index, delta):
+                    yield index, shown
             status = "complete"
         except ToolkitError:
             status = "error"
@@ -191,6 +214,12 @@ class Generation:
         """Make `events` raise an error as soon as it looks; what runs is cancelled then."""
         self._ended_by = error
         self._events.put_nowait((-1, Delta("")))
+
+    def stop(self, index: int) -> None:
+        """End one sequence; its last delta, with what was produced meanwhile, still comes."""
+        self._stopped.add(index)
+        if index in self._running:
+            self._generator.engine.cancel(self._running[index])
 
     def cancel(self) -> None:
         """Stop whatever still runs."""

@@ -25,6 +25,7 @@ OPTIONS = (
     "n_checkpoints",
     "n_evals",
     "on_long",
+    "prompt_loss_weight",
 )
 
 
@@ -93,6 +94,7 @@ class JobRequest(RequestModel):
     n_checkpoints: int | None = None
     n_evals: int | None = None
     on_long: str | None = None
+    prompt_loss_weight: float | None = None
 
     dry_run: bool = False
 

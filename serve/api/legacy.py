@@ -51,7 +51,7 @@ class FineTuneRequest(RequestModel):
 
     unsupported: ClassVar[frozenset[str]] = frozenset(
         {
-            *("prompt_loss_weight", "compute_classification_metrics", "classification_n_classes"),
+            *("compute_classification_metrics", "classification_n_classes"),
             *("classification_positive_class", "classification_betas"),
         }
     )
@@ -63,6 +63,7 @@ class FineTuneRequest(RequestModel):
     batch_size: int | None = Field(None, ge=1, le=256)
     learning_rate_multiplier: float | None = Field(None, gt=0)
     suffix: str | None = Field(None, max_length=MAX_SUFFIX)
+    prompt_loss_weight: float | None = Field(None, ge=0, le=1)
 
 
 class EventsQuery(QueryModel):
@@ -110,7 +111,9 @@ async def create_fine_tune(body: FineTuneRequest, caller: Caller, runtime: Runni
     """Queue a fine-tuning job."""
     chosen = {"n_epochs": body.n_epochs, "batch_size": body.batch_size}
     chosen["learning_rate_multiplier"] = body.learning_rate_multiplier  # type: ignore[assignment]
+    weight = body.prompt_loss_weight
     spec = JobSpec(
+        options={} if weight is None else {"prompt_loss_weight": weight},
         model=body.model or runtime.models.base_model,
         training_file=body.training_file,
         validation_file=body.validation_file,

@@ -17,7 +17,7 @@ from data.accounts import Principal
 from data.errors import RateLimited
 from data.metering import Status, Usage
 from serve.api.adapters import ServedModel
-from serve.api.generation import Generation, Generator, Watcher
+from serve.api.generation import Generation, Generator, Screen, Watcher
 from serve.api.prompts import Prompt
 from serve.api.sampling import usage
 from serve.engine.base import Delta, GenerationRequest
@@ -102,13 +102,18 @@ class Metered(Generator):
         self,
         generator: Generator,
         admit: Callable[[Sequence[GenerationRequest]], Tally],
+        screen: Screen | None = None,
     ):
+        self._screen = screen
         super().__init__(generator.engine)
         self._generator = generator
         self._admit = admit
 
     def start(
-        self, requests: Sequence[GenerationRequest], watcher: Watcher | None = None
+        self,
+        requests: Sequence[GenerationRequest],
+        watcher: Watcher | None = None,
+        screen: Screen | None = None,
     ) -> Generation:
         """Submit the requests, if the account's limits allow; the tally is their watcher.
 
@@ -121,7 +126,7 @@ class Metered(Generator):
         self._generator.check(requests[0].account)
         tally = self._admit(requests)
         try:
-            return self._generator.start(requests, tally)
+            return self._generator.start(requests, tally, self._screen)
         except BaseException:
             tally.ended("error")
             raise
@@ -139,8 +144,15 @@ def metered(
     body: HasUser,
     served: ServedModel,
     prompts: Sequence[Prompt],
+    screen: Screen | None = None,
+    kind: str = "completions",
 ) -> Metered:
-    """Return the engine for this request, whose usage goes to its account."""
+    """Return the engine for this request, whose usage goes to its account.
+
+    Args:
+        screen: Decides what of the answer is told.
+        kind: What the ledger calls it.
+    """
     principal: Principal = request.state.principal
     request_id: str = request.state.request_id
 
@@ -163,6 +175,7 @@ def metered(
                 key_id=principal.key_id,
                 model=served.name,
                 request_id=request_id,
+                kind=kind,
                 prompt_tokens=prompt,
                 cached_tokens=cached,
                 completion_tokens=completion,
@@ -173,4 +186,4 @@ def metered(
 
         return Tally(prompts, len(requests), settle)
 
-    return Metered(runtime.generator, admit)
+    return Metered(runtime.generator, admit, screen)

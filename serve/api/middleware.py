@@ -18,7 +18,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from data import accounts, audit
+from data import accounts, audit, roles
 from data.accounts import Principal
 from data.db import Database
 from data.errors import Forbidden, ToolkitError, Unauthorized
@@ -102,6 +102,8 @@ class Authentication:
                     also_closed=scope["path"].startswith(CASES),
                 )
                 _check_claimed_account(headers, principal)
+                if principal.project_id is not None:
+                    roles.check(principal.role, scope["method"], scope["path"])
             except ToolkitError as error:
                 await error_response(error)(scope, receive, send)
                 return

@@ -9,7 +9,7 @@ from pydantic import Field
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
-from data import accounts, projects
+from data import accounts, projects, roles
 from data.tables import ApiKey, Project, now
 from data.tables_accounts import ServiceAccount
 from serve.api.deps import Operator, Running, json_response, page
@@ -32,8 +32,16 @@ class CreateServiceAccount(RequestModel):
     """A program, with a key unless told otherwise."""
 
     name: str
+    role: str = "member"
     create_service_account_only: bool = False
     expires_in_seconds: int | None = Field(None, ge=1)
+
+
+class UpdateServiceAccount(RequestModel):
+    """What to change of a program."""
+
+    name: str | None = None
+    role: str | None = None
 
 
 class CreateAdminKey(RequestModel):
@@ -108,6 +116,7 @@ async def create_service_account(
     project_id: str, body: CreateServiceAccount, _key: Operator, runtime: Running
 ) -> Response:
     """Make a program of an account; its key is shown here and never again."""
+    role = roles.check_name(body.role)
     program, record, key = await run_in_threadpool(
         lambda: projects.create_service_account(
             runtime.database,
@@ -115,6 +124,7 @@ async def create_service_account(
             body.name,
             with_key=not body.create_service_account_only,
             expires_at=_expiry(body.expires_in_seconds),
+            role=role,
         )
     )
     shown = None
@@ -150,6 +160,24 @@ async def retrieve_service_account(
         projects.find_service_account, runtime.database, project_id, service_account_id
     )
     return json_response(_service_account(found))
+
+
+@router.post("/projects/{project_id}/service_accounts/{service_account_id}")
+async def update_service_account(
+    project_id: str,
+    service_account_id: str,
+    body: UpdateServiceAccount,
+    _key: Operator,
+    runtime: Running,
+) -> Response:
+    """Rename a program, or give it and its keys another role."""
+    role = None if body.role is None else roles.check_name(body.role)
+    program = await run_in_threadpool(
+        lambda: projects.update_service_account(
+            runtime.database, project_id, service_account_id, name=body.name, role=role
+        )
+    )
+    return json_response(_service_account(program))
 
 
 @router.delete("/projects/{project_id}/service_accounts/{service_account_id}")
@@ -249,7 +277,7 @@ def _service_account(program: ServiceAccount) -> dict[str, Any]:
         "id": program.id,
         "object": "organization.project.service_account",
         "name": program.name,
-        "role": "member",
+        "role": program.role,
         "created_at": program.created_at,
     }
 
@@ -258,7 +286,7 @@ def _api_key(record: ApiKey) -> dict[str, Any]:
     owner = {
         "id": record.service_account_id or record.id,
         "name": record.name,
-        "role": "member",
+        "role": record.role,
         "created_at": record.created_at,
     }
     return {

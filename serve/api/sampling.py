@@ -109,4 +109,4 @@ def usage(
 
 def num_generated(answers: Sequence[Answer]) -> int:
     """Return how many tokens were sampled in all."""
-    return sum(len(answer.token_ids) for answer in answers)
+    return sum(answer.num_tokens for answer in answers)

@@ -7,6 +7,7 @@ not yet support is refused as such, never accepted and ignored.
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -14,7 +15,9 @@ from pydantic_core import PydanticCustomError
 
 from data.errors import InvalidInput
 from data.stored_chats import check_metadata
+from serve.engine.grammar import compile_schema
 
+ANY_OBJECT = '{"type": "object"}'
 MAX_STOPS = 16
 MAX_N = 128
 MAX_BEST_OF = 20
@@ -107,7 +110,35 @@ class StreamOptions(RequestModel):
     include_obfuscation: bool = False  # accepted; hone never pads its chunks
 
 
-class SamplingFields(RequestModel):
+class SideModeration(RequestModel):
+    """What to do about one side's texts."""
+
+    mode: Literal["score", "block"]
+
+
+class ModerationPolicy(RequestModel):
+    """What to do about what goes in and what comes out."""
+
+    input: SideModeration | None = None
+    output: SideModeration | None = None
+
+
+class Moderation(RequestModel):
+    """Judge this request's texts; it can only be stricter than its account's policy."""
+
+    model: str
+    policy: ModerationPolicy | None = None
+
+
+class ModeratedFields(RequestModel):
+    """What content control reads of a request."""
+
+    user: str | None = None
+    safety_identifier: str | None = None
+    moderation: Moderation | None = None
+
+
+class SamplingFields(ModeratedFields):
     """What completions and chat completions have in common, hone's extensions last."""
 
     model: str
@@ -126,7 +157,6 @@ class SamplingFields(RequestModel):
     seed: int | None = Field(None, ge=-INT64, lt=INT64)
     stream: bool = False
     stream_options: StreamOptions | None = None
-    user: str | None = None
 
     top_k: int = Field(0, ge=0)
     min_p: float = Field(0.0, ge=0, le=1, allow_inf_nan=False)
@@ -204,10 +234,50 @@ class ChatMessage(RequestModel):
     refusal: str | None = None
 
 
-class ResponseFormat(RequestModel):
-    """Only plain text can be promised."""
+class JsonSchema(RequestModel):
+    """A schema that the answer conforms to; `strict` or not, it is enforced."""
 
-    type: Literal["text"]
+    model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True)
+
+    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool = False
+
+    @property
+    def text(self) -> str:
+        """The schema as JSON."""
+        return json.dumps(self.schema_)
+
+
+class ResponseFormat(RequestModel):
+    """Plain text, any JSON object, or JSON of a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _check_schema(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise InvalidInput(
+                "Invalid 'json_schema': it is required with the type 'json_schema', and only "
+                f"there; the type is '{self.type}'.",
+                param="json_schema",
+            )
+        if self.json_schema is not None:
+            try:
+                compile_schema(self.json_schema.text)
+            except InvalidInput as error:
+                error.param = "json_schema.schema"
+                raise
+        return self
+
+    @property
+    def schema_text(self) -> str | None:
+        """The schema of the answer, as JSON; None for plain text."""
+        if self.type == "text":
+            return None
+        return ANY_OBJECT if self.json_schema is None else self.json_schema.text
 
 
 class ChatRequest(SamplingFields):
@@ -218,7 +288,6 @@ class ChatRequest(SamplingFields):
             "audio",
             "function_call",
             "functions",
-            "moderation",
             "parallel_tool_calls",
             "prediction",
             "reasoning_effort",
@@ -238,7 +307,6 @@ class ChatRequest(SamplingFields):
     store: bool = False
     metadata: dict[str, str] | None = None
     service_tier: Literal["auto", "default"] | None = None
-    safety_identifier: str | None = None
     prompt_cache_key: str | None = None
 
     @model_validator(mode="after")

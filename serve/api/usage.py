@@ -14,6 +14,7 @@ from data import usage
 from data.errors import InvalidInput
 from serve.api.deps import Operator, Running, json_response
 from serve.api.errors import describe
+from serve.runtime import Runtime
 
 LIMITS = {"1m": (60, 1440), "1h": (24, 168), "1d": (7, 31)}  # default and most buckets
 
@@ -54,6 +55,17 @@ class CompletionsQuery(_RangeQuery):
     batch: bool | None = None
 
 
+class InputsQuery(_RangeQuery):
+    """`GET /organization/usage/embeddings` and `/moderations`."""
+
+    bucket_width: Literal["1m", "1h", "1d"] = "1d"
+    limit: int | None = Field(None, ge=1)
+    group_by: list[Literal["project_id", "user_id", "api_key_id", "model"]] = Field(
+        default_factory=list
+    )
+    models: list[str] | None = None
+
+
 class CostsQuery(_RangeQuery):
     """`GET /organization/costs`."""
 
@@ -69,6 +81,46 @@ class CostsQuery(_RangeQuery):
 async def completions_usage(request: Request, runtime: Running, _operator: Operator) -> Response:
     """Sum what completions and chats used, in buckets of time."""
     query = read_query(request, CompletionsQuery)
+    wanted, filters = _range(query)
+    if query.batch is not None:
+        filters["batch"] = [query.batch]
+    await run_in_threadpool(runtime.meter.flush)
+    found = await run_in_threadpool(
+        usage.completions, runtime.database, wanted, query.group_by, filters
+    )
+    return json_response(found)
+
+
+@router.get("/usage/embeddings")
+async def embeddings_usage(request: Request, runtime: Running, _operator: Operator) -> Response:
+    """Sum what was embedded, in buckets of time."""
+    return await _inputs(request, runtime, "embeddings")
+
+
+@router.get("/usage/moderations")
+async def moderations_usage(request: Request, runtime: Running, _operator: Operator) -> Response:
+    """Sum what was judged, in buckets of time."""
+    return await _inputs(request, runtime, "moderations")
+
+
+async def _inputs(request: Request, runtime: Runtime, kind: str) -> Response:
+    query = read_query(request, InputsQuery)
+    wanted, filters = _range(query)
+    await run_in_threadpool(runtime.meter.flush)
+    found = await run_in_threadpool(
+        usage.inputs, runtime.database, kind, wanted, query.group_by, filters
+    )
+    return json_response(found)
+
+
+def _range(
+    query: CompletionsQuery | InputsQuery,
+) -> tuple[usage.Range, dict[str, Sequence[Any]]]:
+    """Return the buckets and the filters that a query asks for.
+
+    Raises:
+        InvalidInput: More buckets than a page may have.
+    """
     default, most = LIMITS[query.bucket_width]
     if query.limit is not None and query.limit > most:
         raise InvalidInput(
@@ -82,13 +134,7 @@ async def completions_usage(request: Request, runtime: Running, _operator: Opera
     filters = query.filters()
     if query.models is not None:
         filters["model"] = query.models
-    if query.batch is not None:
-        filters["batch"] = [query.batch]
-    await run_in_threadpool(runtime.meter.flush)
-    found = await run_in_threadpool(
-        usage.completions, runtime.database, wanted, query.group_by, filters
-    )
-    return json_response(found)
+    return wanted, filters
 
 
 @router.get("/costs")

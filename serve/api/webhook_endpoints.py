@@ -146,7 +146,9 @@ async def test_endpoint(
             f"{', '.join(map(repr, webhooks.EVENT_TYPES))}.",
             param="event_type",
         )
-    event_id, data = new_id("evt_"), {"id": new_id("ftjob-test")}
+    event_id, data = new_id("evt_"), {"id": new_id("test-")}
+    if body.event_type == "safety_identifier.blocked":
+        data = {"safety_identifier": "somebody", "safety_category": "test"}
     sample = webhooks.event_body(event_id, body.event_type, now(), data)
     outcome = await send(endpoint, event_id, sample, runtime.settings)
     if outcome.status_code is None:

@@ -74,12 +74,19 @@ def reinstate(name: str) -> None:
 
 
 @keys_app.command("create")
-def create_key(account: Account = None, name: KeyName = "", as_json: AsJson = False) -> None:
+def create_key(
+    account: Account = None,
+    name: KeyName = "",
+    role: Annotated[str, typer.Option(help="owner, member, reader or labeler.")] = "owner",
+    as_json: AsJson = False,
+) -> None:
     """Make another API key for an account; it is shown this once."""
-    from data import accounts
+    from data import accounts, roles
 
     _, database = open_home()
-    record, key = accounts.create_key(database, choose_account(database, account).id, name)
+    record, key = accounts.create_key(
+        database, choose_account(database, account).id, name, role=roles.check_name(role)
+    )
     if as_json:
         print_json({"id": record.id, "project_id": record.project_id, "api_key": key})
     else:
@@ -95,12 +102,14 @@ def list_keys(account: Account = None, as_json: AsJson = False) -> None:
     _, database = open_home()
     keys = accounts.list_keys(database, choose_account(database, account).id)
     if as_json:
-        print_json([{"id": k.id, "redacted": k.redacted, "revoked_at": k.revoked_at} for k in keys])
+        names = ("id", "redacted", "role", "revoked_at")
+        print_json([{name: getattr(key, name) for name in names} for key in keys])
     else:
         rows = [
-            (k.id, k.redacted, k.name, clock(k.last_used_at), clock(k.revoked_at)) for k in keys
+            (k.id, k.redacted, k.role, k.name, clock(k.last_used_at), clock(k.revoked_at))
+            for k in keys
         ]
-        print_table(("id", "key", "name", "last used", "revoked"), rows)
+        print_table(("id", "key", "role", "name", "last used", "revoked"), rows)
 
 
 @keys_app.command("revoke")

@@ -46,6 +46,8 @@ class SamplingParams:
         logprobs: Number of most likely alternatives to report with each token; 0 reports the
             chosen token alone; None reports nothing.
         prompt_logprobs: Likewise for the prompt's tokens.
+        json_schema: JSON text of a schema; the completion is JSON that conforms to it, or the start
+            of such, and ends when it is whole. Stop strings may end it earlier.
         embed: Only read the prompt (`max_tokens` is 0), and report its embedding.
     """
 
@@ -65,6 +67,7 @@ class SamplingParams:
     seed: int | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    json_schema: str | None = None
     embed: bool = False
 
     def __post_init__(self) -> None:
@@ -94,6 +97,12 @@ class SamplingParams:
             raise InvalidInput(
                 f'"min_tokens" is {self.min_tokens}, more than "max_tokens" ({self.max_tokens})',
                 param="min_tokens",
+            )
+        if self.json_schema is not None and (self.min_tokens or self.ignore_eos):
+            name = "min_tokens" if self.min_tokens else "ignore_eos"
+            raise InvalidInput(
+                f'"{name}" cannot be used with a JSON schema, which says when the completion ends',
+                param=name,
             )
         if "" in self.stop:
             raise InvalidInput('"stop" holds an empty string; remove it', param="stop")
@@ -247,6 +256,11 @@ class Delta:
     error: ToolkitError | None = None
     num_cached: int = 0
     embedding: tuple[float, ...] | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens produced since the last delta."""
+        return len(self.token_ids)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from serve.engine.adapter_weights import lora_sites
 from serve.engine.adapters import AdapterStore
 from serve.engine.base import Adapter, AdapterState, Completion, Delta, GenerationRequest
 from serve.engine.config import EngineConfig
+from serve.engine.grammar import Grammars
 from serve.engine.loop import EngineLoop
 from serve.engine.runner import ModelRunner
 from serve.engine.sequence import Stream
@@ -74,6 +75,7 @@ class LocalEngine:
         self._vocab_size: int = model.config.get_text_config().vocab_size
         self.max_context = self._runner.max_context
         self.eos_token_ids = _eos_ids(model, tokenizer)
+        self._grammars = Grammars(tokenizer, self._vocab_size, self.eos_token_ids)
         dtype = str(model.dtype).removeprefix("torch.")
         self.fingerprint = f"{fingerprint}+engine{ENGINE_VERSION}.{dtype}"
 
@@ -91,7 +93,9 @@ class LocalEngine:
     def submit(self, request: GenerationRequest, on_delta: Callable[[Delta], None]) -> None:
         """Queue a request; see `Engine.submit`."""
         self._check(request)
-        self._loop.submit(Stream(request, on_delta, self._tokenizer, self.eos_token_ids))
+        schema = request.params.json_schema
+        parser = None if schema is None else self._grammars.parser(schema)
+        self._loop.submit(Stream(request, on_delta, self._tokenizer, self.eos_token_ids, parser))
 
     def cancel(self, request_id: str) -> None:
         """End a request within one step; see `Engine.cancel`."""

@@ -270,9 +270,15 @@ class EngineLoop:
             self._finish(stream, stream.end(FINISH_LENGTH))
             return
         token, banned = likeliest, stream.banned
-        if params.temperature > 0 or banned or sampling.adjusts(params):
+        if params.temperature > 0 or banned or stream.parser or sampling.adjusts(params):
             prompt = stream.request.prompt_ids
             adjusted = sampling.adjust(logits, params, prompt, stream.counts, banned)
+            if stream.parser is not None:
+                try:
+                    adjusted = stream.parser.mask(adjusted, stream.stop_ids)
+                except EngineFailure as error:
+                    self._finish(stream, stream.end(FINISH_ERROR, error))
+                    return
             token = sampling.choose(adjusted, params, stream.seed, len(stream.output_ids))
         logprobs: tuple[TokenLogprob, ...] = ()
         if params.logprobs is not None:

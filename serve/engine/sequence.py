@@ -19,6 +19,7 @@ from serve.engine.base import (
 )
 from serve.engine.blocks import Block
 from serve.engine.detokenize import TextStream
+from serve.engine.grammar import Parser
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +30,7 @@ class Stream:
     """The state of a request; only the engine's thread changes it.
 
     Attributes:
+        parser: Of the request's JSON schema.
         num_computed: Tokens whose keys and values are in the cache.
         num_cached: Those of them that came from the prefix cache.
         limit_s: Seconds that it may take.
@@ -43,6 +45,7 @@ class Stream:
     on_delta: Callable[[Delta], None]
     tokenizer: Any
     eos_token_ids: frozenset[int]
+    parser: Parser | None = None
     limit_s: float = float("inf")
     deadline: float = float("inf")
     block: Block | None = None
@@ -111,6 +114,8 @@ class Stream:
         self.output_ids.append(token_id)
         self.counts[token_id] += 1
         reason = None
+        if self.parser is not None and token_id not in self.stop_ids:
+            self.parser.accept(token_id)
         if token_id in self.stop_ids:
             text, reason = self.text.flush(), FINISH_STOP
         else:

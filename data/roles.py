@@ -1,0 +1,56 @@
+"""What the keys of an account may do: owner, member, reader, labeler.
+
+An owner does everything. A member does all but delete models, share them, and manage keys. A reader
+reads: GET and nothing else. A labeler compares answers and nothing else. Admin keys have no role:
+they manage accounts and run nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Literal, get_args
+
+from data.errors import Forbidden, InvalidInput
+
+Role = Literal["owner", "member", "reader", "labeler"]
+ROLES: tuple[Role, ...] = get_args(Role)
+LABELING = "/v1/comparisons"
+# Method and path of what owners alone may do; a path stands for what lies below it too.
+OWNERS_ONLY = (
+    (re.compile("DELETE"), re.compile(r"/v1/models/.*")),
+    (re.compile("POST|DELETE"), re.compile(r"/v1/fine_tuning/checkpoints/.*/permissions(/.*)?")),
+    (re.compile(".*"), re.compile(r"/v1/api_keys(/.*)?")),
+)
+
+
+def check_name(role: str) -> Role:
+    """Return a role by its name; raises InvalidInput."""
+    if role not in ROLES:
+        raise InvalidInput(
+            f"Invalid 'role': '{role}'. Supported values are: {', '.join(map(repr, ROLES))}.",
+            param="role",
+        )
+    return next(known for known in ROLES if known == role)
+
+
+def check(role: str, method: str, path: str) -> None:
+    """Make sure that a role may make a call.
+
+    Raises:
+        Forbidden: It may not.
+    """
+    if not _may(role, method, path):
+        raise Forbidden(
+            f"A key with the role '{role}' may not {method} {path}. Use a key whose role allows "
+            "it; the account's owner or the server's operator makes one."
+        )
+
+
+def _may(role: str, method: str, path: str) -> bool:
+    if role == "owner":
+        return True
+    if role == "labeler":
+        return path == LABELING or path.startswith(LABELING + "/")
+    if any(m.fullmatch(method) and p.fullmatch(path) for m, p in OWNERS_ONLY):
+        return False
+    return role == "member" or method in ("GET", "HEAD")
