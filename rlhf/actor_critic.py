@@ -27,6 +27,7 @@ from data.errors import ConfigError
 from rlhf.token_scores import chosen_scores, logits_of
 from serve.engine.adapter_files import memory_adapter
 from serve.engine.base import MemoryAdapter
+from train.fused_layers import fuse_layers
 
 POLICY, REFERENCE, VALUE, REWARD = "default", "reference", "value", "reward"  # names in PEFT
 PADDING_ID = 0  # any id: padding is never read
@@ -86,6 +87,7 @@ class ActorCritic(nn.Module):
         self._active = POLICY
         base = self.base
         self._logits = logits_of(base)
+        fuse_layers(base)
         self._entropy_trains = False
         model.eval()  # no dropout in any role; modules that drop by configuration:
         for config in {id(c): c for c in (base.config, base.config.get_text_config())}.values():

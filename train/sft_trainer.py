@@ -20,6 +20,7 @@ from trl import SFTTrainer
 from data.errors import ConfigError, TrainingFailed
 from data.render import IGNORED
 from train.batches import LengthGroupedSampler
+from train.fused_layers import fuse_layers
 from train.loss_head import use_compact_head
 
 Batch = dict[str, torch.Tensor]
@@ -50,6 +51,7 @@ class LoraTrainer(SFTTrainer):
         self._max_rows = max_rows
         self._max_tokens = max_tokens
         super().__init__(**kwargs)
+        fuse_layers(self.model.get_base_model())
         is_compact = use_compact_head(self.model.get_base_model())
         if prompt_loss_weight and not is_compact:
             raise ConfigError(

@@ -1,0 +1,62 @@
+"""What both contenders of `benchmarks/training.py` share: the words, the rows' order, the clock."""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+WARM_UP = 3  # steps that are not timed
+
+
+class Clock(TrainerCallback):
+    """Notes when each step ends, and the loss of each."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self.losses: list[float] = []
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.times.append(time.perf_counter())
+
+    def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
+        if "loss" in logs:
+            self.losses.append(logs["loss"])
+
+
+def words() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rows", type=Path, required=True)
+    for name in ("batch", "steps", "threads"):
+        parser.add_argument(f"--{name}", type=int, required=True)
+    parser.add_argument("--learning-rate", type=float, required=True)
+    parser.add_argument("--models-dir", type=Path, required=True)
+    return parser
+
+
+def report(
+    clock: Clock, lengths: list[list[int]], padded: list[int], loaded: int
+) -> dict[str, Any]:
+    """Return what is told of a run.
+
+    Args:
+        lengths: Real tokens of each row of each step.
+        padded: Tokens that each step computed, padding included.
+    """
+    real = sum(sum(rows) for rows in lengths[WARM_UP : len(clock.times)])
+    last = clock.losses[-max(1, len(clock.losses) // 4) :]
+    return {
+        "tokens_per_s": real / (clock.times[-1] - clock.times[WARM_UP - 1]),
+        "padding": round(1 - sum(map(sum, lengths)) / sum(padded), 3),
+        "final_loss": sum(last) / len(last),
+        "peak_bytes": peak(),
+        "loaded_bytes": loaded,
+    }
+
+
+def peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
