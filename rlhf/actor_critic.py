@@ -87,7 +87,6 @@ class ActorCritic(nn.Module):
         self._active = POLICY
         base = self.base
         self._logits = logits_of(base)
-        fuse_layers(base)
         self._entropy_trains = False
         model.eval()  # no dropout in any role; modules that drop by configuration:
         for config in {id(c): c for c in (base.config, base.config.get_text_config())}.values():
@@ -134,7 +133,7 @@ class ActorCritic(nn.Module):
 
     def checkpoint_activations(self) -> None:
         """Compute activations again in the backward pass rather than keep them."""
-        self.base.gradient_checkpointing_enable(
+        self.base.activation_checkpointing_enable(
             {"use_reentrant": False, "context_fn": self._pinned}
         )
         self.model.train()  # transformers checkpoints in this mode only
@@ -221,6 +220,7 @@ def with_policy(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     """Put a fresh policy adapter on a base, which is frozen."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    fuse_layers(model)
     return get_peft_model(model, config, adapter_name=POLICY)
 
 

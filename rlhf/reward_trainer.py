@@ -26,6 +26,7 @@ from trl import RewardTrainer
 from data.errors import TrainingFailed
 from rlhf.comparisons import Group, Pair, batches_of
 from rlhf.reward_model import HEAD
+from train.fused_layers import fuse_layers
 
 Batch = dict[str, Any]
 
@@ -38,6 +39,7 @@ class ScoredBase:
         self._base = model
         self._forward = model.forward
         model.config.num_labels = 1
+        fuse_layers(model)
         self.model: PeftModel = get_peft_model(model, config)
         head = nn.Linear(width, 1, bias=False, dtype=torch.float32, device=model.device)
         nn.init.normal_(head.weight, std=(width + 1) ** -0.5)  # Stiennon et al. 2020

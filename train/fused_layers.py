@@ -19,8 +19,7 @@ and for n = x r w with r = 1 / sqrt(mean(x^2) + eps), h = g w (Zhang & Sennrich 
 
 from __future__ import annotations
 
-import types
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -59,10 +58,15 @@ def fuse_layers(model: PreTrainedModel) -> int:
     Returns:
         How many layers there are of a kind that this module knows.
     """
+    made: dict[type[nn.Module], type[nn.Module]] = {}
     count = 0
     for layer in model.modules():
-        if type(layer).__name__ in LAYERS and _norms_are_known(layer):
-            layer.forward = types.MethodType(_layer_forward(layer.forward), layer)
+        kind = type(layer)
+        if kind.__name__ in LAYERS and _norms_are_known(layer):
+            if not hasattr(kind, "is_written_out"):
+                if kind not in made:
+                    made[kind] = _written_out(kind)
+                layer.__class__ = made[kind]
             count += 1
     return count
 
@@ -72,17 +76,20 @@ def _norms_are_known(layer: Any) -> bool:
     return all(type(norm).__name__ in NORMS for norm in norms)
 
 
-def _layer_forward(own: Callable[..., Any]) -> Callable[..., Any]:
+def _written_out(kind: type[nn.Module]) -> type[nn.Module]:
+    """Return a subclass of the same name, by which sharding and checkpointing still find it."""
+
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         found = None
         if not args and kwargs.get("past_key_values") is None:
             found = _layer_weights(self, hidden_states.dtype)
         if found is None:
-            return own(hidden_states, *args, **kwargs)
+            return kind.forward(self, hidden_states, *args, **kwargs)
         with torch.autocast(hidden_states.device.type, enabled=False):
             return _layer(self, hidden_states, found, **kwargs)
 
-    return forward
+    fields = {"forward": forward, "is_written_out": True, "__module__": kind.__module__}
+    return type(kind.__name__, (kind,), fields)
 
 
 def _layer_weights(layer: Any, dtype: torch.dtype) -> list[Weights] | None:

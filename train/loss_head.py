@@ -61,12 +61,13 @@ def use_compact_head(model: PreTrainedModel) -> bool:
         if not fused_lm_head or labels is None or getattr(config, "output_router_logits", False):
             return trl_forward(*args, fused_lm_head=fused_lm_head, labels=labels, **kwargs)
         kwargs["use_cache"] = False
+        attention_mask = kwargs.pop("attention_mask", None)  # rows are padded on the right
         hidden = self.base_model(*args, **kwargs).last_hidden_state[:, :-1]
         targets = labels[:, 1:]
         mask = targets != IGNORED
         scored = mask
         if prompt_loss_weight:
-            scored = kwargs["attention_mask"][:, 1:].bool()
+            scored = attention_mask[:, 1:].bool()
             targets = kwargs["input_ids"][:, 1:]
         scores = _score(self.get_output_embeddings(), hidden[scored], targets[scored], softcap)
         log_probs, entropy, is_top1 = (
