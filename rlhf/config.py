@@ -165,6 +165,9 @@ class PpoConfig(RunConfig):
     max_grad_norm: float = Field(1.0, gt=0, description="Of each adapter's gradient.")
 
     reward: PpoRewardSettings
+    gold: PpoRewardSettings | None = Field(
+        None, description="What is wanted in truth: watched beside the reward, never learned from."
+    )
     kl: KlSettings = KlSettings()
     value: ValueSettings = ValueSettings()
     gamma: float = Field(1.0, gt=0, le=1, description="Discount a token.")
@@ -206,6 +209,8 @@ class PpoConfig(RunConfig):
             problems.append(
                 f"start_adapter keeps its adapter's shape; leave out lora.{', lora.'.join(given)}"
             )
+        if self.gold is not None and self.gold.model is not None:
+            problems.append("gold takes function, url or grader; the reward model is the proxy")
         if self.value.start == "reward" and self.reward.model is None:
             problems.append("value.start is reward, but reward.model names no reward model")
         if problems:

@@ -66,6 +66,7 @@ class PpoRun:
     roles: ActorCritic
     sampler: Sampler
     source: RewardSource
+    gold: RewardSource | None
     prompts: list[Prompt]
     eval_prompts: list[Prompt]
     team: Team
@@ -76,6 +77,8 @@ class PpoRun:
         """Give back the engine and the source of rewards."""
         self.sampler.close()
         self.source.close()
+        if self.gold is not None:
+            self.gold.close()
 
 
 def join_team(device: str) -> Team:
@@ -140,8 +143,17 @@ def set_up(config: PpoConfig) -> PpoRun:
     except BaseException:
         sampler.close()
         raise
+    gold = None
+    try:
+        if config.gold is not None:
+            gold = make_source(config.gold, roles, None)
+    except BaseException:
+        sampler.close()
+        source.close()
+        raise
     return PpoRun(
-        *(config, base, roles, sampler, source, prompts, eval_prompts, team, max_tokens, warnings)
+        *(config, base, roles, sampler, source, gold, prompts, eval_prompts),
+        *(team, max_tokens, warnings),
     )
 
 

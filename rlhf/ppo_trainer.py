@@ -119,7 +119,7 @@ class PpoTrainer:
         progress.optimizer_steps += stats.steps
         read = sum(len(s.prompt.ids) + len(s.response) for s in experience.samples)
         progress.tokens += int(self._team.sum(torch.tensor(float(read), dtype=torch.float64)))
-        record = self._record(experience, stats, controller.coef)
+        record = self._record(experience, stats, controller.coef) | self._gold(experience.samples)
         controller.update(record["objective/kl"], config.batch_size)
         progress.kl_coef = controller.coef
         if progress.update % config.eval_every == 0 or progress.update == config.num_updates:
@@ -167,6 +167,15 @@ class PpoTrainer:
                 team.sum,
             )
 
+    def _gold(self, samples: Sequence[Sample]) -> dict[str, float]:
+        """Return the mean gold score of all processes' rollouts, if there is a gold source."""
+        if self._job.gold is None:
+            return {}
+        known = [score for score in self._job.gold.score(samples) if not math.isnan(score)]
+        pair = torch.tensor([sum(known), len(known)], dtype=torch.float64)
+        total, count = self._team.sum(pair).tolist()
+        return {"objective/gold_score": round(total / count, 6)} if count else {}
+
     def _note_skipped(self, skipped: int, of: int) -> None:
         found = self._team.sum(torch.tensor([skipped, of], dtype=torch.float64)).tolist()
         if found[0] == found[1]:
@@ -205,7 +214,11 @@ class PpoTrainer:
         if kl <= budget and (best is None or not reward <= best.reward):
             tensors = ppo_state.policy_tensors(self._roles)
             self._progress.best = Best(self._progress.update, reward, kl, tensors)
-        return {f"eval/{name}": value for name, value in summarize(answers).items()}
+        found = {f"eval/{name}": value for name, value in summarize(answers).items()}
+        if self._job.gold is not None and answers.samples:
+            gold = Answers(answers.samples, self._job.gold.score(answers.samples)).mean_score
+            found |= {"eval/gold": gold} if math.isfinite(gold) else {}
+        return found
 
     def _evaluate(self, update: int) -> Answers:
         """Answer the fixed prompts, nearly greedily; the main process does."""

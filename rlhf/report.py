@@ -66,7 +66,8 @@ def _curve(records: Sequence[Mapping[str, Any]], name: str, label: str) -> str:
 
 def _frontier(records: Sequence[Mapping[str, Any]]) -> str:
     points = [(r["objective/kl"], r["objective/raw_scores"]) for r in records]
-    gold = [(r["objective/kl"], r["eval/gold"]) for r in records if _is_number(r.get("eval/gold"))]
+    name = "objective/gold_score"
+    gold = [(r["objective/kl"], r[name]) for r in records if _is_number(r.get(name))]
     return draw(
         [(points, "reward", "."), (gold, "gold", "x")], "KL of a response (nats)", "mean score"
     )
