@@ -129,6 +129,26 @@ def test_a_rule_as_reward_rises_and_the_run_folder_tells_all(place):
     assert {row["kind"] for row in table} == {"rollout", "eval", "final"}
 
 
+def test_a_gold_score_is_watched_and_not_learned_from(place):
+    """A run with it is the run without it, and its numbers are the function's."""
+    values = {"reward.function": "my_rewards:no_vowels"}
+    assert run(place, "plain", **values) == 0
+    assert run(place, "gold", **values, **{"gold.function": "my_rewards:vowels"}) == 0
+    adapters = [place / out / "adapter/adapter_model.safetensors" for out in ("plain", "gold")]
+    assert adapters[0].read_bytes() == adapters[1].read_bytes()
+    records = lines(place / "gold/metrics.jsonl")
+    for record in records:  # the flipped score has the other sign
+        scores = -record["objective/raw_scores"]
+        assert record["objective/gold_score"] == pytest.approx(scores, abs=1e-5)
+    judged = [record for record in records if "eval/gold" in record]
+    assert [record["step"] for record in judged] == [2, 4]
+    table = [row for row in lines(place / "gold/completions.jsonl") if row["kind"] == "eval"]
+    for record in judged:
+        texts = [row["response"] for row in table if row["step"] == record["step"]]
+        shares = [10 * sum(c in "aeiou" for c in text) / max(len(text), 1) for text in texts]
+        assert record["eval/gold"] == pytest.approx(sum(shares) / len(shares), abs=1e-5)
+
+
 def test_a_flipped_reward_falls(place):
     values = {"total_episodes": 960, "batch_size": 48, "seed": 1}
     assert run(place, "falls", **{"reward.function": "my_rewards:no_vowels"}, **values) == 0
@@ -311,6 +331,7 @@ def test_a_grader_of_the_api_as_reward(place):
         ({"reward.function": "my_rewards:vowels", "lora.dropout": 0.1}, "must be 0"),
         ({"reward.function": "my_rewards:vowels", "value.start": "reward"}, "names no reward"),
         ({"reward.model": "tests"}, "is no reward model"),
+        ({"reward.function": "my_rewards:vowels", "gold.model": "runs/reward"}, "gold takes"),
         ({"reward.function": "my_rewards:vowels", "kl.targget": 5}, "target"),
     ],
 )
