@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from data.intervals import wilson
 from rlhf.rollout import Sample
 
 EOS_LOSS = 0.2  # of the share of answers that end, that a better policy may lose
@@ -85,14 +86,3 @@ def gate(outcome: Mapping[str, Any], kl_limit: float | None = None) -> dict[str,
         rules.append((kl <= kl_limit, f"KL {kl:.2f} of at most {kl_limit:g}"))
     failed = [reason for passed, reason in rules if not passed]
     return {"promote": not failed, "reasons": failed or [reason for _, reason in rules]}
-
-
-def wilson(successes: float, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """Return the 95 % interval of a share (Wilson 1927); (0, 1) where nothing was counted."""
-    if not count:
-        return 0.0, 1.0
-    share = successes / count
-    middle = share + z * z / (2 * count)
-    spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    scale = 1 + z * z / count
-    return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)

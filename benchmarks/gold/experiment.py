@@ -213,7 +213,12 @@ def gold(row: Mapping[str, Any]) -> list[float]:
 def compare(given: argparse.Namespace, samples: Sequence[Mapping[str, Any]], seed: int) -> float:
     """Write noisy comparisons; returns the share that is the wrong way round."""
     draw = random.Random(seed)
-    pairs = [(row, *gold(row)) for row in samples if row["samples"][0] != row["samples"][1]]
+    told_apart = [
+        row
+        for row in samples
+        if all(map(str.strip, row["samples"])) and len(set(row["samples"])) > 1
+    ]
+    pairs = [(row, *gold(row)) for row in told_apart]
     spread = statistics.pstdev([value for _, *both in pairs for value in both])
     rows, wrong = [], 0
     for row, first, second in pairs:
@@ -254,7 +259,9 @@ def frontier(
         "ppo": ppo,
         "best_of_n": bon,
         "proxy_gold_correlation": round(float(np.corrcoef(np.array(pairs).T)[0, 1]), 3),
-        "reward_model": {k: card[k] for k in ("accuracy", "accuracy_interval", "longer_wins") if k in card},
+        "reward_model": {
+            k: card[k] for k in ("accuracy", "accuracy_interval", "longer_wins") if k in card
+        },
     }
 
 

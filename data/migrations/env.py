@@ -6,6 +6,7 @@ from alembic import context
 
 import data.tables_accounts
 import data.tables_content
+import data.tables_feedback
 import data.tables_jobs
 import data.tables_metering
 import data.tables_surface  # noqa: F401 - their tables belong to the metadata
