@@ -15,6 +15,7 @@ from data.errors import Forbidden, InvalidInput
 Role = Literal["owner", "member", "reader", "labeler"]
 ROLES: tuple[Role, ...] = get_args(Role)
 LABELING = "/v1/comparisons"
+NEXT = f"{LABELING}/next"
 # Method and path of what owners alone may do; a path stands for what lies below it too.
 OWNERS_ONLY = (
     (re.compile("DELETE"), re.compile(r"/v1/models/.*")),
@@ -53,4 +54,6 @@ def _may(role: str, method: str, path: str) -> bool:
         return path == LABELING or path.startswith(LABELING + "/")
     if any(m.fullmatch(method) and p.fullmatch(path) for m, p in OWNERS_ONLY):
         return False
-    return role == "member" or method in ("GET", "HEAD")
+    if role == "member":
+        return True
+    return method in ("GET", "HEAD") and path != NEXT  # which takes a task into hand

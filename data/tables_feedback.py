@@ -185,18 +185,3 @@ class FeedbackPolicy(Record):
     project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"), primary_key=True)
     consent: Mapped[bool] = mapped_column(default=True)
     retention_days: Mapped[int | None]
-
-
-class LoopRound(Record):
-    """One round from judgements to a model: which files, jobs and comparison, and how it ended."""
-
-    __tablename__ = "label_rounds"
-
-    id: Mapped[str] = mapped_column(String(64), primary_key=True)
-    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"), index=True)
-    label_project_id: Mapped[str] = mapped_column(ForeignKey("label_projects.id"))
-    settings: Mapped[dict[str, Any]]
-    state: Mapped[str] = mapped_column(String(24))
-    facts: Mapped[dict[str, Any]]  # file, jobs, model, comparison project, outcome, as they come
-    created_at: Mapped[int] = mapped_column(BigInteger, default=now)
-    changed_at: Mapped[int] = mapped_column(BigInteger, default=now)

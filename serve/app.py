@@ -16,16 +16,19 @@ from serve.api import (
     access,
     batches,
     chat,
+    comparisons,
     completions,
     content_policies,
     embeddings,
     errors,
     estimates,
+    feedback,
     files,
     fine_tuning,
     graders,
     health,
     keys,
+    label_projects,
     legacy,
     limits,
     models,
@@ -123,6 +126,9 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
         organization,
         oversight,
         content_policies,
+        feedback,
+        label_projects,
+        comparisons,
         access,
         usage,
         limits,
@@ -130,4 +136,5 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
         health,
     ):
         app.include_router(routes.router)
+    app.include_router(label_projects.task_router)
     return app

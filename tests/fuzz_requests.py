@@ -18,6 +18,7 @@ NESTED = 10_000
 HELLO = [{"role": "user", "content": "Hello"}]
 SUMS = {"currency": "USD", "interval": "month", "threshold_amount": 10**9}
 DECIDE = {"note": "a"}
+TASK = {"prompt": "q", "candidates": ["a", {"text": "b", "model": "m"}], "gold": {"choice": "A"}}
 # A good body of each route that takes JSON; {file}, {job} and so on stand for ids that exist.
 SAMPLES: dict[str, Any] = {
     "/v1/completions": {
@@ -87,6 +88,24 @@ SAMPLES: dict[str, Any] = {
     "/v1/webhook_endpoints": {"name": "a", "url": "https://93.184.216.34/", "event_types": [EVENT]},
     "/v1/webhook_endpoints/{endpoint_id}": {"name": "b"},
     "/v1/webhook_endpoints/{endpoint_id}/test": {"event_type": EVENT},
+    "/v1/feedback": {"completion_id": "chatcmpl-x", "thumb": True, "user": "ann"},
+    "/v1/feedback/policy": {"consent": True, "retention_days": 30},
+    "/v1/feedback/export": {"kind": "unpaired"},
+    "/v1/label_projects": {
+        "name": "a",
+        "kind": "pairwise",
+        "label": {"tie": True, "strength": 4},
+        "gates": {"min_gold": 5, "max_side_share": 0.9},
+        "overlap": 2,
+    },
+    "/v1/label_projects/{label_project_id}": {"guidelines": "Be kind."},
+    "/v1/label_projects/{label_project_id}/tasks": {"tasks": [TASK]},
+    "/v1/label_projects/{label_project_id}/export": {"kind": "preference", "votes": "each"},
+    "/v1/label_projects/{label_project_id}/labelers/{labeler}/pause": {"reason": "a"},
+    "/v1/label_tasks/{task_id}/settle": {"choice": "A"},
+    "/v1/comparisons/{assignment_id}": {"choice": "A", "timings": {"total_ms": 9}},
+    "/v1/comparisons/{assignment_id}/skip": {"reason": "a"},
+    "/v1/comparisons/{assignment_id}/flag": {"reason": "a"},
     "/v1/tokenize": {"prompt": "a b", "add_special_tokens": True, "return_token_strs": True},
     "/v1/detokenize": {"tokens": [70, 71]},
     "/v1/access_requests": {

@@ -121,7 +121,7 @@ def test_every_field_of_a_wrong_kind(target: Target) -> None:
 def test_samples_cover_the_routes(target: Target) -> None:
     """A new route that takes a body gets a sample, so that mutation finds its way in."""
     empty = ("/cancel", "/pause", "/resume", "/archive", "/reinstate", "/load", "/unload", "/pin")
-    empty += ("/unpin", "/rotate_secret")
+    empty += ("/unpin", "/rotate_secret", "/renew", "/release")
     posts = [path for method, path in target.routes() if method == "POST"]
     known = SAMPLES.keys() | FORMS.keys()
     alerts = "/v1/organization/projects/{project_id}/spend_alerts/{alert_id}"

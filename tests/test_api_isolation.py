@@ -24,6 +24,7 @@ from data import registry, safety
 ROWS = b"".join(
     json.dumps({"prompt": f"q {i}", "completion": f" a {i}"}).encode() + b"\n" for i in range(12)
 )
+TASK = {"prompt": "q", "candidates": ["a", "b"]}
 OPEN = {"/health"}
 EVENT = "fine_tuning.job.succeeded"
 NAMES_OF_IDS = {
@@ -38,11 +39,20 @@ NAMES_OF_IDS = {
     "case_id": "case",
     "batch_id": "batch",
     "api_key_id": "api_key",
+    "label_project_id": "label_project",
+    "task_id": "label_task",
+    "assignment_id": "assignment",
+    "labeler": "labeler",
+    "end_user": "end_user",
 }
 # For the keys of operators alone: keys of accounts are refused before any id is looked at.
 OPERATORS = "/v1/organization/"
 # What a route needs in its body before it looks at the id in its path.
 PATH_BODIES: dict[str, dict[str, Any]] = {
+    "/v1/label_projects/{label_project_id}/tasks": {"tasks": [TASK]},
+    "/v1/label_tasks/{task_id}/settle": {"choice": "A"},
+    "/v1/comparisons/{assignment_id}": {"choice": "A"},
+    "/v1/comparisons/{assignment_id}/flag": {"reason": "a"},
     "/v1/uploads/{upload_id}/complete": {"part_ids": []},
     "/v1/webhook_endpoints/{endpoint_id}/test": {"event_type": EVENT},
     "/v1/fine_tuning/checkpoints/{model}/permissions": {"project_ids": ["proj_1"]},
@@ -131,6 +141,34 @@ def make_permission(server: Server, model: str) -> str:
     return str(answer.json()["data"][0]["id"])
 
 
+def make_label_project(server: Server, _: Any) -> str:
+    answer = server.http().post("/v1/label_projects", json={"name": "a", "kind": "pairwise"})
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["id"])
+
+
+def next_comparison(server: Server, scratch: Any) -> dict[str, Any]:
+    project, http = make_label_project(server, scratch), server.http()
+    added = http.post(f"/v1/label_projects/{project}/tasks", json={"tasks": [TASK]})
+    assert added.status_code == 200, added.text
+    found = http.get("/v1/comparisons/next", params={"label_project_id": project}).json()
+    return dict(found["comparison"])
+
+
+def make_label_task(server: Server, scratch: Any) -> str:
+    return str(next_comparison(server, scratch)["task_id"])
+
+
+def make_assignment(server: Server, scratch: Any) -> str:
+    return str(next_comparison(server, scratch)["id"])
+
+
+def make_end_user(server: Server, scratch: Any) -> str:
+    body = {"completion_id": make_chat(server, scratch), "thumb": True, "user": "ann-of-acme"}
+    assert server.http().post("/v1/feedback", json=body).status_code == 200
+    return "ann-of-acme"
+
+
 MAKERS: dict[str, Callable[[Server, Any], str]] = {
     "file": make_file,
     "job": make_job,
@@ -141,6 +179,11 @@ MAKERS: dict[str, Callable[[Server, Any], str]] = {
     "case": make_case,
     "batch": make_batch,
     "api_key": make_api_key,
+    "label_project": make_label_project,
+    "label_task": make_label_task,
+    "assignment": make_assignment,
+    "labeler": lambda *_: "labeler-of-acme",
+    "end_user": make_end_user,
 }
 
 # Bodies that name an object: (method, path, body with the object's kind in braces).
@@ -164,6 +207,7 @@ BODIES: list[tuple[str, str, dict[str, Any]]] = [
         },
     ),
     ("POST", "/v1/fine_tuning/estimate", {"model": MODEL, "training_file": "{file}"}),
+    ("POST", "/v1/feedback", {"completion_id": "{chat}", "thumb": True}),
 ]
 
 

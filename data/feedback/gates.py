@@ -172,7 +172,7 @@ def resume_labeler(database: Database, project_id: str, label_project_id: str, l
             if leases.has_room(task):
                 judgement.counts = True
                 count(task, 1)
-                counted += 1
+                counted += task.gold is None
         audit.record(session, "labeler.resumed", project.id, project_id, labeler=labeler)
         return counted
 
@@ -199,9 +199,10 @@ def _pause(session: Session, project: LabelProject, labeler: str, reason: str) -
     taken = 0
     for judgement in leases.judged_by(session, project.id, labeler):
         if judgement.counts:
+            task = session.get_one(LabelTask, judgement.task_id)
             judgement.counts = False
-            count(session.get_one(LabelTask, judgement.task_id), -1)
-            taken += 1
+            count(task, -1)
+            taken += task.gold is None
     audit.record(
         session, "labeler.paused", project.id, project.project_id, labeler=labeler, reason=reason
     )

@@ -96,7 +96,7 @@ def progress(
 def _progress(session: Session, project: LabelProject, labeler: str | None) -> Progress:
     plain = (LabelTask.label_project_id == project.id, LabelTask.gold.is_(None))
     by_status = select(LabelTask.status, func.count()).where(*plain).group_by(LabelTask.status)
-    counts = {status: count for status, count in session.execute(by_status)}
+    counts: dict[str, int] = dict(session.execute(by_status).all())
     left = select(func.coalesce(func.sum(LabelTask.wanted - LabelTask.judged), 0))
     judged = select(Judgement).where(
         Judgement.label_project_id == project.id, Judgement.superseded_by.is_(None)

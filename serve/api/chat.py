@@ -54,15 +54,23 @@ async def _answer(
 ) -> dict[str, Any]:
     answers = await generator.answer(plan.requests)
     whole = _whole(plan, answers)
-    await _store(plan, whole, runtime, account_id)
+    await _store(plan, whole, answers, runtime, account_id)
     return whole
 
 
-async def _store(plan: _Plan, whole: dict[str, Any], runtime: Runtime, account_id: str) -> None:
+async def _store(
+    plan: _Plan,
+    whole: dict[str, Any],
+    answers: Sequence[Answer],
+    runtime: Runtime,
+    account_id: str,
+) -> None:
     """Keep an answer if its client asked for it."""
     body = plan.body
     if body.store:
-        request = {name: getattr(body, name) for name in STORED_FIELDS}
+        request: dict[str, Any] = {name: getattr(body, name) for name in STORED_FIELDS}
+        request["token_ids"] = [answer.token_ids for answer in answers]
+        request["user"] = body.safety_identifier or body.user
         messages = [{"role": m.role, "content": m.content} for m in body.messages]
         await run_in_threadpool(
             stored_chats.save,
@@ -159,7 +167,7 @@ async def _frames(
                 last = _piece(index, {}) | {"finish_reason": delta.finish_reason}
                 yield {**head, "choices": [last]}
     whole = _whole(plan, answers)
-    await _store(plan, whole, runtime, account_id)
+    await _store(plan, whole, answers, runtime, account_id)
     if screening.results():
         yield {**head, "choices": [], **screening.results()}
     if with_usage:

@@ -11,6 +11,8 @@ from fastapi import APIRouter, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
+from data import stored_completions
+from data.errors import InvalidInput
 from data.tables import new_id, now
 from serve.api import content_filter
 from serve.api.adapters import ServedModel
@@ -25,8 +27,13 @@ from serve.api.schemas import CompletionRequest
 from serve.api.screening import Screening
 from serve.api.stream import KEEP_ALIVE_S, EventStream, Frames
 from serve.engine.base import Delta, GenerationRequest
+from serve.runtime import Runtime
 
 DEFAULT_MAX_TOKENS = 16
+STORED_FIELDS = (
+    *("temperature", "top_p", "max_tokens", "presence_penalty", "frequency_penalty"),
+    *("seed", "stop"),
+)
 
 router = APIRouter(prefix="/v1", route_class=StrictJsonRoute)
 
@@ -47,7 +54,11 @@ async def create_completion(
     if body.stream:
         return await EventStream.begin(request, _frames(plan, generator, screening))
     answers = await unless_disconnected(request, generator.answer(plan.requests))
-    return json_response(_whole(plan, answers) | screening.results())
+    chosen = _chosen(plan, answers)
+    whole = _whole(plan, answers, chosen)
+    if body.store:
+        await run_in_threadpool(_store, plan, whole, chosen, runtime, caller.id)
+    return json_response(whole | screening.results())
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +89,11 @@ def _plan(body: CompletionRequest, served: ServedModel, max_context: int, accoun
     prompts = read_prompts(body.prompt, served.tokens, body.add_special_tokens)
     if body.suffix:
         prompts = between(prompts, body.suffix, served.tokens)
+    if body.store and len(prompts) > 1:
+        raise InvalidInput(
+            f"Invalid 'store': {len(prompts)} prompts were sent; send one to store its answer.",
+            param="store",
+        )
     samples = max(body.n, body.best_of or 0)
     scored = body.logprobs
     if scored is None and samples > body.n:
@@ -93,18 +109,48 @@ def _plan(body: CompletionRequest, served: ServedModel, max_context: int, accoun
     return _Plan(completion_id, now(), body, served, prompts, samples, requests)
 
 
-def _whole(plan: _Plan, answers: Sequence[Answer]) -> dict[str, Any]:
-    choices: list[dict[str, Any]] = []
+def _chosen(plan: _Plan, answers: Sequence[Answer]) -> list[tuple[Prompt, Answer]]:
+    """Return the choices to tell, with their prompts: of more candidates, the likeliest."""
+    chosen = []
     for i, prompt in enumerate(plan.prompts):
         candidates = list(answers[i * plan.samples : (i + 1) * plan.samples])
         if plan.samples > plan.body.n:
             candidates.sort(key=lambda answer: mean_logprob(answer.logprobs), reverse=True)
-        for answer in candidates[: plan.body.n]:
-            writer = _ChoiceWriter(plan, prompt, len(choices))
-            choices.append(writer.write(answer))
+        chosen += [(prompt, answer) for answer in candidates[: plan.body.n]]
+    return chosen
+
+
+def _whole(
+    plan: _Plan, answers: Sequence[Answer], chosen: Sequence[tuple[Prompt, Answer]]
+) -> dict[str, Any]:
+    choices = [
+        _ChoiceWriter(plan, prompt, index).write(answer)
+        for index, (prompt, answer) in enumerate(chosen)
+    ]
     cached = [answer.num_cached for answer in answers]
     counted = usage(plan.prompts, num_generated(answers), cached)
     return {**plan.head(), "choices": choices, "usage": counted}
+
+
+def _store(
+    plan: _Plan,
+    whole: dict[str, Any],
+    chosen: Sequence[tuple[Prompt, Answer]],
+    runtime: Runtime,
+    account: str,
+) -> None:
+    """Keep an answer, so that it can be judged."""
+    body = plan.body
+    request: dict[str, Any] = {name: getattr(body, name) for name in STORED_FIELDS}
+    request["token_ids"] = [answer.token_ids for _, answer in chosen]
+    stored_completions.save(
+        runtime.database,
+        account,
+        whole,
+        request,
+        plan.prompts[0].text,
+        body.safety_identifier or body.user,
+    )
 
 
 async def _frames(plan: _Plan, generator: Generator, screening: Screening) -> Frames:

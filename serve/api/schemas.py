@@ -198,9 +198,16 @@ class CompletionRequest(SamplingFields):
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     add_special_tokens: bool = True
+    store: bool = False
 
     @model_validator(mode="after")
     def _check_combinations(self) -> CompletionRequest:
+        if self.store and (self.stream or self.echo or self.suffix):
+            raise InvalidInput(
+                "Invalid 'store': a completion that is streamed, echoes its prompt or has a suffix "
+                "is not stored.",
+                param="store",
+            )
         if self.suffix and self.echo:
             raise InvalidInput(
                 "Invalid 'echo': a completion between 'prompt' and 'suffix' cannot be echoed.",

@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from data import stored_chats
 from data.errors import InvalidInput
+from data.feedback import users
 from data.tables_surface import ChatRecord
 from serve.api.deps import Caller, Running, json_response, page
 from serve.api.errors import unknown_parameter
@@ -19,6 +20,7 @@ from serve.api.json_route import StrictJsonRoute
 from serve.api.schemas import QueryModel, RequestModel
 
 MAX_LIMIT = 100
+HIDDEN = ("token_ids", "user")  # kept for learning from feedback
 METADATA_FILTER = re.compile(r"metadata\[(.+)\]")
 
 router = APIRouter(prefix="/v1/chat/completions", route_class=StrictJsonRoute)
@@ -82,6 +84,9 @@ async def update_chat(
     record = await run_in_threadpool(
         stored_chats.update, runtime.database, caller.id, completion_id, body.metadata
     )
+    await run_in_threadpool(
+        users.read_metadata, runtime.database, caller.id, completion_id, body.metadata
+    )
     return json_response(_describe(record))
 
 
@@ -118,4 +123,5 @@ async def list_messages(
 
 
 def _describe(record: ChatRecord) -> dict[str, Any]:
-    return {**record.completion, **record.request, "metadata": record.metadata_}
+    request = {name: v for name, v in record.request.items() if name not in HIDDEN}
+    return {**record.completion, **request, "metadata": record.metadata_}

@@ -1,6 +1,6 @@
-"""Human feedback: labeling projects, judgements, users' feedback, rounds
+"""Human feedback: labeling projects, judgements, users' feedback
 
-Revision: 0012_feedback; follows 0010_content
+Revision: 0011_feedback; follows 0010_content
 """
 
 from __future__ import annotations
@@ -8,13 +8,13 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0012_feedback"
+revision = "0011_feedback"
 down_revision = "0010_content"
 branch_labels = None
 depends_on = None
 
 TABLES = (
-    *("label_rounds", "feedback_policies", "feedback", "stored_completions", "label_labelers"),
+    *("feedback_policies", "feedback", "stored_completions", "label_labelers"),
     *("label_judgements", "label_assignments", "label_candidates", "label_tasks"),
     *("label_guidelines", "label_projects"),
 )
@@ -189,17 +189,6 @@ def upgrade() -> None:
         _to("project_id", "projects.id"),
         sa.PrimaryKeyConstraint("project_id"),
     )
-    op.create_table(
-        "label_rounds",
-        *_ids("id", "project_id", "label_project_id"),
-        *_json("settings", "facts"),
-        _short("state", 24),
-        *_times("created_at", "changed_at"),
-        _to("project_id", "projects.id"),
-        _to("label_project_id", "label_projects.id"),
-        sa.PrimaryKeyConstraint("id"),
-    )
-    op.create_index("ix_label_rounds_project_id", "label_rounds", ["project_id"])
 
 
 def downgrade() -> None:
