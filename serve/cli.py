@@ -18,6 +18,7 @@ from serve.commands import (
     content,
     demo,
     doctor,
+    feedback,
     files,
     jobs,
     models,
@@ -41,6 +42,7 @@ app.add_typer(access.app, name="access")
 app.add_typer(content.app, name="content")
 app.add_typer(accounts.keys_app, name="keys")
 app.add_typer(accounts.admin_keys_app, name="admin-keys")
+app.add_typer(feedback.app, name="feedback")
 app.add_typer(files.app, name="files")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(models.app, name="models")

@@ -327,3 +327,24 @@ def test_skipping_flagging_releasing_and_amending(server: Server, account: tuple
     progress = owner.get(f"{path}/progress").json()
     assert (progress["skipped"], progress["flagged"], progress["judgements"]) == (1, 1, 1)
     assert "makes no sft rows" in refused(owner, f"{path}/export", kind="sft")
+
+
+def test_a_job_names_a_labeling_project(server: Server, account: tuple[str, str]) -> None:
+    owner = server.http(account[1])
+    project = post(owner, "/v1/label_projects", name="a", kind="pairwise")
+    path = f"/v1/label_projects/{project['id']}"
+    post(owner, f"{path}/tasks", tasks=[task(i) for i in range(12)])
+    job = {"model": MODEL, "training_file": project["id"], "method": {"type": "dpo"}}
+    assert "no judgements to export" in refused(owner, "/v1/fine_tuning/jobs", **job)
+    which = {"label_project_id": project["id"]}
+    while shown := owner.get("/v1/comparisons/next", params=which).json()["comparison"]:
+        post(owner, f"/v1/comparisons/{shown['id']}", choice="A")
+    made = post(owner, "/v1/fine_tuning/jobs", **job)
+    rows = rows_of(owner, {"id": made["training_file"]})
+    assert len(rows) == 12
+    assert rows[0].keys() == {"prompt", "chosen", "rejected"}
+    job["method"] = {"type": "supervised"}
+    assert "makes no sft rows" in refused(owner, "/v1/fine_tuning/jobs", **job)
+    assert "dry_run" in refused(owner, "/v1/fine_tuning/jobs", **job, dry_run=True)
+    other = server.http(server.new_account(f"other-{secrets.token_hex(4)}")[1])
+    assert "No such labeling project" in refused(other, "/v1/fine_tuning/jobs", **job)

@@ -99,3 +99,21 @@ def test_errors_are_one_line_and_a_status(hone) -> None:
 def test_doctor_finds_this_machine_well(hone) -> None:
     findings = json.loads(hone("doctor", "--json"))
     assert {finding["check"] for finding in findings} >= {"python", "torch", "disk", "database"}
+
+
+def test_feedback_is_imported_reported_and_exported(hone, tmp_path: Path) -> None:
+    hone("accounts", "create", "acme")
+    rows = [{"prompt": f"q {i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(3)]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = json.loads(hone("feedback", "import", str(path), "--overlap", "2", "--json"))
+    assert made["added"] == 3
+    assert "0 of 3 tasks done" in hone("feedback", "report", made["label_project"])
+    (listed,) = json.loads(hone("feedback", "list", "--json"))
+    assert (listed["kind"], listed["wanted"]) == ("pairwise", 6)
+    told = hone("feedback", "export", made["label_project"], status=2)
+    assert "nothing to export as preference" in told
+    assert "users has nothing" in hone("feedback", "export", "users", status=2)
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "q", "candidates": ["a"]}\n')
+    told = hone("feedback", "import", str(tmp_path / "bad.jsonl"), "--kind", "pairwise", status=2)
+    assert "2 candidates" in told

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 from collections import Counter
@@ -511,3 +512,30 @@ def test_tasks_that_cannot_be_are_refused_with_all_others(
         tasks.add(database, account, made.id, [pair(0), spec])
     with database.read() as session:
         assert session.scalars(select(LabelTask)).all() == []
+
+
+# ---- labelers whose noise is known ----
+
+
+@pytest.mark.parametrize("noise", [0.1, 0.3])
+def test_the_agreement_of_noisy_labelers_is_what_it_must_be(
+    database: Database, account: str, noise: float
+) -> None:
+    """Each errs independently, so two agree with probability (1 - e)^2 + e^2."""
+    project = make(database, account, 150, overlap=3)
+    for name in ("a", "b", "c"):
+        draw = random.Random(f"{name}/{noise}")
+        while (shown := leases.next_task(database, account, project, name)) is not None:
+            choice = letter(shown, "bad" if draw.random() < noise else "good")
+            answer = Answer(choice=choice)
+            judgements.submit(database, account, shown.assignment_id, name, answer)
+    told = reports.report(database, account, project)
+    truth = (1 - noise) ** 2 + noise**2
+    interval = told.raw_agreement.interval
+    assert interval is not None
+    assert interval[0] < truth < interval[1]
+    assert interval[1] - interval[0] < 0.15
+    (best, _) = told.models
+    assert best.model == "m1"
+    odds = 2 * best.value  # strengths have mean 0
+    assert odds == pytest.approx(math.log((1 - noise) / noise), abs=0.5)

@@ -21,6 +21,7 @@ from pathlib import Path
 from data import jobs, registry
 from data.db import Database
 from data.errors import StateConflict, ToolkitError
+from data.feedback import privacy
 from data.files import FileStore
 from data.settings import Settings, load_settings
 from data.tables import Job, new_id
@@ -111,6 +112,7 @@ class Worker:
         try:
             removed = [*self._shop.files.sweep()]
             UploadStore(self._shop.database, self._shop.files).sweep()
+            privacy.expire(self._shop.database)
             removed += registry.sweep(self._shop.database, self._shop.settings.adapters_dir)
             runs = self._shop.settings.runs_dir
             self._shop.forget_bulk([path.name for path in runs.glob("*")])

@@ -14,6 +14,7 @@ from starlette.responses import Response
 
 from data import job_events, job_examples, job_pause, jobs
 from data.errors import InvalidInput
+from data.feedback import export
 from data.tables import AdapterVersion, Checkpoint, Job, JobEvent
 from serve.api.deps import Caller, Running, json_response, page
 from serve.api.errors import unknown_parameter
@@ -29,6 +30,9 @@ MAX_LIMIT = 100
 MAX_EXAMPLES = 1000
 STREAM_POLL_S = 0.5
 METADATA_FILTER = re.compile(r"metadata\[(.+)\]")
+
+LABEL_PROJECT = "lproj-"
+EXPORTED = {"supervised": "sft", "kto": "unpaired"}  # methods that learn no preferences
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", route_class=StrictJsonRoute)
 
@@ -64,6 +68,8 @@ class ListCheckpoints(QueryModel):
 @router.post("")
 async def create_job(body: JobRequest, caller: Caller, runtime: Running) -> Response:
     """Queue a fine-tuning job; with `dry_run`, tell what it would take instead."""
+    if body.training_file.startswith(LABEL_PROJECT):
+        body = await run_in_threadpool(_with_export, body, caller, runtime)
     spec = body.spec()
     if spec.integrations and runtime.settings.wandb_project is None:
         raise InvalidInput(
@@ -79,6 +85,24 @@ async def create_job(body: JobRequest, caller: Caller, runtime: Running) -> Resp
         jobs.create, runtime.database, caller.id, spec, bases, runtime.settings.limits
     )
     return json_response(describe_job(job))
+
+
+def _with_export(body: JobRequest, caller: Caller, runtime: Running) -> JobRequest:
+    """Freeze the judgements of the labeling project that a job names, as the file it learns."""
+    if body.dry_run:
+        raise InvalidInput(
+            "Invalid 'dry_run': a labeling project has no file yet; export it, and give that file.",
+            param="dry_run",
+        )
+    method = "supervised" if body.method is None else body.method.type
+    record = export.freeze(
+        runtime.database,
+        runtime.files,
+        caller.id,
+        body.training_file,
+        EXPORTED.get(method, "preference"),
+    )
+    return body.model_copy(update={"training_file": record.id})
 
 
 @router.get("")
