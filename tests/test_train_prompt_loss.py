@@ -1,4 +1,4 @@
-"""`prompt_loss_weight`: a weighted cross-entropy, computed here with transformers, PEFT and torch."""
+"""`prompt_loss_weight`: a weighted cross-entropy, computed here with transformers and PEFT."""
 
 from __future__ import annotations
 
