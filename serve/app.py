@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
@@ -18,6 +19,7 @@ from serve.api import (
     chat,
     completions,
     content_policies,
+    docs_page,
     embeddings,
     errors,
     estimates,
@@ -41,6 +43,7 @@ from serve.api import (
     usage,
     webhook_endpoints,
 )
+from serve.api.description import describe_api
 from serve.api.idempotency import Idempotency
 from serve.api.middleware import Authentication, BodyLimit, RequestContext
 from serve.closed_accounts import watch
@@ -128,6 +131,8 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
         limits,
         organization_limits,
         health,
+        docs_page,
     ):
         app.include_router(routes.router)
+    app.openapi = partial(describe_api, app)  # type: ignore[method-assign]
     return app

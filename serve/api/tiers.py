@@ -18,6 +18,7 @@ from data.errors import AdapterRefused, InvalidInput
 from data.job_spec import check_suffix
 from data.tables import AdapterVersion
 from serve.api.deps import Account, Caller, Running, json_response, page
+from serve.api.description import form_body
 from serve.api.errors import unknown_parameter
 from serve.engine.base import AdapterRef, AdapterState
 from serve.runtime import Runtime
@@ -36,7 +37,13 @@ async def list_adapters(caller: Caller, runtime: Running) -> Response:
     return page([_describe(version, states.get(version.digest)) for version in versions], False)
 
 
-@router.post("")
+@router.post(
+    "",
+    openapi_extra=form_body(
+        {"config": "PEFT's adapter_config.json.", "weights": "Its adapter_model.safetensors."},
+        suffix="Part of the model's name.",
+    ),
+)
 async def import_adapter(request: Request, caller: Caller, runtime: Running) -> Response:
     """Publish an adapter that was trained elsewhere, after all checks and a trial forward pass."""
     async with request.form(max_files=2, max_fields=2) as form:
