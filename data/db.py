@@ -26,6 +26,7 @@ from sqlalchemy.orm import Session
 
 from data.errors import InvalidInput
 
+MIGRATIONS = Path(__file__).parent / "migrations"
 BUSY_TIMEOUT_S = 30
 SQLITE_CONNECTIONS = 40  # as many as the threads that a server answers with
 WRITERS = 0x686F6E65  # "hone": the advisory lock that writers take turns with on PostgreSQL
@@ -93,7 +94,7 @@ class Database:
     def migrate(self) -> None:
         """Bring the schema to the newest version; safe to call at every start."""
         config = Config()
-        config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+        config.set_main_option("script_location", str(MIGRATIONS))
         with self._writing().begin() as connection:
             config.attributes["connection"] = connection
             command.upgrade(config, "head")

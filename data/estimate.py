@@ -14,6 +14,7 @@ from sqlalchemy import select
 from data.db import Database
 from data.errors import DataError
 from data.files import FileStore
+from data.job_methods import unusable_rows
 from data.job_spec import AUTO, JobSpec, auto_epochs
 from data.job_start import check_file, find_start
 from data.jsonl import read_numbered_rows
@@ -88,13 +89,11 @@ def estimate(
                 stream, min_examples=least, special_tokens=markers, name=record.filename
             )
         found.reports[param] = report.to_dict()
+        misfit = unusable_rows(spec.method_type, spec.options, report.format)
         if not report.ok:
             found.faults.append(f"{param}: {report.summary(5)}")
-        elif report.format not in spec.rules.formats:
-            found.faults.append(
-                f"{param}: the rows are of the kind {report.format}; the method "
-                f"{spec.method_type} takes {', '.join(spec.rules.formats)}."
-            )
+        elif misfit is not None:
+            found.faults.append(f"{param}: the rows {misfit}")
         elif param == "training_file":
             longest = min(spec.options.get("max_seq_length", MAX_AUTO_LENGTH), context_length)
             _count(found, files, project_id, spec, report, tokenizer, longest)

@@ -137,3 +137,17 @@ def score_models(grader: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             yield from score_models(part)
     elif grader.get("type") == "score_model":
         yield grader  # type: ignore[misc]
+
+
+def unusable_rows(method: str, options: Mapping[str, Any], kind: Format | None) -> str | None:
+    """Return why a job cannot learn from rows of a kind, None if it can."""
+    rules = METHODS[method]
+    if kind not in rules.formats:
+        what = "supervised fine-tuning" if method == "supervised" else f"the method {method}"
+        return f"are of the kind {kind}; {what} takes {', '.join(rules.formats)}."
+    if options.get("prompt_loss_weight") and kind != Format.PROMPT_COMPLETION:
+        return (
+            f"are of the kind {kind}, but `prompt_loss_weight` needs {Format.PROMPT_COMPLETION} "
+            "rows. Leave it out, or upload such rows."
+        )
+    return None

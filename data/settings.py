@@ -162,6 +162,10 @@ class Settings(StrictModel):
         return self.home / "runs"
 
     @property
+    def workers_dir(self) -> Path:
+        return self.home / "workers"
+
+    @property
     def effective_database_url(self) -> str:
         return self.database_url or f"sqlite:///{(self.home / 'hone.db').resolve()}"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
@@ -19,6 +20,7 @@ from serve.api import (
     comparisons,
     completions,
     content_policies,
+    docs_page,
     embeddings,
     errors,
     estimates,
@@ -44,6 +46,7 @@ from serve.api import (
     usage,
     webhook_endpoints,
 )
+from serve.api.description import describe_api
 from serve.api.idempotency import Idempotency
 from serve.api.middleware import Authentication, BodyLimit, RequestContext
 from serve.closed_accounts import watch
@@ -134,7 +137,9 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
         limits,
         organization_limits,
         health,
+        docs_page,
     ):
         app.include_router(routes.router)
     app.include_router(label_projects.task_router)
+    app.openapi = partial(describe_api, app)  # type: ignore[method-assign]
     return app

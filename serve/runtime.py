@@ -107,7 +107,7 @@ def open_runtime(settings: Settings) -> Runtime:
     spec = base_model.find_spec(settings.model)
     folder = base_model.fetch(spec, settings.models_dir)
     fingerprint = base_model.fingerprint(folder)
-    engine, tokenizer = _open_engine(settings, spec, folder, fingerprint)
+    engine, tokenizer = open_engine(settings, spec, folder, fingerprint)
     runtime = Runtime(
         settings=settings,
         database=database,
@@ -127,9 +127,10 @@ def open_runtime(settings: Settings) -> Runtime:
     return runtime
 
 
-def _open_engine(
+def open_engine(
     settings: Settings, spec: ModelSpec, folder: Path, fingerprint: str
 ) -> tuple[LocalEngine, Any]:
+    """Load a fetched base model and start its engine; returns it and the tokenizer."""
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     dtype = spec.dtype if settings.dtype == "auto" else settings.dtype

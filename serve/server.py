@@ -2,7 +2,8 @@
 
 The port is bound before the model is loaded, so a port in use is told at once; connections are
 accepted only when the model has answered. SIGTERM and SIGINT stop accepting, let answers in flight
-finish for `shutdown_grace_s`, cut what is left, stop the worker, and exit with 0.
+finish for `shutdown_grace_s`, end what is left with an error, stop the worker, and exit with 0. A
+second signal ends the server at once, as kill -9 does: nothing is lost but what was under way.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from __future__ import annotations
 import asyncio
 import errno
 import json
+import os
 import signal
 import socket
 import time
 from collections.abc import Callable
+from types import FrameType
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -25,6 +28,7 @@ from serve import logs
 from serve.api.errors import envelope
 
 KEEP_ALIVE_S = 75
+CUT_S = 2  # to send the errors of what is left
 
 
 def run(settings: Settings, read: Callable[[], Settings]) -> None:
@@ -54,13 +58,14 @@ def run(settings: Settings, read: Callable[[], Settings]) -> None:
             log_config=None,
             access_log=False,
             server_header=False,
-            timeout_graceful_shutdown=settings.shutdown_grace_s,
+            timeout_graceful_shutdown=settings.shutdown_grace_s + CUT_S,
             timeout_keep_alive=KEEP_ALIVE_S,
         )
         try:
-            _Server(config, settings, started, lambda: reload(runtime, read)).run(
-                sockets=[listener]
+            server = _Server(
+                config, settings, started, lambda: reload(runtime, read), runtime.generator.stop
             )
+            server.run(sockets=[listener])
         except OSError as error:  # another server bound the port too and was ready first
             raise _cannot_listen(settings.host, settings.port, error) from error
     finally:
@@ -73,7 +78,12 @@ def _leave(_signal: int, _frame: object) -> None:
 
 
 class _Server(uvicorn.Server):
-    """Says when it is ready."""
+    """Says when it is ready, and ends what runs for too long when it stops.
+
+    Args:
+        on_hangup: Called at SIGHUP.
+        on_end: Called when the time that answers in flight have is over.
+    """
 
     def __init__(
         self,
@@ -81,9 +91,11 @@ class _Server(uvicorn.Server):
         settings: Settings,
         started: float,
         on_hangup: Callable[[], object],
+        on_end: Callable[[], object],
     ):
         super().__init__(config)
         self._on_hangup = on_hangup
+        self._on_end = on_end
         self._settings = settings
         self._started = started
 
@@ -99,6 +111,19 @@ class _Server(uvicorn.Server):
                 f"(model {self._settings.model}, {took_s:.1f} s)",
                 flush=True,
             )
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        loop = asyncio.get_running_loop()
+        ending = loop.call_later(self._settings.shutdown_grace_s, self._on_end)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            ending.cancel()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit:  # whoever asks twice does not want to wait
+            os._exit(128 + sig)
+        super().handle_exit(sig, frame)
 
 
 class HttpProtocol(H11Protocol):

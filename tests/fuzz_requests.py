@@ -17,8 +17,10 @@ from test_api_isolation import EVENT, ROWS
 NESTED = 10_000
 HELLO = [{"role": "user", "content": "Hello"}]
 SUMS = {"currency": "USD", "interval": "month", "threshold_amount": 10**9}
+ALERT = SUMS | {"notification_channel": {"type": "email", "recipients": ["a@example.org"]}}
 DECIDE = {"note": "a"}
 TASK = {"prompt": "q", "candidates": ["a", {"text": "b", "model": "m"}], "gold": {"choice": "A"}}
+EVERYBODYS_LIMIT = "/v1/organization/spend_limit"  # one of 0 refuses all that comes after it
 # A good body of each route that takes JSON; {file}, {job} and so on stand for ids that exist.
 SAMPLES: dict[str, Any] = {
     "/v1/completions": {
@@ -45,6 +47,8 @@ SAMPLES: dict[str, Any] = {
     },
     "/v1/chat/completions/{completion_id}": {"metadata": {"a": "b"}},
     "/v1/embeddings": {"model": MODEL, "input": ["a", [70, 71]], "encoding_format": "float"},
+    "/v1/moderations": {"input": ["a", "b"], "model": "omni-moderation-latest"},
+    "/v1/api_keys": {"name": "fuzz", "role": "reader", "expires_in_seconds": 3600},
     "/v1/engines/{model}/completions": {"prompt": "The cat", "max_tokens": 2, "n": 1},
     "/v1/engines/{model}/embeddings": {"input": "a"},
     "/v1/uploads": {
@@ -117,7 +121,11 @@ SAMPLES: dict[str, Any] = {
     },
     "/v1/organization/projects": {"name": "fuzz"},
     "/v1/organization/projects/{project_id}": {"name": "fuzzed"},
-    "/v1/organization/projects/{project_id}/service_accounts": {"name": "a"},
+    "/v1/organization/projects/{project_id}/service_accounts": {"name": "a", "role": "member"},
+    "/v1/organization/projects/{project_id}/service_accounts/{service_account_id}": {
+        "name": "b",
+        "role": "owner",
+    },
     "/v1/organization/admin_api_keys": {"name": "a", "expires_in_seconds": 60},
     "/v1/organization/projects/{project_id}/warn": {"reason": "a"},
     "/v1/organization/projects/{project_id}/suspend": {"reason": "a"},
@@ -129,16 +137,28 @@ SAMPLES: dict[str, Any] = {
         "max_requests_per_1_minute": 10**6
     },
     "/v1/organization/projects/{project_id}/spend_limit": SUMS,
-    "/v1/organization/projects/{project_id}/spend_alerts": {
-        **SUMS,
-        "notification_channel": {"type": "email", "recipients": ["a@example.org"]},
-    },
+    "/v1/organization/projects/{project_id}/spend_alerts": ALERT,
+    "/v1/organization/projects/{project_id}/spend_alerts/{alert_id}": ALERT,
     "/v1/organization/projects/{project_id}/caps": {"concurrent_jobs": 10**6},
+    "/v1/organization/projects/{project_id}/content_policy": {
+        "input": "block",
+        "output": "score",
+        "training": "off",
+        "rules": [
+            {"type": "word", "value": "b", "name": "a"},
+            {"type": "regex", "value": "c+"},
+            {"type": "classifier", "category": "hate", "threshold": 0.5},
+        ],
+        "case_after": 3,
+        "block_user_after": 5,
+    },
+    "/v1/organization/projects/{project_id}/blocked_identifiers": {"identifier": "a"},
     "/v1/organization/access_requests/{request_id}/approve": DECIDE,
     "/v1/organization/access_requests/{request_id}/deny": DECIDE,
     "/v1/organization/access_requests/{request_id}/waitlist": DECIDE,
 }
 SAMPLES["/tokenize"], SAMPLES["/detokenize"] = SAMPLES["/v1/tokenize"], SAMPLES["/v1/detokenize"]
+SAMPLES[EVERYBODYS_LIMIT] = SUMS  # the last
 FORMS: dict[str, dict[str, Any]] = {
     "/v1/files": {"data": {"purpose": "fine-tune"}, "files": {"file": ("rows.jsonl", ROWS)}},
     "/v1/uploads/{upload_id}/parts": {"files": {"data": ("part", b"123456789")}},

@@ -19,6 +19,7 @@ from test_api_process import key_of, started
 
 from serve.api import stream
 
+LONG = {"ignore_eos": True}
 BODY = {"model": MODEL, "prompt": "The cat", "temperature": 0, "ignore_eos": True}
 
 
@@ -101,24 +102,49 @@ def test_a_connection_that_takes_nothing_is_cut(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("grace", [0, 1])
-def test_a_stopped_server_never_ends_a_stream_cleanly(
+def test_a_stopped_server_ends_a_stream_with_an_error(
     tmp_path_factory: pytest.TempPathFactory, grace: int
 ) -> None:
+    """And a call that is not streamed with 503; nothing ever looks whole."""
     settings = tiny_settings(tmp_path_factory.mktemp("stopped"))
     key = key_of(settings, "caller")
-    with started(settings, f"shutdown_grace_s={grace}", "max_batch=1") as (process, url):
+    words = (f"shutdown_grace_s={grace}", "max_batch=1")
+    with started(settings, *words) as (process, url), ThreadPoolExecutor(1) as pool:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0)
+        body = {**BODY, "max_tokens": 480, "n": 100}
+        headers = {"authorization": f"Bearer {key}"}
+        post = f"{url}/v1/completions"
+        whole = pool.submit(httpx.post, post, json=body, headers=headers, timeout=60)
         answer = client.completions.create(
-            model=MODEL,
-            prompt="The cat",
-            max_tokens=480,
-            n=100,
-            stream=True,
-            extra_body={"ignore_eos": True},
+            model=MODEL, prompt="The cat", max_tokens=480, n=100, stream=True, extra_body=LONG
         )
         next(iter(answer))
         process.send_signal(signal.SIGTERM)
+        with pytest.raises(openai.APIError) as caught:
+            for _ in answer:
+                pass
+        assert caught.value.code == "server_stopping"
+        assert process.wait(timeout=30) == 0
+        ended = whole.result()
+    assert ended.status_code == 503
+    assert ended.json()["error"]["code"] == "server_stopping"
+    assert ended.headers["retry-after"] == "1"
+
+
+def test_a_second_signal_ends_the_server_at_once(tmp_path_factory: pytest.TempPathFactory) -> None:
+    settings = tiny_settings(tmp_path_factory.mktemp("twice"))
+    key = key_of(settings, "caller")
+    with started(settings, "shutdown_grace_s=600", "max_batch=1") as (process, url):
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0)
+        answer = client.completions.create(
+            model=MODEL, prompt="The cat", max_tokens=480, n=128, stream=True, extra_body=LONG
+        )
+        next(iter(answer))
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        assert process.poll() is None  # it waits for the answer
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=5) == 128 + signal.SIGTERM
         with pytest.raises((openai.APIError, httpx.RemoteProtocolError)):
             for _ in answer:
                 pass
-        assert process.wait(timeout=30) == 0

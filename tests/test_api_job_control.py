@@ -176,6 +176,12 @@ def test_an_estimate_tells_what_would_fail(server: Server, client: openai.OpenAI
     found = server.http().post("/v1/fine_tuning/jobs", json=body).json()
     assert (found["ok"], found["tokens"], found["estimated_seconds"]) == (False, None, None)
     assert "rows.jsonl:13:" in found["faults"][0]
+    texts = b'{"text": "a b"}\n' * 12
+    body["training_file"] = client.files.create(file=("t.jsonl", texts), purpose="fine-tune").id
+    body["prompt_loss_weight"] = 0.1
+    found = server.http().post("/v1/fine_tuning/jobs", json=body).json()
+    assert found["ok"] is False
+    assert "`prompt_loss_weight` needs" in found["faults"][0]
     with pytest.raises(openai.BadRequestError) as caught:
         create(client, training_file="file-none", extra_body={"dry_run": True})
     assert caught.value.param == "training_file"

@@ -80,6 +80,14 @@ def test_a_fine_tune_is_a_job(server: Server) -> None:
     assert http.post(f"/v1/fine-tunes/{made['id']}/cancel").json()["status"] == "cancelled"
 
 
+def test_a_fine_tune_weighs_its_prompts(server: Server) -> None:
+    body = {"training_file": upload(server), "prompt_loss_weight": 0.1}
+    made = server.http().post("/v1/fine-tunes", json=body).json()
+    with server.runtime.database.read() as session:
+        assert session.get_one(Job, made["id"]).options == {"prompt_loss_weight": 0.1}
+    server.http().post(f"/v1/fine-tunes/{made['id']}/cancel")
+
+
 def test_events_of_a_fine_tune_are_streamed(server: Server) -> None:
     http = server.http()
     made = http.post("/v1/fine-tunes", json={"training_file": upload(server)}).json()
@@ -99,7 +107,8 @@ def test_events_of_a_fine_tune_are_streamed(server: Server) -> None:
         ({}, "training_file"),
         ({"training_file": "file-x"}, "training_file"),
         ({"training_file": "FILE", "n_epochs": 0}, "n_epochs"),
-        ({"training_file": "FILE", "prompt_loss_weight": 0.1}, "prompt_loss_weight"),
+        ({"training_file": "FILE", "prompt_loss_weight": 1.5}, "prompt_loss_weight"),
+        ({"training_file": "FILE", "classification_n_classes": 2}, "classification_n_classes"),
         ({"training_file": "FILE", "suffix": 41 * "x"}, "suffix"),
     ],
 )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,9 @@ OWN_ROUTES = re.compile(
     r"|/v1/fine_tuning/estimate|/v1/fine_tuning/jobs/\{job_id\}/examples"
     r"|/v1/(feedback|label_projects|label_tasks|comparisons)(/.*)?"
     r"|/v1/webhook_endpoints/\{endpoint_id\}/deliveries"
-    r"|/v1/organization/projects/\{project_id\}/(warn|suspend|reinstate|caps)"
+    r"|/v1/organization/projects/\{project_id\}/(warn|suspend|reinstate|caps|content_policy)"
+    r"|/v1/organization/projects/\{project_id\}/(content_events|blocked_identifiers)(/.*)?"
+    r"|/v1/api_keys(/.*)?"
 )
 __all__ = ["receiver"]  # a fixture
 HELLO: Any = [{"role": "user", "content": "Hello"}]
@@ -183,6 +186,10 @@ def test_embeddings(call: Caller) -> None:
     call("embeddings.create", model=MODEL, input=["a", "b"], encoding_format="float")
 
 
+def test_moderations(call: Caller) -> None:
+    call("moderations.create", input=["a", "b"], model="omni-moderation-latest")
+
+
 def test_files_and_uploads(call: Caller) -> None:
     file = call("files.create", file=("rows.jsonl", ROWS), purpose="fine-tune")
     call("files.retrieve", file.id)
@@ -287,6 +294,7 @@ def test_accounts(manage: Caller, server: Server) -> None:
     made = manage(f"{users}.create", project.id, name="backend")
     manage(f"{users}.list", project.id)
     manage(f"{users}.retrieve", made.id, project_id=project.id)
+    manage(f"{users}.update", made.id, project_id=project.id, name="front", role="owner")
     keys = f"{root}.projects.api_keys"
     manage(f"{keys}.list", project.id)
     manage(f"{keys}.retrieve", made.api_key.id, project_id=project.id)
@@ -305,7 +313,7 @@ def test_accounts(manage: Caller, server: Server) -> None:
     manage(f"{root}.audit_logs.list")
 
 
-def test_limits_and_usage(manage: Caller, server: Server) -> None:
+def test_limits_and_usage(call: Caller, manage: Caller, server: Server) -> None:
     root, project = "admin.organization", server.project.id
     limits = f"{root}.projects.rate_limits"
     [limit] = manage(f"{limits}.list_rate_limits", project).data
@@ -315,8 +323,11 @@ def test_limits_and_usage(manage: Caller, server: Server) -> None:
         project_id=project,
         max_requests_per_1_minute=100_000,
     )
-    spend = f"{root}.projects.spend_limit"
     sums: Any = {"currency": "USD", "interval": "month", "threshold_amount": 10**6}
+    manage(f"{root}.spend_limit.update", **sums)
+    manage(f"{root}.spend_limit.retrieve")
+    manage(f"{root}.spend_limit.delete")
+    spend = f"{root}.projects.spend_limit"
     manage(f"{spend}.update", project, **sums)
     manage(f"{spend}.retrieve", project)
     manage(f"{spend}.delete", project)
@@ -327,8 +338,14 @@ def test_limits_and_usage(manage: Caller, server: Server) -> None:
     manage(f"{alerts}.retrieve", alert.id, project_id=project)
     manage(f"{alerts}.update", alert.id, project_id=project, **sums, notification_channel=to)
     manage(f"{alerts}.delete", alert.id, project_id=project)
-    start = alert.created_at - 86_400 if hasattr(alert, "created_at") else 1_700_000_000
+    start = int(time.time()) - 86_400
     manage(f"{root}.usage.completions", start_time=start, group_by=["project_id", "model"])
+    call("embeddings.create", model=MODEL, input="a", encoding_format="float")
+    call("moderations.create", input="a")
+    for kind in ("embeddings", "moderations"):
+        usage = f"{root}.usage.{kind}"
+        found = manage(usage, start_time=start, group_by=["project_id", "model", "api_key_id"])
+        assert any(bucket.results for bucket in found.data), kind
     manage(f"{root}.usage.costs", start_time=start)
 
 

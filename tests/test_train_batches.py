@@ -19,7 +19,8 @@ from train.sft_trainer import cut_batch
 
 def rendered(lengths: list[int]) -> Rendered:
     examples = [Example(tuple(range(n)), (-100, *range(1, n))) for n in lengths]
-    return Rendered(Path("rows.jsonl"), "digest", examples, list(range(1, len(lengths) + 1)))
+    lines = list(range(1, len(lengths) + 1))
+    return Rendered(Path("rows.jsonl"), "digest", examples=examples, lines=lines)
 
 
 @given(

@@ -211,6 +211,17 @@ def test_unusable_files_fail_the_job(
     assert "failed" in messages_of(shop, job)[-1]
 
 
+def test_a_weight_of_prompts_needs_prompts(shop: Workshop, project: Project) -> None:
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = [json.dumps({"messages": chat})] * 12
+    job = add_job(shop, project, rows, options={"prompt_loss_weight": 0.1})
+    Worker(shop).run(once=True)
+    job = jobs.get(shop.database, project.id, job.id)
+    assert job.error is not None
+    assert (job.error["code"], job.error["param"]) == ("invalid_training_file", "training_file")
+    assert "are of the kind chat, but `prompt_loss_weight` needs" in job.error["message"]
+
+
 def test_every_problem_is_in_the_event(shop: Workshop, project: Project) -> None:
     job = add_job(shop, project, [*ROWS, *['{"prompt": "a"}'] * 30])
     Worker(shop).run(once=True)

@@ -12,11 +12,10 @@ from sqlalchemy.orm import Session
 from data import content, content_events, content_training, job_pause, jobs
 from data.content import Policy
 from data.errors import NotFound
-from data.job_methods import METHODS
+from data.job_methods import METHODS, unusable_rows
 from data.moderation import classifier
 from data.prompt_format import prompt_format
 from data.report import Problem, Report
-from data.rows import Format
 from data.tables import Job
 from data.validate import validate
 from train.lease import Lease
@@ -93,14 +92,9 @@ def _check_files(
         report = validate(path, format, min_examples=least[param], name=path.name)
         if not report.ok:
             return _invalid(param, file_id, report), {}
-        if report.format not in rules.formats:
-            return _wrong_format(param, file_id, report, job.method["type"]), {}
-        if job.options.get("prompt_loss_weight") and report.format != Format.PROMPT_COMPLETION:
-            message = (
-                f"prompt_loss_weight needs prompt/completion rows; those of {file_id} are "
-                f"{report.format}. Leave it out, or upload such rows."
-            )
-            return _Fault(param, message), {}
+        misfit = unusable_rows(job.method["type"], job.options, report.format)
+        if misfit is not None:
+            return _Fault(param, f"The rows of {file_id} {misfit}"), {}
         reports[param] = report
         _note(warnings, f"{file_id}: ", report.warnings, report.warning_counts)
         fault = _screen(shop, job, policy, (param, file_id, path), report, warnings)
@@ -143,13 +137,6 @@ def _invalid(param: str, file_id: str, report: Report) -> _Fault:
     errors = [problem.to_dict() for problem in report.problems]
     message = f"The file {file_id} cannot be used.\n{report.summary(LISTED)}"
     return _Fault(param, message, {"errors": errors, "counts": report.counts})
-
-
-def _wrong_format(param: str, file_id: str, report: Report, method: str) -> _Fault:
-    wanted = ", ".join(METHODS[method].formats)
-    what = "supervised fine-tuning" if method == "supervised" else f"the method {method}"
-    message = f"The rows of {file_id} are of the kind {report.format}; {what} takes {wanted}."
-    return _Fault(param, message)
 
 
 def _note(

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from data import jobs, registry
+from data import jobs, presence, registry
 from data.db import Database
 from data.errors import StateConflict, ToolkitError
 from data.feedback import privacy
@@ -152,7 +152,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(number, lambda *_: shop.stopping.set())
     log.info("worker %s serves %s", shop.worker_id, settings.home.resolve())
     try:
-        Worker(shop).run(options.once)
+        with presence.announced(settings.workers_dir, shop.worker_id):
+            Worker(shop).run(options.once)
     finally:
         shop.database.close()
     return 0

@@ -50,10 +50,6 @@ class ServedModel:
 class ModelCatalog:
     """Every model that this server can answer with."""
 
-    def count_tokens(self, text: str) -> int:
-        """Return how many tokens of the base model a text is."""
-        return len(self.base_tokens.tokenizer.encode(text, add_special_tokens=False))
-
     def __init__(
         self,
         database: Database,
@@ -76,6 +72,10 @@ class ModelCatalog:
         self.base = ServedModel(
             base_model, None, self.base_tokens, engine.eos_token_ids, _mark(engine.fingerprint, "")
         )
+
+    def count_tokens(self, text: str) -> int:
+        """Return how many tokens of the base model a text is."""
+        return len(self.base_tokens.tokenizer.encode(text, add_special_tokens=False))
 
     async def bases(self, account_id: str) -> list[str]:
         """Return the base models that an account may use."""

@@ -45,7 +45,7 @@ async def answer(
             f"The model '{MODEL}' answers each prompt once: leave out 'stream', 'n' and 'echo'.",
             param="model",
         )
-    meter(runtime, request, caller.id, texts)
+    await run_in_threadpool(meter, runtime, request, caller.id, texts)
     choices: list[dict[str, Any]] = []
     for prompt, text in zip(prompts, texts, strict=True):
         verdict = await run_in_threadpool(runtime.moderator.judge, text)

@@ -12,8 +12,10 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.responses import Response, StreamingResponse
 
 from data.errors import InvalidInput
+from data.files import PURPOSES
 from data.tables import File
 from serve.api.deps import Caller, Running, json_response, page
+from serve.api.description import form_body
 from serve.api.errors import unknown_parameter
 from serve.api.schemas import QueryModel
 
@@ -32,7 +34,17 @@ class ListFiles(QueryModel):
     order: Literal["asc", "desc"] = "desc"
 
 
-@router.post("/files")
+@router.post(
+    "/files",
+    openapi_extra=form_body(
+        {"file": "The file."},
+        purpose=" or ".join(f"`{purpose}`" for purpose in PURPOSES),
+        **{
+            "expires_after[anchor]": "`created_at`.",
+            "expires_after[seconds]": "Seconds after that.",
+        },
+    ),
+)
 async def upload_file(request: Request, caller: Caller, runtime: Running) -> Response:
     """Store a file; one that cannot be what its purpose says is refused with the lines at fault."""
     async with request.form(max_files=1, max_fields=8) as form:

@@ -84,6 +84,7 @@ class Generator:
         self.engine = engine
         self.last_answer_s = float("-inf")  # on time.monotonic(): the newest sign of life
         self.closed: Mapping[str, ToolkitError] = {}  # accounts that are not served, and why
+        self._stopping: ToolkitError | None = None
         self._live: WeakSet[Generation] = WeakSet()
 
     def start(
@@ -109,7 +110,9 @@ class Generator:
         return generation
 
     def check(self, account: str) -> None:
-        """Refuse the requests of a closed account."""
+        """Refuse the requests of a closed account, and all when the server stops."""
+        if self._stopping is not None:
+            raise copy(self._stopping)
         if account in self.closed:
             raise copy(self.closed[account])
 
@@ -119,6 +122,22 @@ class Generator:
         for generation in list(self._live):
             if generation.account in closed:
                 generation.end(copy(closed[generation.account]))
+
+    def note(self, delta: Delta) -> None:
+        """Take a delta for a sign of life, or of a failure that /health is to look at."""
+        if delta.finish_reason != "error":
+            self.last_answer_s = time.monotonic()
+        elif isinstance(delta.error, EngineFailure):
+            self.last_answer_s = float("-inf")
+
+    def stop(self) -> None:
+        """Refuse all from now on, and end what runs with an error."""
+        self._stopping = Overloaded(
+            "The server is stopping before the answer is complete; ask again.",
+            code="server_stopping",
+        )
+        for generation in list(self._live):
+            generation.end(copy(self._stopping))
 
     async def answer(self, requests: Sequence[GenerationRequest]) -> list[Answer]:
         """Run the requests to their end and return their answers in order."""
@@ -187,7 +206,7 @@ class Generation:
                 except TimeoutError:
                     yield None
                     continue
-                self._generator.last_answer_s = time.monotonic()
+                self._generator.note(delta)
                 if delta.finish_reason is not None:
                     del self._running[index]
                     cancelled = delta.finish_reason == "cancelled" and index not in self._stopped

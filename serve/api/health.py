@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 
 from fastapi import APIRouter
@@ -10,12 +11,14 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
-from data.errors import EngineFailure, Overloaded
+from data.errors import EngineFailure, ModelUnavailable, Overloaded
 from serve.api.deps import Operator, Running, json_response
 from serve.runtime import Runtime
 
 FRESH_S = 10.0  # an answer this young proves that the model works
 PROBE_TIMEOUT_S = 30.0
+
+log = logging.getLogger("hone.requests")
 
 router = APIRouter()
 
@@ -43,7 +46,8 @@ async def _ensure_alive(runtime: Runtime) -> None:
                 await runtime.generator.answer([runtime.probe()])
         except Overloaded:
             return  # busy answering others
-        except TimeoutError:
-            raise EngineFailure(
-                f"The model did not answer within {PROBE_TIMEOUT_S:.0f} s; restart the server."
+        except (EngineFailure, TimeoutError) as error:
+            log.error("the model does not answer: %s", error or f"for {PROBE_TIMEOUT_S:.0f} s")
+            raise ModelUnavailable(
+                "The model does not answer; the server's log says why. Restart the server."
             ) from None

@@ -1,9 +1,10 @@
 """What every request passes through before it reaches a route.
 
 `RequestContext` names the request, times it, logs it and turns a bug into a 500 that says where to
-look. `Authentication` lets nobody in without a key (only /health is open), before the body is read.
-`BodyLimit` refuses what is too large while it arrives. Plain ASGI classes: they add no task and
-leave the disconnect message to whoever streams.
+look. `Authentication` lets nobody in without a key, before the body is read; but
+for /health, and the API's description, which tell nothing of any account. `BodyLimit` refuses what
+is too large while it arrives. Plain ASGI classes: they add no task and leave the disconnect message
+to whoever streams.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from serve.logs import FIELDS
 
 API_VERSION = "2020-10-01"
 ORGANIZATION = "org-hone"  # one installation is one organization; its accounts are projects
-OPEN_PATHS = {"/health"}
+OPEN_PATHS = {"/health", "/docs", "/openapi.json"}
 OPEN_POSTS = {"/v1/access_requests"}  # anybody may ask; the route limits how often
 CASES = "/v1/safety/cases/"  # what a suspended account may still read
 UPLOAD_PATHS = ("/v1/files", "/v1/adapters")

@@ -39,7 +39,7 @@ async def create_moderation(
     classifier = runtime.moderator.classifier
     check_model(body.model, classifier.name, "model")
     texts = _read(body.input)
-    meter(runtime, request, caller.id, texts)
+    await run_in_threadpool(meter, runtime, request, caller.id, texts)
     verdicts = [await run_in_threadpool(runtime.moderator.judge, text) for text in texts]
     return json_response(
         {

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -12,12 +9,13 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, UploadFile
 from starlette.responses import Response
 
-from data import caps, registry
+from data import registry
 from data.adapter_checks import CONFIG, WEIGHTS
-from data.errors import AdapterRefused, InvalidInput
-from data.job_spec import check_suffix
+from data.errors import InvalidInput
 from data.tables import AdapterVersion
+from serve.adapter_import import publish_files
 from serve.api.deps import Account, Caller, Running, json_response, page
+from serve.api.description import form_body
 from serve.api.errors import unknown_parameter
 from serve.engine.base import AdapterRef, AdapterState
 from serve.runtime import Runtime
@@ -36,7 +34,13 @@ async def list_adapters(caller: Caller, runtime: Running) -> Response:
     return page([_describe(version, states.get(version.digest)) for version in versions], False)
 
 
-@router.post("")
+@router.post(
+    "",
+    openapi_extra=form_body(
+        {"config": "PEFT's adapter_config.json.", "weights": "Its adapter_model.safetensors."},
+        suffix="Part of the model's name.",
+    ),
+)
 async def import_adapter(request: Request, caller: Caller, runtime: Running) -> Response:
     """Publish an adapter that was trained elsewhere, after all checks and a trial forward pass."""
     async with request.form(max_files=2, max_fields=2) as form:
@@ -123,38 +127,21 @@ def _describe(version: AdapterVersion, state: AdapterState | None) -> dict[str, 
 
 def _import(runtime: Runtime, account: Account, form: FormData) -> AdapterVersion:
     suffix = form.get("suffix")
-    if suffix is not None:
-        check_suffix(suffix)
-    catalog = runtime.models
-    with tempfile.TemporaryDirectory(prefix="hone-import-") as scratch:
-        folder = Path(scratch) / "adapter"
-        folder.mkdir()
-        for field, filename in PARTS.items():
-            part = form.get(field)
-            if not isinstance(part, UploadFile):
-                raise InvalidInput(
-                    f"Missing required parameter: '{field}'. Send PEFT's {filename} as a file of "
-                    "a multipart/form-data body.",
-                    param=field,
-                    code="missing_required_parameter",
-                )
-            with (folder / filename).open("wb") as target:
-                shutil.copyfileobj(part.file, target)
-        size = sum(path.stat().st_size for path in folder.iterdir())
-        with runtime.database.read() as session:
-            caps.check_stored_bytes(session, account.id, runtime.settings.limits, size)
-        try:
-            return registry.publish_imported(
-                runtime.database,
-                runtime.settings.adapters_dir,
-                account.id,
-                folder,
-                (catalog.base_model, catalog.base_fingerprint),
-                str(suffix) if suffix is not None else None,
-                try_out=lambda digest: runtime.engine.load_adapter(
-                    AdapterRef(digest, str(folder), account.id)
-                ),
+    if isinstance(suffix, UploadFile):
+        raise InvalidInput("Invalid 'suffix': expected a text, not a file.", param="suffix")
+    files = {}
+    for field, filename in PARTS.items():
+        part = form.get(field)
+        if not isinstance(part, UploadFile):
+            raise InvalidInput(
+                f"Missing required parameter: '{field}'. Send PEFT's {filename} as a file of "
+                "a multipart/form-data body.",
+                param=field,
+                code="missing_required_parameter",
             )
-        except AdapterRefused as error:  # of files that the caller has just sent: tell the reason
-            message = error.message.replace(f"{folder}/", "").replace(str(folder), "the adapter")
-            raise InvalidInput(message, param="weights", code=error.code) from error
+        files[filename] = part.file
+    catalog = runtime.models
+    base = (catalog.base_model, catalog.base_fingerprint)
+    return publish_files(
+        runtime.database, runtime.settings, account.id, files, base, runtime.engine, suffix
+    )

@@ -12,6 +12,7 @@ from starlette.responses import Response
 from data.errors import InvalidInput
 from data.tables_surface import Upload
 from serve.api.deps import Caller, Running, json_response
+from serve.api.description import form_body
 from serve.api.errors import unknown_parameter
 from serve.api.files import describe_file
 from serve.api.json_route import StrictJsonRoute
@@ -60,7 +61,7 @@ async def create_upload(body: CreateUpload, caller: Caller, runtime: Running) ->
     return json_response(_describe(upload))
 
 
-@router.post("/{upload_id}/parts")
+@router.post("/{upload_id}/parts", openapi_extra=form_body({"data": "The part's bytes."}))
 async def add_part(upload_id: str, request: Request, caller: Caller, runtime: Running) -> Response:
     """Store one part."""
     async with request.form(max_files=1, max_fields=1) as form:

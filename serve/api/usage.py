@@ -13,6 +13,7 @@ from starlette.responses import Response
 from data import usage
 from data.errors import InvalidInput
 from serve.api.deps import Operator, Running, json_response
+from serve.api.description import query_of
 from serve.api.errors import describe
 from serve.runtime import Runtime
 
@@ -77,7 +78,7 @@ class CostsQuery(_RangeQuery):
     line_items: list[str] | None = None
 
 
-@router.get("/usage/completions")
+@router.get("/usage/completions", openapi_extra=query_of(CompletionsQuery))
 async def completions_usage(request: Request, runtime: Running, _operator: Operator) -> Response:
     """Sum what completions and chats used, in buckets of time."""
     query = read_query(request, CompletionsQuery)
@@ -91,13 +92,13 @@ async def completions_usage(request: Request, runtime: Running, _operator: Opera
     return json_response(found)
 
 
-@router.get("/usage/embeddings")
+@router.get("/usage/embeddings", openapi_extra=query_of(InputsQuery))
 async def embeddings_usage(request: Request, runtime: Running, _operator: Operator) -> Response:
     """Sum what was embedded, in buckets of time."""
     return await _inputs(request, runtime, "embeddings")
 
 
-@router.get("/usage/moderations")
+@router.get("/usage/moderations", openapi_extra=query_of(InputsQuery))
 async def moderations_usage(request: Request, runtime: Running, _operator: Operator) -> Response:
     """Sum what was judged, in buckets of time."""
     return await _inputs(request, runtime, "moderations")
@@ -137,7 +138,7 @@ def _range(
     return wanted, filters
 
 
-@router.get("/costs")
+@router.get("/costs", openapi_extra=query_of(CostsQuery))
 async def costs(request: Request, runtime: Running, _operator: Operator) -> Response:
     """Sum what everything cost, in buckets of a day."""
     query = read_query(request, CostsQuery)

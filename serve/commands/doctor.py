@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import sys
@@ -11,9 +12,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import typer
 
 from data.errors import ToolkitError
-from serve.commands.common import AsJson, print_json, print_table
+from serve.commands.common import AsJson, clock, print_json, print_table
 
 if TYPE_CHECKING:
+    from data.db_state import DatabaseState
     from data.settings import Settings
 
 FREE_DISK_GB = 2  # a base model, its source and a few checkpoints
@@ -28,7 +30,7 @@ class Finding(NamedTuple):
 
 
 def doctor(as_json: AsJson = False) -> None:
-    """Check Python, libraries, settings, disk, database, base model and port."""
+    """Check Python, libraries, settings, disk, database, worker, base model; changes nothing."""
     from data.settings import load_settings
 
     findings = [_python(), _torch(), _kernels()]
@@ -62,17 +64,15 @@ def _torch() -> Finding:
 def _kernels() -> Finding:
     from serve.engine import kernels
 
-    if kernels.library() is None:
-        detail = "no C compiler that works: the engine serves from a CPU with torch alone, slower"
-    else:
-        detail = "compiled for this processor"
-    return Finding("CPU kernels", True, detail)
+    return Finding("CPU kernels", True, kernels.outlook())
 
 
 def _deployment(settings: Settings) -> Iterator[Finding]:
     checks: dict[str, Callable[[Settings], Finding]] = {
         "disk": _disk,
         "database": _database,
+        "migrations": _migrations,
+        "worker": _worker,
         "base model": _base_model,
         "port": _port,
     }
@@ -84,21 +84,61 @@ def _deployment(settings: Settings) -> Iterator[Finding]:
 
 
 def _disk(settings: Settings) -> Finding:
-    settings.home.mkdir(parents=True, exist_ok=True)
-    free_gb = shutil.disk_usage(settings.home).free / 1e9
-    detail = f"{free_gb:.0f} GB free at {settings.home.resolve()}"
+    home = settings.home.resolve()
+    there = next(path for path in (home, *home.parents) if path.exists())
+    free_gb = shutil.disk_usage(there).free / 1e9
+    detail = f"{free_gb:.0f} GB free at {home}"
+    if not os.access(there, os.W_OK):
+        return Finding("disk", False, f"{there} cannot be written to")
     if free_gb < FREE_DISK_GB:
         return Finding("disk", False, f"{detail}; hone wants {FREE_DISK_GB} GB")
     return Finding("disk", True, detail)
 
 
 def _database(settings: Settings) -> Finding:
-    from data.db import Database
+    from sqlalchemy import make_url
 
-    database = Database(settings.effective_database_url)
-    database.migrate()
-    database.close()
-    return Finding("database", True, database.url.render_as_string(hide_password=True))
+    state = _state(settings)
+    shown = make_url(settings.effective_database_url).render_as_string(hide_password=True)
+    return Finding(
+        "database", True, shown if state.exists else f"{shown}: the first start makes it"
+    )
+
+
+def _migrations(settings: Settings) -> Finding:
+    state = _state(settings)
+    if state.revision == state.newest:
+        return Finding("migrations", True, f"current ({state.newest})")
+    if not state.known:
+        detail = f"the schema ({state.revision}) is of a newer hone than this ({state.newest})"
+        return Finding("migrations", False, detail)
+    if state.revision is None:
+        return Finding("migrations", True, f"none yet; the next start makes {state.newest}")
+    detail = f"at {state.revision}; the next start of `hone serve` brings it to {state.newest}"
+    return Finding("migrations", False, detail)
+
+
+def _worker(settings: Settings) -> Finding:
+    from data import presence
+
+    state, alive = _state(settings), presence.alive(settings.workers_dir)
+    if alive:
+        shown = ", ".join(f"process {worker.pid} since {clock(worker.since)}" for worker in alive)
+        return Finding("worker", True, f"alive: {shown}")
+    if state.held:
+        return Finding("worker", True, f"none here; {state.held} jobs are held by one elsewhere")
+    if state.waiting:
+        detail = (
+            f"none, and {state.waiting} jobs wait; start `hone serve` or `python -m train.worker`"
+        )
+        return Finding("worker", False, detail)
+    return Finding("worker", True, "none runs, and no job waits; `hone serve` starts one")
+
+
+def _state(settings: Settings) -> DatabaseState:
+    from data import db_state
+
+    return db_state.look(settings.effective_database_url)
 
 
 def _base_model(settings: Settings) -> Finding:

@@ -105,6 +105,26 @@ def logs(
     _follow(database, choose_account(database, account).id, job_id, once=not follow)
 
 
+@app.command("pause")
+def pause(job_id: str, account: Account = None) -> None:
+    """Stop a job at a checkpoint, to go on later; another job may have its place."""
+    from data import job_pause
+
+    _, database = open_home()
+    job = job_pause.pause(database, choose_account(database, account).id, job_id)
+    print(f"{job.id} is {job.status}" + (", its trainer is stopping" if job.worker_id else ""))
+
+
+@app.command("resume")
+def resume(job_id: str, account: Account = None) -> None:
+    """Queue a paused job again; it goes on from its newest checkpoint."""
+    from data import job_pause
+
+    _, database = open_home()
+    job = job_pause.resume(database, choose_account(database, account).id, job_id)
+    print(f"{job.id} is {job.status}")
+
+
 @app.command("cancel")
 def cancel(job_id: str, account: Account = None) -> None:
     """Stop a job; its checkpoints stay."""

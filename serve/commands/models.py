@@ -67,6 +67,43 @@ def pull(
     print(base_model.fetch(spec, settings.models_dir))
 
 
+@app.command("import")
+def import_adapter(
+    folder: Annotated[Path, typer.Argument(help="A LoRA adapter, saved by PEFT for this base.")],
+    account: Account = None,
+    suffix: Annotated[str | None, typer.Option(help="Part of the model's name.")] = None,
+) -> None:
+    """Publish an adapter that was trained elsewhere, after the checks of `POST /v1/adapters`."""
+    from contextlib import ExitStack
+
+    from data.adapter_checks import CONFIG, ORIGIN, WEIGHTS, check_adapter
+    from data.errors import InvalidInput
+
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise InvalidInput(f"{folder} has no {name}; give the folder that PEFT saved")
+    settings, database = open_home()
+    project = choose_account(database, account)
+
+    from serve.adapter_import import publish_files
+    from serve.engine import base_model
+    from serve.runtime import open_engine
+
+    spec = base_model.find_spec(settings.model)
+    place = base_model.fetch(spec, settings.models_dir)
+    fingerprint = base_model.fingerprint(place)
+    if (folder / ORIGIN).is_file():  # hone made it, and noted for which base
+        check_adapter(folder, fingerprint)
+    enough = {"max_batch": 1, "max_context": 32, "kv_cache_mb": min(settings.kv_cache_mb, 128)}
+    with ExitStack() as stack:
+        engine, _ = open_engine(settings.model_copy(update=enough), spec, place, fingerprint)
+        stack.callback(engine.close)
+        files = {n: stack.enter_context((folder / n).open("rb")) for n in (CONFIG, WEIGHTS)}
+        base = (spec.name, fingerprint)
+        version = publish_files(database, settings, project.id, files, base, engine, suffix)
+    print(version.name)
+
+
 @app.command("promote")
 def promote(model: str, account: Account = None) -> None:
     """Move the alias to this version: the next request gets it."""

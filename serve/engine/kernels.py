@@ -254,6 +254,21 @@ def library() -> Any:
     return loaded
 
 
+def outlook() -> str:
+    """Say whether there are or will be kernels, without building any."""
+    compiler = next((path for name in COMPILERS if (path := shutil.which(name))), None)
+    if compiler is None:
+        return "no C compiler: the engine serves from a CPU with torch alone, slower"
+    try:
+        if _target(compiler).exists():
+            return "compiled for this processor"
+        command = [compiler, *FLAGS, "-fsyntax-only", str(SOURCE)]
+        subprocess.run(command, check=True, capture_output=True, timeout=COMPILE_TIMEOUT_S)
+    except (OSError, subprocess.SubprocessError):
+        return f"{compiler} does not work: the engine serves from a CPU with torch alone, slower"
+    return "compiled at the first start"
+
+
 def usable(like: torch.Tensor | nn.Module) -> bool:
     """Tell whether the kernels compute for this tensor or model: float32 on a CPU."""
     parameter = like if isinstance(like, torch.Tensor) else next(like.parameters())
@@ -263,14 +278,11 @@ def usable(like: torch.Tensor | nn.Module) -> bool:
 
 def _compiled(compiler: str) -> Path:
     """Return the shared library for this source, compiler and processor, built if need be."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-    identity = repr((SOURCE.read_bytes(), version, FLAGS, _processor()))
-    name = f"kernels-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hone"
-    target = folder / name
+    target = _target(compiler)
     if not target.exists():
+        folder = target.parent
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        handle, temporary = tempfile.mkstemp(dir=folder, prefix=name)
+        handle, temporary = tempfile.mkstemp(dir=folder, prefix=target.name)
         os.close(handle)
         try:
             subprocess.run(
@@ -284,6 +296,14 @@ def _compiled(compiler: str) -> Path:
         finally:
             Path(temporary).unlink(missing_ok=True)
     return target
+
+
+def _target(compiler: str) -> Path:
+    """Name the shared library after everything that decides what is in it."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+    identity = repr((SOURCE.read_bytes(), version, FLAGS, _processor()))
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hone"
+    return folder / f"kernels-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
 
 
 def _processor() -> str:
