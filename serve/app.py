@@ -51,6 +51,7 @@ from serve.api.idempotency import Idempotency
 from serve.api.middleware import Authentication, BodyLimit, RequestContext
 from serve.closed_accounts import watch
 from serve.runtime import Runtime, open_runtime
+from serve.web.site import make_site
 from serve.webhook_sender import WebhookSender
 from serve.worker_process import WorkerProcess
 
@@ -141,5 +142,6 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
     ):
         app.include_router(routes.router)
     app.include_router(label_projects.task_router)
+    app.mount("/web", make_site(lambda: app.state.runtime))
     app.openapi = partial(describe_api, app)  # type: ignore[method-assign]
     return app

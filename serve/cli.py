@@ -22,6 +22,7 @@ from serve.commands import (
     files,
     jobs,
     models,
+    people,
     serve,
     usage,
 )
@@ -46,6 +47,7 @@ app.add_typer(feedback.app, name="feedback")
 app.add_typer(files.app, name="files")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(models.app, name="models")
+app.add_typer(people.app, name="people")
 
 
 def main() -> None:

@@ -48,6 +48,7 @@ class Runtime:
     generator: Generator = field(init=False)
     uploads: UploadStore = field(init=False)
     access_throttle: Throttle = field(default_factory=Throttle)
+    login_throttle: Throttle = field(default_factory=lambda: Throttle(30, 10_000, "sign-ins"))
     gate: Gate = field(init=False)
     meter: Meter = field(init=False)
     moderator: Moderator = field(init=False)

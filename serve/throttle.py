@@ -1,4 +1,4 @@
-"""How often strangers may ask for access: counted by address and in all, in memory."""
+"""How often strangers may ask for access or sign in: counted by address and in all, in memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ MAX_ADDRESSES = 10_000
 class Throttle:
     """Counts requests of the last hour, by address and in all."""
 
-    def __init__(self, per_address: int = PER_ADDRESS, in_all: int = IN_ALL):
+    def __init__(
+        self,
+        per_address: int = PER_ADDRESS,
+        in_all: int = IN_ALL,
+        what: str = "requests for access",
+    ):
+        self._what = what
         self._limits = (per_address, in_all)
         self._seen: OrderedDict[str, deque[float]] = OrderedDict()
         self._all: deque[float] = deque()
@@ -35,8 +41,7 @@ class Throttle:
             if len(times) >= limit:
                 wait = max(1, math.ceil(times[0] + WINDOW_S - moment))
                 raise RateLimited(
-                    f"There were {limit} requests for access within an hour; ask again in {wait} "
-                    "seconds.",
+                    f"There were {limit} {self._what} within an hour; try again in {wait} seconds.",
                     kind="requests",
                     retry_after_s=wait,
                 )

@@ -9,6 +9,7 @@ import data.tables_content
 import data.tables_feedback
 import data.tables_jobs
 import data.tables_metering
+import data.tables_people
 import data.tables_surface  # noqa: F401 - their tables belong to the metadata
 from data.tables import Record
 

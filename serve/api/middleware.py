@@ -32,6 +32,7 @@ API_VERSION = "2020-10-01"
 ORGANIZATION = "org-hone"  # one installation is one organization; its accounts are projects
 OPEN_PATHS = {"/health", "/docs", "/openapi.json"}
 OPEN_POSTS = {"/v1/access_requests"}  # anybody may ask; the route limits how often
+PAGES = "/web/"  # have sessions of their own
 CASES = "/v1/safety/cases/"  # what a suspended account may still read
 UPLOAD_PATHS = ("/v1/files", "/v1/adapters")
 PARTS = re.compile(r"/v1/uploads/[^/]+/parts")
@@ -143,7 +144,7 @@ def _is_open(scope: Scope) -> bool:
     posted = scope["method"] == "POST" and scope["path"] in OPEN_POSTS
     if posted:
         audit.actor.set(_actor(scope, None))
-    return posted or scope["path"] in OPEN_PATHS
+    return posted or scope["path"] in OPEN_PATHS or scope["path"].startswith(PAGES)
 
 
 def _actor(scope: Scope, key_id: str | None) -> audit.Actor:
