@@ -322,9 +322,12 @@ def test_a_lost_session_leads_back(server: Server, account: str) -> None:
     project = make_project(server, account)
     path, letters = form_of(browser.get(f"/web/label/{project}"))
     browser.http.cookies.clear()
-    text = browser.post(path, choice=letters["good"])
-    assert "Sign in" in text
-    assert f'name="next" value="{path}"' in text
+    page = f"/web/label/{project}"
+    for host, target in ((server.url, page), ("https://evil.example", "/web/")):
+        headers = {"origin": server.url, "referer": f"{host}{page}?note=late"}
+        text = browser.http.post(path, data={"choice": letters["good"]}, headers=headers).text
+        assert "Sign in" in text
+        assert f'name="next" value="{target}"' in text
 
 
 def test_training_says_right_or_wrong(server: Server, account: str) -> None:

@@ -124,8 +124,7 @@ def page(role: str) -> Callable[[Handler], Callable[[Request], Any]]:
             token = request.cookies.get(COOKIE, "")
             person = await run_in_threadpool(people.of_session, runtime.database, token)
             if person is None:
-                target = "/web" + request.url.path.removeprefix("/web")
-                return go(f"/web/login?next={quote(target)}")
+                return go(f"/web/login?next={quote(_page_of(request))}")
             form = FormData()
             try:
                 if RANK[person.role] < RANK[role]:
@@ -148,6 +147,15 @@ def page(role: str) -> Callable[[Handler], Callable[[Request], Any]]:
         return answer
 
     return wrap
+
+
+def _page_of(request: Request) -> str:
+    """Return the path of the page at hand; of a form, the page that it was sent from."""
+    if request.method == "GET":
+        return "/web" + request.url.path.removeprefix("/web")
+    sent_from = urlsplit(request.headers.get("referer", ""))
+    is_here = sent_from.netloc == request.headers.get("host")
+    return sent_from.path if is_here else "/web/"
 
 
 def check_origin(request: Request) -> None:

@@ -12,9 +12,9 @@
   function begin() {
     started = last = performance.now();
     first = active = 0;
-    const form = task();
+    const form = task(), asked = document.querySelector("[autofocus]");
+    if (asked) asked.focus();
     if (!form) return;
-    form.addEventListener("submit", () => stamp(form));
     if (form.dataset.kind === "ranking") sortable(form);
     if (form.dataset.kind === "edit") editable(form);
     const focus = form.querySelector("textarea, .option .text");
@@ -37,6 +37,10 @@
     if (form.dataset.key) sessionStorage.setItem("sent", form.dataset.key);
   }
 
+  document.addEventListener("submit", (event) => {
+    if (event.target === task()) stamp(event.target);
+  }, true);  // before htmx reads the form
+
   // ---- keys ----
 
   document.addEventListener("keydown", (event) => {
@@ -46,7 +50,7 @@
     if (event.key === "Enter" && form && (event.ctrlKey || form.dataset.kind === "ranking" || form.dataset.kind === "likert")) {
       if (here && here.matches("button, summary, a")) return;
       const send = form.querySelector('[data-press="Enter"]');
-      if (send) { event.preventDefault(); form.requestSubmit(send); }
+      if (send) { event.preventDefault(); send.click(); }
       return;
     }
     if (event.ctrlKey) return;
@@ -61,7 +65,7 @@
       return;
     }
     const button = form && form.querySelector(`[data-press="${CSS.escape(key)}"]`);
-    if (button) { event.preventDefault(); form.requestSubmit(button); }
+    if (button) { event.preventDefault(); button.click(); }
   });
   document.addEventListener("pointerdown", notice);
   document.addEventListener("click", (event) => {
