@@ -17,9 +17,10 @@ from serve.api.adapters import ServedModel
 from serve.api.deps import Caller, Running, json_response
 from serve.api.generation import Answer, Generator, unless_disconnected
 from serve.api.json_route import StrictJsonRoute
-from serve.api.logprobs import CompletionLogprobs, joined, mean_logprob, prompt_logprobs
+from serve.api.logprobs import CompletionLogprobs, joined, prompt_logprobs
 from serve.api.metered import metered
 from serve.api.prompts import Prompt, between, read_prompts, room_for
+from serve.api.rewards import Ranking, best, ranking_of, reward_of
 from serve.api.sampling import engine_requests, num_generated, sampling_params, usage
 from serve.api.schemas import CompletionRequest
 from serve.api.screening import Screening
@@ -40,14 +41,21 @@ async def create_completion(
         return await content_filter.answer(body, request, caller, runtime)
     served = await runtime.models.resolve_for(caller.id, body)
     plan = await run_in_threadpool(_plan, body, served, runtime.engine.max_context, caller.id)
+    ranking = await ranking_of(runtime, request, caller.id, body.reward_model, served)
     screening = Screening(runtime, request, caller.id, body, served.name)
     texts = [prompt.text for prompt in plan.prompts] + ([body.suffix] if body.suffix else [])
     await screening.admit(texts, "prompt")
     generator = metered(runtime, request, body, served, plan.prompts, screening)
     if body.stream:
         return await EventStream.begin(request, _frames(plan, generator, screening))
-    answers = await unless_disconnected(request, generator.answer(plan.requests))
-    return json_response(_whole(plan, answers) | screening.results())
+    answer = _answer(plan, generator, ranking)
+    return json_response(await unless_disconnected(request, answer) | screening.results())
+
+
+async def _answer(plan: _Plan, generator: Generator, ranking: Ranking | None) -> dict[str, Any]:
+    answers = await generator.answer(plan.requests)
+    scores = None if ranking is None else await ranking.score(plan.prompts, answers)
+    return _whole(plan, answers, scores)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +86,8 @@ def _plan(body: CompletionRequest, served: ServedModel, max_context: int, accoun
     prompts = read_prompts(body.prompt, served.tokens, body.add_special_tokens)
     if body.suffix:
         prompts = between(prompts, body.suffix, served.tokens)
-    samples = max(body.n, body.best_of or 0)
-    scored = body.logprobs
-    if scored is None and samples > body.n:
+    samples, scored = body.candidates, body.logprobs
+    if scored is None and samples > body.n and body.reward_model is None:
         scored = 0  # best_of compares by them
     of_prompt = body.prompt_logprobs
     if body.echo and body.logprobs is not None:
@@ -93,15 +100,15 @@ def _plan(body: CompletionRequest, served: ServedModel, max_context: int, accoun
     return _Plan(completion_id, now(), body, served, prompts, samples, requests)
 
 
-def _whole(plan: _Plan, answers: Sequence[Answer]) -> dict[str, Any]:
+def _whole(
+    plan: _Plan, answers: Sequence[Answer], scores: Sequence[float] | None
+) -> dict[str, Any]:
     choices: list[dict[str, Any]] = []
     for i, prompt in enumerate(plan.prompts):
-        candidates = list(answers[i * plan.samples : (i + 1) * plan.samples])
-        if plan.samples > plan.body.n:
-            candidates.sort(key=lambda answer: mean_logprob(answer.logprobs), reverse=True)
-        for answer in candidates[: plan.body.n]:
+        candidates = range(i * plan.samples, (i + 1) * plan.samples)
+        for index in best(plan.body, answers, scores, candidates):
             writer = _ChoiceWriter(plan, prompt, len(choices))
-            choices.append(writer.write(answer))
+            choices.append(writer.write(answers[index]) | reward_of(scores, index))
     cached = [answer.num_cached for answer in answers]
     counted = usage(plan.prompts, num_generated(answers), cached)
     return {**plan.head(), "choices": choices, "usage": counted}
