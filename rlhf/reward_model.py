@@ -1,9 +1,6 @@
-"""A reward model on disk: an adapter, a score head beside it, and the scale of its scores.
+"""A reward model for trainers: the head as a tensor, its scale, and writing both.
 
-The folder is a plain PEFT folder plus `head.safetensors` (`score.weight` [1, D]) and `reward.json`
-(mean and standard deviation of the raw scores on reference answers). A score is
-(raw - mean) / std. Raw is the head on the last hidden state of the last token of prompt and answer,
-which is the EOS that ends the answer, where there is one.
+`data.reward_head` says what a reward model's folder is.
 """
 
 from __future__ import annotations
@@ -14,14 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from data.errors import AdapterRefused, ConfigError
+from data.errors import AdapterRefused, ConfigError, InvalidInput
+from data.reward_head import HEAD, SCALE, load_head
 from train.run import ORIGIN, write_json
-
-HEAD, SCALE = "head.safetensors", "reward.json"
 
 
 @dataclass(frozen=True)
@@ -76,11 +71,8 @@ def read_head(folder: Path, fingerprint: str) -> RewardHead:
             code="adapter_wrong_base",
         )
     try:
-        weight = load_file(folder / HEAD)["score.weight"].flatten()
-        scale = json.loads((folder / SCALE).read_text("utf-8"))
-        normalizer = Normalizer(float(scale["mean"]), float(scale["std"]), int(scale["samples"]))
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise ConfigError([f"reward.model {folder} cannot be read: {error}"]) from error
-    if not (torch.isfinite(weight).all() and normalizer.std > 0):
-        raise ConfigError([f"reward.model {folder} holds numbers that are not finite"])
-    return RewardHead(weight, normalizer)
+        head = load_head(folder)
+    except InvalidInput as error:
+        raise ConfigError([f"reward.model: {error.message}"]) from error
+    normalizer = Normalizer(head.mean, head.std, head.samples)
+    return RewardHead(torch.from_numpy(head.weight), normalizer)

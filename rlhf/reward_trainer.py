@@ -24,8 +24,8 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from trl import RewardTrainer
 
 from data.errors import TrainingFailed
+from data.reward_head import HEAD
 from rlhf.comparisons import Group, Pair, batches_of
-from rlhf.reward_model import HEAD
 from train.fused_layers import fuse_layers
 
 Batch = dict[str, Any]

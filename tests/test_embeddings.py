@@ -29,13 +29,18 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield found
 
 
-def truth(arch: str, ids: list[int], adapter: Path | None = None) -> torch.Tensor:
+def states(arch: str, ids: list[int], adapter: Path | None = None) -> torch.Tensor:
+    """Return the last hidden states [T, D] of transformers with PEFT."""
     model: Any = tiny_model(arch)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(adapter)).eval()
     with torch.no_grad():
         out = model(input_ids=torch.tensor([ids]), output_hidden_states=True)
-    return out.hidden_states[-1][0].mean(dim=0)
+    return out.hidden_states[-1][0]
+
+
+def truth(arch: str, ids: list[int], adapter: Path | None = None) -> torch.Tensor:
+    return states(arch, ids, adapter).mean(dim=0)
 
 
 def unit(text: str) -> np.ndarray:
@@ -63,6 +68,25 @@ def test_the_engine_gives_transformers_mean(arch: str, tmp_path: Path) -> None:
         assert done.embedding is not None
         assert torch.allclose(torch.tensor(done.embedding), expected, atol=1e-4)
     assert all(done.embedding is None for done in found[:3])
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_last_state_is_transformers(arch: str, tmp_path: Path) -> None:
+    """Also where the prefix cache knows all of the prompt but its last token."""
+    adapter = random_adapter(tiny_model(arch), tmp_path / "a")
+    ref = AdapterRef("a", str(adapter))
+    last = SamplingParams(max_tokens=0, embed=True, pool="last")
+    prompts = [tuple(tiny_tokenizer().encode(text)) for text in TEXTS]
+    requests = [GenerationRequest(f"e{n}", p, last) for n, p in enumerate(prompts)]
+    requests += [GenerationRequest(f"a{n}", p, last, ref) for n, p in enumerate(prompts)]
+    config = EngineConfig(kv_budget_bytes=MIB, prefill_chunk=7, max_batch=6)
+    with LocalEngine(tiny_model(arch), tiny_tokenizer(), config) as engine:
+        found = [*engine.generate(requests), *engine.generate(requests)]
+    assert max(done.num_cached for done in found[6:]) > 0
+    for done, request in zip(found, [*requests, *requests], strict=True):
+        expected = states(arch, list(request.prompt_ids), adapter if request.adapter else None)[-1]
+        assert done.embedding is not None
+        assert torch.allclose(torch.tensor(done.embedding), expected, atol=1e-4)
 
 
 def test_an_embedding_generates_nothing() -> None:

@@ -19,6 +19,7 @@ from data import model_access, registry
 from data.db import Database
 from data.errors import AdapterRefused, InvalidInput, ModelNotFound
 from data.job_methods import REWARD_MODEL
+from data.reward_head import RewardHead, load_head
 from data.tables import AdapterVersion
 from serve.api.schemas import SamplingFields
 from serve.api.token_text import TokenText
@@ -47,6 +48,15 @@ class ServedModel:
     adapter_scale: float = 1.0
 
 
+@dataclass(frozen=True, slots=True)
+class RewardModel:
+    """A model that scores answers: an adapter, and the head on its last hidden state."""
+
+    name: str
+    adapter: AdapterRef
+    head: RewardHead
+
+
 class ModelCatalog:
     """Every model that this server can answer with."""
 
@@ -66,6 +76,7 @@ class ModelCatalog:
         self._verified: dict[
             str, tuple[Any, ...]
         ] = {}  # version id -> state of its files when checked
+        self._heads = lru_cache(maxsize=64)(_read_head)
         self._own_tokens = lru_cache(maxsize=64)(_read_tokens)
         self.base_model = base_model
         self.base_tokens = TokenText(tokenizer)
@@ -126,25 +137,57 @@ class ModelCatalog:
         mark = _mark(self._engine.fingerprint, f"{served.adapter.digest}*{body.adapter_scale!r}")
         return replace(served, adapter_scale=body.adapter_scale, fingerprint=mark)
 
-    def _resolve_adapter(self, account_id: str, name: str) -> ServedModel:
+    async def resolve_reward(self, account_id: str, name: str) -> RewardModel:
+        """Find a reward model for this account.
+
+        Raises:
+            ModelNotFound: There is none, or it belongs to another account.
+            AdapterRefused: Its files are not what was published.
+            InvalidInput: The model writes answers rather than scores them.
+        """
+        found = await self.resolve_judge(account_id, name)
+        if not isinstance(found, RewardModel):
+            raise InvalidInput(
+                f"Invalid 'reward_model': '{name}' is no reward model. A fine-tuning job of the "
+                "method 'reward_model' makes one.",
+                param="reward_model",
+            )
+        return found
+
+    async def resolve_judge(self, account_id: str, name: str) -> RewardModel | ServedModel:
+        """Find a model that can judge answers: a reward model, or any other, which is asked.
+
+        Raises:
+            ModelNotFound: There is none, or it belongs to another account.
+            AdapterRefused: Its files are not what was published.
+        """
+        if name == self.base_model:
+            return await self.resolve(account_id, name)
+        return await run_in_threadpool(self._resolve_judge, account_id, name)
+
+    def _resolve_judge(self, account_id: str, name: str) -> RewardModel | ServedModel:
+        version = self._find(account_id, name)
+        if version.lineage.get("kind") != REWARD_MODEL:
+            return self._resolve_adapter(account_id, name)
+        folder = self._usable(version)
+        ref = AdapterRef(version.digest, str(folder), version.project_id)
+        return RewardModel(version.name, ref, self._heads(folder))
+
+    def _find(self, account_id: str, name: str) -> AdapterVersion:
         version = registry.resolve(self._database, account_id, name)
         if not model_access.permits(self._database, account_id, version.name, version.base_model):
             raise ModelNotFound(name)
+        return version
+
+    def _resolve_adapter(self, account_id: str, name: str) -> ServedModel:
+        version = self._find(account_id, name)
         if version.lineage.get("kind") == REWARD_MODEL:
             raise InvalidInput(
                 f"Invalid 'model': '{name}' is a reward model, which scores answers and writes "
-                "none. Name it in the grader of a fine-tuning job.",
+                "none. Name it in a grader, or as `reward_model` beside `best_of`.",
                 param="model",
             )
-        if version.base_fingerprint != self.base_fingerprint:
-            raise AdapterRefused(
-                f"The model {name} was trained on other weights ({version.base_model}, "
-                f"{version.base_fingerprint}) than this server runs ({self.base_model}, "
-                f"{self.base_fingerprint}); start a server with its base, or train again.",
-                code="adapter_wrong_base",
-            )
-        folder = self._adapters_dir / version.path
-        self._verify(version, folder)
+        folder = self._usable(version)
         tokens, eos_token_ids = self.base_tokens, self._engine.eos_token_ids
         if (folder / TOKENIZER_FILE).exists():
             tokens = self._own_tokens(folder)
@@ -157,6 +200,19 @@ class ModelCatalog:
             eos_token_ids,
             _mark(self._engine.fingerprint, version.digest),
         )
+
+    def _usable(self, version: AdapterVersion) -> Path:
+        """Return a version's folder; raises AdapterRefused unless it is of this base and whole."""
+        if version.base_fingerprint != self.base_fingerprint:
+            raise AdapterRefused(
+                f"The model {version.name} was trained on other weights ({version.base_model}, "
+                f"{version.base_fingerprint}) than this server runs ({self.base_model}, "
+                f"{self.base_fingerprint}); start a server with its base, or train again.",
+                code="adapter_wrong_base",
+            )
+        folder = self._adapters_dir / version.path
+        self._verify(version, folder)
+        return folder
 
     def _verify(self, version: AdapterVersion, folder: Path) -> None:
         state = _file_states(folder)
@@ -172,6 +228,13 @@ def _file_states(folder: Path) -> tuple[Any, ...]:
         stat = path.stat()
         found.append((path.name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
     return tuple(found)
+
+
+def _read_head(folder: Path) -> RewardHead:
+    try:
+        return load_head(folder)
+    except InvalidInput as error:
+        raise AdapterRefused(error.message, code="adapter_no_reward_head") from error
 
 
 def _read_tokens(folder: Path) -> TokenText:

@@ -20,6 +20,7 @@ from serve.api.json_route import StrictJsonRoute
 from serve.api.logprobs import chat_logprobs
 from serve.api.metered import metered
 from serve.api.prompts import Prompt, read_messages, room_for
+from serve.api.rewards import Ranking, best, ranking_of, reward_of
 from serve.api.sampling import engine_requests, num_generated, sampling_params, usage
 from serve.api.schemas import ChatRequest
 from serve.api.screening import Screening
@@ -39,22 +40,28 @@ async def create_chat_completion(
     """Answer a conversation `n` times."""
     served = await runtime.models.resolve_for(caller.id, body)
     plan = await run_in_threadpool(_plan, body, served, runtime.engine.max_context, caller.id)
+    ranking = await ranking_of(runtime, request, caller.id, body.reward_model, served)
     screening = Screening(runtime, request, caller.id, body, served.name)
     await screening.admit([message.content for message in body.messages], "messages")
     generator = metered(runtime, request, body, served, [plan.prompt], screening)
     if body.stream:
         frames = _frames(plan, generator, screening, runtime, caller.id)
         return await EventStream.begin(request, frames)
-    answer = _answer(plan, generator, runtime, caller.id)
+    answer = _answer(plan, generator, ranking, runtime, caller.id)
     return json_response(await unless_disconnected(request, answer) | screening.results())
 
 
 async def _answer(
-    plan: _Plan, generator: Generator, runtime: Runtime, account_id: str
+    plan: _Plan,
+    generator: Generator,
+    ranking: Ranking | None,
+    runtime: Runtime,
+    account_id: str,
 ) -> dict[str, Any]:
     answers = await generator.answer(plan.requests)
-    whole = _whole(plan, answers)
-    await _store(plan, whole, answers, runtime, account_id)
+    scores = None if ranking is None else await ranking.score([plan.prompt], answers)
+    whole = _whole(plan, answers, scores)
+    await _store(plan, whole, answers, runtime, account_id, scores)
     return whole
 
 
@@ -64,12 +71,14 @@ async def _store(
     answers: Sequence[Answer],
     runtime: Runtime,
     account_id: str,
+    scores: Sequence[float] | None = None,
 ) -> None:
     """Keep an answer if its client asked for it."""
     body = plan.body
     if body.store:
         request: dict[str, Any] = {name: getattr(body, name) for name in STORED_FIELDS}
-        request["token_ids"] = [answer.token_ids for answer in answers]
+        told = best(body, answers, scores, range(len(answers)))
+        request["token_ids"] = [answers[index].token_ids for index in told]
         request["user"] = body.safety_identifier or body.user
         messages = [{"role": m.role, "content": m.content} for m in body.messages]
         await run_in_threadpool(
@@ -113,15 +122,23 @@ def _plan(body: ChatRequest, served: ServedModel, max_context: int, account: str
     wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     room = room_for(prompt, wanted, max_context, max_context, "messages")
     scored = (body.top_logprobs or 0) if body.logprobs else None
+    if scored is None and body.candidates > body.n and body.reward_model is None:
+        scored = 0  # best_of compares by them
     params = sampling_params(body, served, room, scored)
     if body.response_format is not None:
         params = replace(params, json_schema=body.response_format.schema_text)
-    requests = engine_requests(completion_id, [(prompt, params)], body.n, served, account)
+    requests = engine_requests(completion_id, [(prompt, params)], body.candidates, served, account)
     return _Plan(completion_id, now(), body, served, prompt, requests)
 
 
-def _whole(plan: _Plan, answers: Sequence[Answer]) -> dict[str, Any]:
-    choices = [_choice(plan, index, answer) for index, answer in enumerate(answers)]
+def _whole(
+    plan: _Plan, answers: Sequence[Answer], scores: Sequence[float] | None = None
+) -> dict[str, Any]:
+    told = best(plan.body, answers, scores, range(len(answers)))
+    choices = [
+        _choice(plan, place, answers[index]) | reward_of(scores, index)
+        for place, index in enumerate(told)
+    ]
     cached = [answer.num_cached for answer in answers]
     counted = usage([plan.prompt], num_generated(answers), cached)
     return {**plan.head("chat.completion"), "choices": choices, "usage": counted}

@@ -19,9 +19,10 @@ from serve.api.adapters import ServedModel
 from serve.api.deps import Caller, Running, json_response
 from serve.api.generation import Answer, Generator, unless_disconnected
 from serve.api.json_route import StrictJsonRoute
-from serve.api.logprobs import CompletionLogprobs, joined, mean_logprob, prompt_logprobs
+from serve.api.logprobs import CompletionLogprobs, joined, prompt_logprobs
 from serve.api.metered import metered
 from serve.api.prompts import Prompt, between, read_prompts, room_for
+from serve.api.rewards import Ranking, best, ranking_of, reward_of
 from serve.api.sampling import engine_requests, num_generated, sampling_params, usage
 from serve.api.schemas import CompletionRequest
 from serve.api.screening import Screening
@@ -47,18 +48,32 @@ async def create_completion(
         return await content_filter.answer(body, request, caller, runtime)
     served = await runtime.models.resolve_for(caller.id, body)
     plan = await run_in_threadpool(_plan, body, served, runtime.engine.max_context, caller.id)
+    ranking = await ranking_of(runtime, request, caller.id, body.reward_model, served)
     screening = Screening(runtime, request, caller.id, body, served.name)
     texts = [prompt.text for prompt in plan.prompts] + ([body.suffix] if body.suffix else [])
     await screening.admit(texts, "prompt")
     generator = metered(runtime, request, body, served, plan.prompts, screening)
     if body.stream:
         return await EventStream.begin(request, _frames(plan, generator, screening))
-    answers = await unless_disconnected(request, generator.answer(plan.requests))
-    chosen = _chosen(plan, answers)
-    whole = _whole(plan, answers, chosen)
-    if body.store:
-        await run_in_threadpool(_store, plan, whole, chosen, runtime, caller.id)
-    return json_response(whole | screening.results())
+    answer = _answer(plan, generator, ranking, runtime, caller.id)
+    return json_response(await unless_disconnected(request, answer) | screening.results())
+
+
+async def _answer(
+    plan: _Plan,
+    generator: Generator,
+    ranking: Ranking | None,
+    runtime: Runtime,
+    account: str,
+) -> dict[str, Any]:
+    answers = await generator.answer(plan.requests)
+    scores = None if ranking is None else await ranking.score(plan.prompts, answers)
+    chosen = _chosen(plan, answers, scores)
+    whole = _whole(plan, answers, scores, chosen)
+    if plan.body.store:
+        ids = [answers[index].token_ids for _, index in chosen]
+        await run_in_threadpool(_store, plan, whole, ids, runtime, account)
+    return whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +109,8 @@ def _plan(body: CompletionRequest, served: ServedModel, max_context: int, accoun
             f"Invalid 'store': {len(prompts)} prompts were sent; send one to store its answer.",
             param="store",
         )
-    samples = max(body.n, body.best_of or 0)
-    scored = body.logprobs
-    if scored is None and samples > body.n:
+    samples, scored = body.candidates, body.logprobs
+    if scored is None and samples > body.n and body.reward_model is None:
         scored = 0  # best_of compares by them
     of_prompt = body.prompt_logprobs
     if body.echo and body.logprobs is not None:
@@ -109,23 +123,26 @@ def _plan(body: CompletionRequest, served: ServedModel, max_context: int, accoun
     return _Plan(completion_id, now(), body, served, prompts, samples, requests)
 
 
-def _chosen(plan: _Plan, answers: Sequence[Answer]) -> list[tuple[Prompt, Answer]]:
-    """Return the choices to tell, with their prompts: of more candidates, the likeliest."""
+def _chosen(
+    plan: _Plan, answers: Sequence[Answer], scores: Sequence[float] | None
+) -> list[tuple[Prompt, int]]:
+    """Return the choices to tell: their prompts, and their places among the answers."""
     chosen = []
     for i, prompt in enumerate(plan.prompts):
-        candidates = list(answers[i * plan.samples : (i + 1) * plan.samples])
-        if plan.samples > plan.body.n:
-            candidates.sort(key=lambda answer: mean_logprob(answer.logprobs), reverse=True)
-        chosen += [(prompt, answer) for answer in candidates[: plan.body.n]]
+        candidates = range(i * plan.samples, (i + 1) * plan.samples)
+        chosen += [(prompt, index) for index in best(plan.body, answers, scores, candidates)]
     return chosen
 
 
 def _whole(
-    plan: _Plan, answers: Sequence[Answer], chosen: Sequence[tuple[Prompt, Answer]]
+    plan: _Plan,
+    answers: Sequence[Answer],
+    scores: Sequence[float] | None,
+    chosen: Sequence[tuple[Prompt, int]],
 ) -> dict[str, Any]:
     choices = [
-        _ChoiceWriter(plan, prompt, index).write(answer)
-        for index, (prompt, answer) in enumerate(chosen)
+        _ChoiceWriter(plan, prompt, place).write(answers[index]) | reward_of(scores, index)
+        for place, (prompt, index) in enumerate(chosen)
     ]
     cached = [answer.num_cached for answer in answers]
     counted = usage(plan.prompts, num_generated(answers), cached)
@@ -135,14 +152,14 @@ def _whole(
 def _store(
     plan: _Plan,
     whole: dict[str, Any],
-    chosen: Sequence[tuple[Prompt, Answer]],
+    token_ids: Sequence[Sequence[int]],
     runtime: Runtime,
     account: str,
 ) -> None:
     """Keep an answer, so that it can be judged."""
     body = plan.body
     request: dict[str, Any] = {name: getattr(body, name) for name in STORED_FIELDS}
-    request["token_ids"] = [answer.token_ids for _, answer in chosen]
+    request["token_ids"] = list(token_ids)
     stored_completions.save(
         runtime.database,
         account,

@@ -7,10 +7,11 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from serve.api.adapters import RewardModel
 from serve.api.deps import Caller, Running, json_response
 from serve.api.generation import unless_disconnected
 from serve.api.grader_schemas import Multi, RunRequest, ScoreModel, ValidateRequest
-from serve.api.grading import run_grader
+from serve.api.grading import check_reward_grader, run_grader
 from serve.api.json_route import StrictJsonRoute
 
 router = APIRouter(prefix="/v1/fine_tuning/alpha/graders", route_class=StrictJsonRoute)
@@ -29,7 +30,9 @@ async def validate(body: ValidateRequest, caller: Caller, runtime: Running) -> R
     grader = body.grader
     for part in grader.graders.values() if isinstance(grader, Multi) else [grader]:
         if isinstance(part, ScoreModel):
-            await runtime.models.resolve(caller.id, part.model)
+            model = await runtime.models.resolve_judge(caller.id, part.model)
+            if isinstance(model, RewardModel):
+                check_reward_grader(part)
     return json_response({"grader": _dump(grader)})
 
 

@@ -15,8 +15,10 @@ from data.errors import EngineFailure, InvalidInput
 from data.grader_text import MissingVariable, SampleNotJson, fill
 from data.similarity import MAX_CHARS, MEASURES, compare
 from data.tables import new_id
+from serve.api.adapters import ServedModel
 from serve.api.grader_schemas import Multi, RunRequest, ScoreModel, StringCheck, TextSimilarity
 from serve.api.prompts import read_messages, room_for
+from serve.api.rewards import row_of, score_rows
 from serve.api.schemas import ChatMessage
 from serve.engine.base import GenerationRequest, SamplingParams
 from serve.runtime import Runtime
@@ -56,7 +58,7 @@ class _Run:
                 return float(compare(grader.operation, *texts))
             if isinstance(grader, TextSimilarity):
                 return await self._similarity(grader)
-            return await self._ask(grader)
+            return await self._judge(grader)
         except MissingVariable:
             self.errors["invalid_variable_error"] = True
         except SampleNotJson:
@@ -79,14 +81,24 @@ class _Run:
             )
         return await run_in_threadpool(MEASURES[grader.evaluation_metric], *texts)
 
-    async def _ask(self, grader: ScoreModel) -> float:
+    async def _judge(self, grader: ScoreModel) -> float:
+        model = await self.runtime.models.resolve_judge(self.account, grader.model)
+        if isinstance(model, ServedModel):
+            return await self._ask(grader, model)
+        check_reward_grader(grader)
+        tokenizer = self.runtime.models.base_tokens.tokenizer
+        row = await run_in_threadpool(row_of, tokenizer, self.item, self.sample)
+        [score] = await score_rows(self.runtime, model, [row], self.account)
+        self.tokens[grader.model] = self.tokens.get(grader.model, 0) + len(row)
+        return score
+
+    async def _ask(self, grader: ScoreModel, served: ServedModel) -> float:
         if not grader.input:
             raise InvalidInput(
                 f"Missing required parameter: 'grader.input': `{grader.model}` needs messages.",
                 param="grader.input",
                 code="missing_required_parameter",
             )
-        served = await self.runtime.models.resolve(self.account, grader.model)
         messages = [
             ChatMessage(role=message.role, content=self._fill(message.content))
             for message in grader.input
@@ -148,6 +160,19 @@ async def run_grader(request: RunRequest, runtime: Runtime, account: str) -> dic
         },
         "model_grader_token_usage_per_model": run.tokens,
     }
+
+
+def check_reward_grader(grader: ScoreModel) -> None:
+    """Refuse what only models that are asked in words take; raises InvalidInput."""
+    given = grader.model_fields_set & {"input", "range", "sampling_params"}
+    if given:
+        name = min(given)
+        raise InvalidInput(
+            f"Unsupported parameter: 'grader.{name}': `{grader.model}` is a reward model, which "
+            "scores the sample as the answer to the item's `prompt` or `messages`. Leave it out.",
+            param=f"grader.{name}",
+            code="unsupported_parameter",
+        )
 
 
 def read_score(text: str) -> float | None:

@@ -167,6 +167,35 @@ class SamplingFields(ModeratedFields):
     adapter: str | None = None
     adapter_id: str | None = None  # the same, as LoRAX calls it
     adapter_scale: float = Field(1.0, ge=0, le=1, allow_inf_nan=False)
+    best_of: int | None = Field(None, ge=0, le=MAX_BEST_OF)
+    reward_model: str | None = None  # ranks the candidates of best_of
+
+    @property
+    def candidates(self) -> int:
+        """Samples of each prompt, of which `n` are told."""
+        return max(self.n, self.best_of or 0)
+
+    @model_validator(mode="after")
+    def _check_best_of(self) -> SamplingFields:
+        if self.best_of is not None and self.best_of < self.n:
+            raise InvalidInput(
+                f"Invalid 'best_of': expected a value >= 'n' ({self.n}), but got {self.best_of} "
+                "instead.",
+                param="best_of",
+            )
+        if self.best_of is not None and self.best_of > 1 and self.stream:
+            raise InvalidInput(
+                "Invalid 'best_of': candidates are compared once all are complete, so it cannot "
+                "be used with 'stream'.",
+                param="best_of",
+            )
+        if self.reward_model is not None and self.candidates == self.n:
+            raise InvalidInput(
+                "Invalid 'reward_model': it ranks candidates, of which there are not more than "
+                f"'n' ({self.n}). Set 'best_of' to more.",
+                param="reward_model",
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_adapter(self) -> SamplingFields:
@@ -194,7 +223,6 @@ class CompletionRequest(SamplingFields):
     prompt: Any = None  # read by serve.api.prompts: text, texts, token ids, lists of them, or null
     suffix: str | None = None
     echo: bool = False
-    best_of: int | None = Field(None, ge=0, le=MAX_BEST_OF)
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     add_special_tokens: bool = True
@@ -212,18 +240,6 @@ class CompletionRequest(SamplingFields):
             raise InvalidInput(
                 "Invalid 'echo': a completion between 'prompt' and 'suffix' cannot be echoed.",
                 param="echo",
-            )
-        if self.best_of is not None and self.best_of < self.n:
-            raise InvalidInput(
-                f"Invalid 'best_of': expected a value >= 'n' ({self.n}), but got {self.best_of} "
-                "instead.",
-                param="best_of",
-            )
-        if self.best_of is not None and self.best_of > 1 and self.stream:
-            raise InvalidInput(
-                "Invalid 'best_of': candidates are compared once all are complete, so it cannot "
-                "be used with 'stream'.",
-                param="best_of",
             )
         return self
 

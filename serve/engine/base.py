@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from data.errors import InvalidInput, ToolkitError
 
@@ -49,6 +49,7 @@ class SamplingParams:
         json_schema: JSON text of a schema; the completion is JSON that conforms to it, or the start
             of such, and ends when it is whole. Stop strings may end it earlier.
         embed: Only read the prompt (`max_tokens` is 0), and report its embedding.
+        pool: What the embedding is: "mean" over the prompt's tokens, or of the "last" one alone.
     """
 
     max_tokens: int = 16
@@ -69,6 +70,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     json_schema: str | None = None
     embed: bool = False
+    pool: Literal["mean", "last"] = "mean"
 
     def __post_init__(self) -> None:
         if self.embed and self.max_tokens:

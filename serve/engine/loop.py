@@ -347,7 +347,7 @@ def _note_prompt(work: Work, logits: torch.Tensor) -> None:
 
 
 def _note_hidden(work: Work, hidden: torch.Tensor) -> None:
-    """Add what the head was given for these tokens."""
+    """Add what the head was given for these tokens: all of the prompt's, or the last alone."""
     added = hidden.float().sum(dim=0).cpu()
     known = work.stream.hidden_sum
     work.stream.hidden_sum = added if known is None else known + added

@@ -35,7 +35,7 @@ class Stream:
         num_cached: Those of them that came from the prefix cache.
         limit_s: Seconds that it may take.
         deadline: When they end, on the clock of time.monotonic.
-        hidden_sum: [hidden] float32, of the prompt's tokens so far, if it is embedded.
+        hidden_sum: [hidden] float32, of the prompt's tokens so far that are embedded.
         finish_reason: Set once; no delta follows.
         prefix_keys: Names of the prompt's prefixes, once the prefix cache has made them.
         prefix_version: The state of the prefix cache that was searched last.
@@ -133,13 +133,14 @@ class Stream:
         delta = self._delta((), text, (), reason, error)
         if self.hidden_sum is None or error is not None:
             return delta
-        mean = self.hidden_sum / len(self.request.prompt_ids)
-        return replace(delta, embedding=tuple(mean.tolist()))
+        count = len(self.request.prompt_ids) if self.request.params.pool == "mean" else 1
+        return replace(delta, embedding=tuple((self.hidden_sum / count).tolist()))
 
     @property
     def needs_all_rows(self) -> bool:
         """Whether every token of the prompt must be computed, and reach the head."""
-        return self.request.params.embed or self.request.params.prompt_logprobs is not None
+        params = self.request.params
+        return (params.embed and params.pool == "mean") or params.prompt_logprobs is not None
 
     def _delta(
         self,
