@@ -8,7 +8,7 @@ processes by one call a step; there is no wrapper around the model that could mi
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -116,8 +116,8 @@ class Learner:
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
         self.optimizer.zero_grad(set_to_none=True)
         for part in experience.groups(rows, self._max_tokens):
-            loss = self._loss(experience, part, value_only, sums)
-            (loss / tokens).backward()
+            for loss in self._losses(experience, part, value_only, sums):
+                (loss / tokens).backward()
         found = self._reduce(torch.stack([sums[name] for name in SUMS])).tolist()
         totals = dict(zip(SUMS, found, strict=True))
         self._check_finite(totals)
@@ -133,55 +133,71 @@ class Learner:
         stats.steps += 1
         return totals["approx_kl"] / tokens
 
-    def _loss(
+    def _losses(
         self,
         experience: Experience,
         rows: Sequence[int],
         value_only: bool,
         sums: dict[str, Tensor],
-    ) -> Tensor:
-        """Return the summed loss of some responses, and add its parts to `sums`."""
-        config, roles = self._config, self._roles
+    ) -> Iterator[Tensor]:
+        """Yield the summed losses of some responses, and add their parts to `sums`.
+
+        Policy and value with adapters of their own come one after the other, so that the
+        activations of one are gone before the other's are made.
+        """
+        roles = self._roles
         micro = experience.micro(rows, roles.device)
-        width = micro.mask.shape[1]
-
-        def old(column: Tensor) -> Tensor:
-            return column[rows, :width].to(roles.device)
-
-        if value_only:
-            hidden = None
-            if roles.shared:
-                with torch.no_grad():  # the head alone learns
-                    hidden = roles.hidden(POLICY, micro.ids)
-            values = roles.values(micro, hidden)
-            policy = torch.zeros((), device=roles.device)
-        else:
+        old = _Old(experience, rows, micro.mask.shape[1], roles.device)
+        if roles.shared and not value_only:
             log_probs, entropies, values = roles(micro)
-            found = ppo_math.policy_loss(
-                log_probs,
-                old(experience.log_probs),
-                old(experience.advantages),
-                micro.mask,
-                config.clip_range,
-                config.dual_clip,
-            )
-            entropy = entropies.masked_fill(~micro.mask, 0.0).sum()
-            policy = found.loss - config.entropy_coef * entropy
-            _add(sums, "loss/policy", found.loss)
-            _add(sums, "entropy", entropy)
-            _add(sums, "approx_kl", found.approx_kl)
-            _add(sums, "clipped", found.clipped)
-            _add(sums, "ratio", found.ratio)
-        value, clipped = ppo_math.value_loss(
-            values,
-            old(experience.values),
-            old(experience.returns),
-            micro.mask,
-            config.value.clip_range,
+            policy = self._policy_loss(log_probs, entropies, old, micro.mask, sums)
+            yield policy + self._value_loss(values, old, micro.mask, sums)
+            return
+        if not value_only:
+            log_probs, entropies = roles.log_probs(micro)
+            yield self._policy_loss(log_probs, entropies, old, micro.mask, sums)
+            del log_probs, entropies
+        hidden = None
+        if roles.shared:
+            with torch.no_grad():  # the head alone learns
+                hidden = roles.hidden(POLICY, micro.ids)
+        yield self._value_loss(roles.values(micro, hidden), old, micro.mask, sums)
+
+    def _policy_loss(
+        self,
+        log_probs: Tensor,
+        entropies: Tensor,
+        old: _Old,
+        mask: Tensor,
+        sums: dict[str, Tensor],
+    ) -> Tensor:
+        config = self._config
+        found = ppo_math.policy_loss(
+            log_probs,
+            old("log_probs"),
+            old("advantages"),
+            mask,
+            config.clip_range,
+            config.dual_clip,
         )
-        _add(sums, "loss/value", value)
+        entropy = entropies.masked_fill(~mask, 0.0).sum()
+        _add(sums, "loss/policy", found.loss)
+        _add(sums, "entropy", entropy)
+        _add(sums, "approx_kl", found.approx_kl)
+        _add(sums, "clipped", found.clipped)
+        _add(sums, "ratio", found.ratio)
+        return found.loss - config.entropy_coef * entropy
+
+    def _value_loss(
+        self, values: Tensor, old: _Old, mask: Tensor, sums: dict[str, Tensor]
+    ) -> Tensor:
+        settings = self._config.value
+        loss, clipped = ppo_math.value_loss(
+            values, old("values"), old("returns"), mask, settings.clip_range
+        )
+        _add(sums, "loss/value", loss)
         _add(sums, "value_clipped", clipped)
-        return policy + config.value.coef * value
+        return settings.coef * loss
 
     def _share_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Sum the gradients of all processes, in one call."""
@@ -203,6 +219,20 @@ class Learner:
                     "or look at the rewards",
                     code="loss_not_finite",
                 )
+
+
+class _Old:
+    """Columns of the experience for some rows, cut to their width: [b, R]."""
+
+    def __init__(
+        self, experience: Experience, rows: Sequence[int], width: int, device: torch.device
+    ):
+        self._experience, self._rows, self._width = experience, rows, width
+        self._device = device
+
+    def __call__(self, name: str) -> Tensor:
+        column: Tensor = getattr(self._experience, name)
+        return column[self._rows, : self._width].to(self._device)
 
 
 def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
