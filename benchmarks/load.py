@@ -7,6 +7,10 @@ Afterwards the engine alone, without a server, is given the completions' work.
 
     python benchmarks/load.py --minutes 10
     python benchmarks/load.py --minutes 1 --model tiny
+    python benchmarks/load.py --minutes 2 --only completions
+
+With `--only completions` the server does nothing else, so that the ratio of its output tokens a
+second to the engine's is what HTTP costs; both are counted while all clients are there.
 
 Prints one JSON object last. An error that says when to try again (429 or 503 with `retry-after`)
 is announced and does not count as one.
@@ -57,6 +61,9 @@ ROWS = b"".join(
 )
 
 
+KINDS = ("completions", "files", "jobs")
+
+
 @dataclass
 class Seen:
     """What all clients met."""
@@ -65,7 +72,7 @@ class Seen:
     errors: Counter[str] = field(default_factory=Counter)
     announced: Counter[str] = field(default_factory=Counter)
     seconds: dict[str, list[float]] = field(default_factory=dict)
-    tokens: int = 0
+    tokens: list[tuple[float, int]] = field(default_factory=list)  # when, how many
 
 
 class Client:
@@ -78,25 +85,28 @@ class Client:
         model: str,
         seed: int,
         seen: Seen,
+        kinds: tuple[str, ...] = KINDS,
     ):
         self._http = http
         self._headers = {"authorization": f"Bearer {key}"}
         self._model = model
         self._draw = random.Random(seed)
         self._seen = seen
+        lives = {"completions": self._complete, "files": self._file, "jobs": self._job}
+        self._lives = [lives[kind] for kind in kinds]
 
     async def run(self, wait_s: float, until: float) -> None:
         """Wait, then do one thing after another until this time."""
         await asyncio.sleep(wait_s)
         while time.monotonic() < until:
-            await self._draw.choice((self._complete, self._file, self._job))()
+            await self._draw.choice(self._lives)()
 
     async def _complete(self) -> None:
         fields = {"model": self._model, "prompt": prompt(self._draw, self._model)}
         fields |= {"max_tokens": OUTPUT_TOKENS, "temperature": 0, "ignore_eos": True}
         answer = await self._ask("completion", "POST", "/completions", json=fields)
         if answer is not None:
-            self._seen.tokens += answer["usage"]["completion_tokens"]
+            self._seen.tokens.append((time.monotonic(), answer["usage"]["completion_tokens"]))
 
     async def _file(self) -> None:
         file = await self._upload()
@@ -154,18 +164,21 @@ def prompt(draw: random.Random, model: str) -> list[int]:
     return [draw.randrange(*ids) for _ in range(PROMPT_TOKENS)]
 
 
-async def load(url: str, keys: list[str], model: str, seconds: float, pid: int) -> Any:
+async def load(
+    url: str, keys: list[str], model: str, seconds: float, pid: int, kinds: tuple[str, ...] = KINDS
+) -> Any:
     """Run all clients for this long.
 
     Returns:
-        What they saw; memory (MiB) by second; the seconds until the last answer.
+        What they saw; memory (MiB) by second; output tokens a second while all clients ran.
     """
     seen, memory, started = Seen(), {}, time.monotonic()
     process = psutil.Process(pid)
     limits = httpx.Limits(max_connections=CLIENTS, max_keepalive_connections=CLIENTS)
     async with httpx.AsyncClient(base_url=f"{url}/v1", timeout=600, limits=limits) as http:
         clients = [
-            Client(http, keys[number % ACCOUNTS], model, number, seen) for number in range(CLIENTS)
+            Client(http, keys[number % ACCOUNTS], model, number, seen, kinds)
+            for number in range(CLIENTS)
         ]
         tasks = [
             asyncio.create_task(client.run(JOIN_S * number / CLIENTS, started + seconds))
@@ -175,7 +188,9 @@ async def load(url: str, keys: list[str], model: str, seconds: float, pid: int) 
             await asyncio.sleep(max(0.0, started + second - time.monotonic()))
             memory[second] = round(process.memory_info().rss / MIB, 1)
         await asyncio.gather(*tasks)
-    return seen, memory, time.monotonic() - started
+    first, last = started + 1.5 * JOIN_S, started + seconds
+    served = sum(count for when, count in seen.tokens if first <= when <= last)
+    return seen, memory, served / (last - first)
 
 
 def engine_alone(folder: Path, dtype: str) -> float:
@@ -217,6 +232,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--model", help="`tiny`, or as in the settings; default: the settings'")
     parser.add_argument("--models", type=Path, help="folder of fetched bases; default: HOME/models")
+    parser.add_argument("--only", choices=KINDS, help="let the clients do this alone")
     arguments = parser.parse_args()
     if arguments.minutes < 1:
         parser.error(f"--minutes must be 1 or more, but is {arguments.minutes}")
@@ -253,9 +269,10 @@ def measure(arguments: argparse.Namespace, home: Path) -> dict[str, Any]:
     log = Path(tempfile.gettempdir()) / "hone-load.log"
     with server(command, f"{url}/health", log, environment) as ready_s:
         [process] = psutil.Process().children()
-        seen, memory, took_s = asyncio.run(load(url, keys, folder.name, seconds, process.pid))
+        kinds = (arguments.only,) if arguments.only else KINDS
+        seen, memory, rate = asyncio.run(load(url, keys, folder.name, seconds, process.pid, kinds))
     others = [s for name, found in seen.seconds.items() if name != "completion" for s in found]
-    served = round(seen.tokens / took_s, 1)
+    served = round(rate, 1)
     alone = engine_alone(folder, dtype)
     return {
         "clients": CLIENTS,
@@ -266,7 +283,7 @@ def measure(arguments: argparse.Namespace, home: Path) -> dict[str, Any]:
         "errors": dict(seen.errors),
         "announced": dict(seen.announced),
         "memory_mib": {"minute_1": memory[60.0], "end": memory[seconds]},
-        "not_generating": quantiles(others),
+        "not_generating": quantiles(others) if others else None,
         "by_route": {name: quantiles(found) for name, found in sorted(seen.seconds.items())},
         "tokens_per_s": {"http": served, "engine": alone, "ratio": round(served / alone, 2)},
         "machine": {

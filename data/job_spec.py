@@ -30,7 +30,12 @@ OPTIONS: dict[str, Rule] = {
 }
 TEXTS = ("from_checkpoint",)
 SECTIONS: dict[str, dict[str, Rule]] = {
-    "lora": {"r": (int, 1, 256), "alpha": (float, None, 1024), "dropout": (float, 0, 0.9)},
+    "lora": {
+        "r": (int, 1, 256),
+        "alpha": (float, None, 1024),
+        "dropout": (float, 0, 0.9),
+        "lr_ratio": (float, 1, 64),
+    },
     "early_stopping": {
         "patience": (int, 1, 100),
         "min_delta": (float, 0, 100),
@@ -135,6 +140,14 @@ class JobSpec:
                     param=name,
                     code="unsupported_parameter",
                 )
+        lora = self.options.get("lora")
+        if self.method_type != "supervised" and isinstance(lora, Mapping) and "lr_ratio" in lora:
+            raise InvalidInput(
+                "Unsupported parameter: 'lora.lr_ratio' is used by supervised fine-tuning only, "
+                f"not by the method '{self.method_type}'.",
+                param="lora.lr_ratio",
+                code="unsupported_parameter",
+            )
         if self.rules.graded and self.validation_file is not None:
             raise InvalidInput(
                 f"Unsupported parameter: 'validation_file' is not used by the method "
@@ -229,11 +242,11 @@ def _check_section(name: str, value: Any) -> None:
             code="invalid_type",
         )
     known = SECTIONS[name]
-    switches = {"lora": "target_modules", "early_stopping": "enabled"}
+    switches = {"lora": ["target_modules", "use_rslora"], "early_stopping": ["enabled"]}[name]
     for key, item in value.items():
         if key in known:
             _check_number(f"{name}.{key}", item, known[key])
-        elif key == "enabled" and name == "early_stopping":
+        elif key in ("enabled", "use_rslora") and key in switches:
             if not isinstance(item, bool):
                 raise InvalidInput(
                     f"Invalid type for '{name}.{key}': expected true or false, but got {item!r}.",
@@ -243,7 +256,7 @@ def _check_section(name: str, value: Any) -> None:
         elif key == "target_modules" and name == "lora":
             _check_targets(item)
         else:
-            raise _unknown(f"{name}.{key}", key, [*known, switches[name]])
+            raise _unknown(f"{name}.{key}", key, [*known, *switches])
 
 
 def _check_targets(value: Any) -> None:

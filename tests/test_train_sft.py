@@ -47,6 +47,7 @@ def test_a_run_leaves_what_it_promises(finished: Path) -> None:
         "events.jsonl",
         "metrics.jsonl",
         "models",
+        "report.html",
         "resolved_config.json",
         "result.json",
     }

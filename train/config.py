@@ -37,6 +37,17 @@ class LoraSettings(StrictModel):
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r) (arXiv:2312.03732).")
 
 
+class SftLora(LoraSettings):
+    """What supervised fine-tuning adds to it."""
+
+    lr_ratio: float = Field(
+        1.0, ge=1, le=64, description="Learning rate of B over A's; LoRA+ uses 16 (2402.12354)."
+    )
+    use_dora: bool = Field(
+        False, description="Learn magnitudes too (arXiv:2402.09353); the result is a merged model."
+    )
+
+
 class EarlyStopping(StrictModel):
     """Stop when the validation loss no longer falls; the best checkpoint becomes the adapter."""
 
@@ -99,7 +110,7 @@ class SftConfig(RunConfig):
     weight_decay: float = Field(0.0, ge=0, description="AdamW's.")
     max_grad_norm: float = Field(1.0, gt=0, description="Longer gradients are cut to this.")
 
-    lora: LoraSettings = LoraSettings()
+    lora: SftLora = SftLora()
     early_stopping: EarlyStopping = EarlyStopping()
     n_evals: int | None = Field(None, ge=1, description="Evaluations in the run; default 4.")
     n_checkpoints: int | None = Field(
@@ -108,6 +119,9 @@ class SftConfig(RunConfig):
     keep_checkpoints: int = Field(3, ge=1, description="The newest, and the best.")
     start_adapter: Path | None = Field(
         None, description="PEFT folder of an adapter to go on from; its shape is kept."
+    )
+    compare_with: Path | None = Field(
+        None, description="PEFT folder that validation compares with; default: the base itself."
     )
     score_examples: int = Field(
         0, ge=0, description="Tell each training row's loss at the end, if there are no more rows."
@@ -127,13 +141,15 @@ class SftConfig(RunConfig):
         has_validation = self.validation_file is not None or self.validation_fraction > 0
         if self.early_stopping.enabled and not has_validation:
             problems.append("early_stopping needs validation_file or validation_fraction")
+        if self.compare_with is not None and not has_validation:
+            problems.append("compare_with needs validation_file or validation_fraction")
         if self.n_evals is not None and not has_validation:
             problems.append("n_evals needs validation_file or validation_fraction")
         if self.early_stopping.enabled and self.n_checkpoints is not None:
             problems.append(
                 "early_stopping saves at every evaluation; set n_evals, not n_checkpoints"
             )
-        given = self.lora.model_fields_set - {"dropout"}
+        given = self.lora.model_fields_set - {"dropout", "lr_ratio"}
         if self.start_adapter is not None and given:
             problems.append(
                 f"start_adapter keeps its adapter's shape; leave out lora.{', lora.'.join(given)}"

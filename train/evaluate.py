@@ -2,11 +2,16 @@
 
     python -m train.evaluate --adapter runs/intents/adapter --file test.jsonl
     python -m train.evaluate --base-model smollm2-135m-instruct --file test.jsonl --json
+    python -m train.evaluate --adapter NEW --against OLD --file test.jsonl --metric f1 rouge_l
 
 `exact_match` is the share of greedy answers that say what the row says (outer spaces aside), with a
-table by right answer where there are few of them; `bleu` is sacreBLEU of the greedy answers;
+table by right answer where there are few of them; `f1` is that of the words; `classification` is
+the mean F1 of the classes, with a table; `bleu` and `chrf` are sacreBLEU's; `rouge_l` is ROUGE-L;
 `loss` is nats a learned token. Rows with one prompt are one question with several right answers; a
 row may also list them as `references`.
+
+With --against, a second model (an adapter's folder, or `base`) answers the same questions, and a
+paired permutation test says whether the difference can be chance.
 """
 
 from __future__ import annotations
@@ -15,114 +20,124 @@ import argparse
 import json
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import orjson
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from data.errors import AdapterRefused, ConfigError, DataError, ToolkitError
-from data.jsonl import iter_lines, read_numbered_rows
-from data.render import IGNORED, question, render
+from data.errors import AdapterRefused, DataError, ToolkitError
+from data.jsonl import read_numbered_rows
+from data.render import IGNORED, render
 from data.rows import Row
 from data.validate import validate
 from serve.engine import base_model
 from serve.engine.base import AdapterRef, Completion, GenerationRequest, SamplingParams
 from serve.engine.local import EngineConfig, LocalEngine
+from train.answer_metrics import METRICS, by_answer, classification
+from train.questions import Question, read_questions
+from train.significance import compare
 
-METRICS = ("exact_match", "bleu", "loss")
+LOSS = "loss"
+BASE = "base"
 DEFAULT_BASE = "smollm2-135m-instruct"
 SPARE_TOKENS = 8  # beyond the longest right answer
-MAX_LABELS = 100  # right answers that a table still tells something about
 ORIGIN = "hone.json"
 
 
-@dataclass
-class Question:
-    """One prompt, its right answers, and what the model said."""
-
-    line: int
-    prompt_ids: tuple[int, ...]
-    answers: list[str] = field(default_factory=list)
-    said: str = ""
-
-    @property
-    def is_right(self) -> bool:
-        return self.said.strip() in {answer.strip() for answer in self.answers}
-
-
 class Evaluation:
-    """A model, ready to be asked.
+    """Models of one base, ready to be asked.
 
     Args:
-        base: Name, YAML, folder or hub id of the base; None takes the adapter's.
-        adapter: A PEFT folder; None asks the base itself.
+        base: Name, YAML, folder or hub id of the base; None takes the first adapter's.
+        adapters: PEFT folders; None is the base itself.
         models_dir: Where fetched bases are kept.
 
     Raises:
-        ToolkitError: The base is unavailable, or the adapter belongs to another one.
+        ToolkitError: The base is unavailable, or an adapter belongs to another one.
     """
 
     def __init__(
-        self, base: str | None, adapter: Path | None, models_dir: Path, threads: int | None = None
+        self,
+        base: str | None,
+        adapters: Sequence[Path | None],
+        models_dir: Path,
+        threads: int | None = None,
     ):
-        origin = _origin(adapter)
-        base = base or origin.get("base_model") or DEFAULT_BASE
+        origins = {adapter: _origin(adapter) for adapter in adapters if adapter is not None}
+        named = [origin["base_model"] for origin in origins.values() if "base_model" in origin]
+        base = base or next(iter(named), DEFAULT_BASE)
         spec = base_model.find_spec(base)
         folder = base_model.fetch(spec, models_dir)
         fingerprint = base_model.fingerprint(folder)
-        if origin.get("base_fingerprint", fingerprint) != fingerprint:
-            raise AdapterRefused(
-                f"{adapter} was trained on the base {origin['base_fingerprint']}, but {base} is "
-                f"{fingerprint}; give --base-model the base it was trained on",
-                code="adapter_wrong_base",
-            )
+        for adapter, origin in origins.items():
+            if origin.get("base_fingerprint", fingerprint) != fingerprint:
+                raise AdapterRefused(
+                    f"{adapter} was trained on the base {origin['base_fingerprint']}, but {base} "
+                    f"is {fingerprint}; give --base-model the base it was trained on",
+                    code="adapter_wrong_base",
+                )
         if threads is not None:
             import torch
 
             torch.set_num_threads(threads)
         model, self.tokenizer = base_model.load(folder, spec.dtype)
         self.engine = LocalEngine(model, self.tokenizer, EngineConfig(), fingerprint).start()
-        self._adapter = AdapterRef("evaluated", str(adapter)) if adapter else None
-        if self._adapter is not None:
-            self.engine.load_adapter(self._adapter)
+        self._refs: dict[Path | None, AdapterRef | None] = {None: None}
+        for adapter in origins:
+            ref = AdapterRef(f"evaluated {adapter}", str(adapter))
+            self.engine.load_adapter(ref)
+            self._refs[adapter] = ref
 
     def close(self) -> None:
         """Give back the engine's thread and memory."""
         self.engine.close()
 
-    def answer(self, questions: Sequence[Question], max_tokens: int | None, show: bool) -> None:
-        """Fill in what the model says to each question, choosing the likeliest token each time."""
+    def answer(
+        self,
+        questions: Sequence[Question],
+        adapter: Path | None,
+        max_tokens: int | None,
+        show: bool,
+    ) -> None:
+        """Fill in what a model says to each question, choosing the likeliest token each time."""
         if max_tokens is None:
             texts = [answer for question in questions for answer in question.answers]
             encoded = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
             max_tokens = max(map(len, encoded)) + SPARE_TOKENS
         params = SamplingParams(max_tokens=max_tokens, temperature=0)
         prompts = [(question.line, question.prompt_ids) for question in questions]
-        for index, completion in enumerate(self._ask(prompts, params, show)):
+        for index, completion in enumerate(self._ask(prompts, adapter, params, show)):
             questions[index].said = completion.text
 
-    def loss(self, rows: Iterable[tuple[int, Row]], show: bool) -> tuple[float, int]:
-        """Return the mean loss of the learned tokens, nats, and their number."""
+    def losses(
+        self, rows: Iterable[tuple[int, Row]], adapter: Path | None, show: bool
+    ) -> list[tuple[float, int]]:
+        """Return of each row the summed loss of its learned tokens, nats, and their number."""
         examples = [(line, render(self.tokenizer, row)) for line, row in rows]
         prompts = [(line, example.input_ids) for line, example in examples]
         params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
-        total, count = 0.0, 0
-        completions = self._ask(prompts, params, show)
+        found = []
+        completions = self._ask(prompts, adapter, params, show)
         for (_, example), completion in zip(examples, completions, strict=True):
             scores = completion.prompt_logprobs or ()
-            for score, label in zip(scores, example.labels, strict=True):
-                if score is not None and label != IGNORED:
-                    total, count = total - score.logprob, count + 1
-        return total / max(count, 1), count
+            learned = [
+                -score.logprob
+                for score, label in zip(scores, example.labels, strict=True)
+                if score is not None and label != IGNORED
+            ]
+            found.append((sum(learned), len(learned)))
+        return found
 
     def _ask(
-        self, prompts: Sequence[tuple[int, tuple[int, ...]]], params: SamplingParams, show: bool
+        self,
+        prompts: Sequence[tuple[int, tuple[int, ...]]],
+        adapter: Path | None,
+        params: SamplingParams,
+        show: bool,
     ) -> Iterable[Completion]:
         room = self.engine.max_context - params.max_tokens
         long = [line for line, ids in prompts if len(ids) > room]
@@ -138,73 +153,25 @@ class Evaluation:
         for chunk in track(chunks, "asking", console=console, disable=not show):
             yield from self.engine.generate(
                 [
-                    GenerationRequest(f"line-{line}", ids, params, self._adapter)
+                    GenerationRequest(f"line-{line}", ids, params, self._refs[adapter])
                     for line, ids in chunk
                 ]
             )
 
 
-def read_questions(path: Path, tokenizer: Any, rows: Iterable[tuple[int, Row]]) -> list[Question]:
-    """Return the questions of a file: rows of one prompt are one, with all their answers.
+@dataclass(frozen=True)
+class Asked:
+    """What one model made of the file.
 
-    Raises:
-        DataError: A row asks nothing that has a right answer.
+    Attributes:
+        values: By metric, the number for all questions.
+        scores: By metric, that of each question; a loss is negated, so that more is better.
     """
-    references = _references(path)
-    questions: dict[tuple[int, ...], Question] = {}
-    for line, row in rows:
-        try:
-            ids, answer = question(tokenizer, row)
-        except ToolkitError as error:
-            raise DataError(f"line {line}: {error.message}", code=error.code) from error
-        asked = questions.setdefault(tuple(ids), Question(line, tuple(ids)))
-        asked.answers += references.get(line) or [answer]
-    return list(questions.values())
 
-
-def _references(path: Path) -> dict[int, list[str]]:
-    """Read the column `references`, which training does not know, by line."""
-    found = {}
-    with path.open("rb") as stream:
-        for number, _, line in iter_lines(stream):
-            if b'"references"' in line:
-                found[number] = [str(text) for text in orjson.loads(line).get("references") or ()]
-    return found
-
-
-def exact_match(questions: Sequence[Question]) -> float:
-    """Return the share of questions that were answered rightly."""
-    return sum(question.is_right for question in questions) / len(questions)
-
-
-def bleu(questions: Sequence[Question]) -> float:
-    """Return sacreBLEU of the corpus, 0 to 100, with all right answers as references."""
-    try:
-        import sacrebleu
-    except ImportError as error:
-        raise ConfigError(
-            ["--metric bleu needs sacrebleu, which is not installed; run: pip install sacrebleu"]
-        ) from error
-    most = max(len(question.answers) for question in questions)
-    references: list[list[str | None]] = [
-        [q.answers[i].strip() if i < len(q.answers) else None for q in questions]
-        for i in range(most)
-    ]
-    said = [question.said.strip() for question in questions]
-    return float(sacrebleu.corpus_bleu(said, references).score)  # type: ignore[arg-type]
-
-
-def by_answer(questions: Sequence[Question]) -> list[tuple[str, int, int]]:
-    """Return right answer, right and asked counts, the least known first; empty where there are
-    too many different answers."""
-    asked = Counter(question.answers[0].strip() for question in questions)
-    if len(asked) > min(MAX_LABELS, len(questions) // 2):
-        return []
-    right = Counter(question.answers[0].strip() for question in questions if question.is_right)
-    return sorted(
-        ((answer, right[answer], count) for answer, count in asked.items()),
-        key=lambda entry: (entry[1] / entry[2], entry[0]),
-    )
+    values: dict[str, float]
+    scores: dict[str, list[float]]
+    questions: list[Question]
+    tokens: int | None = None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -228,32 +195,81 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
         raise DataError(report.summary(), code="invalid_file")
     rows = list(read_numbered_rows(options.file, report.format))[: options.limit]
     started = time.monotonic()
-    show = sys.stderr.isatty()
+    other = None if options.against in (None, BASE) else Path(options.against)
     evaluation = Evaluation(
-        options.base_model, options.adapter, options.models_dir, options.threads
+        options.base_model, [options.adapter, other], options.models_dir, options.threads
     )
     try:
-        if options.metric == "loss":
-            value, count = evaluation.loss(rows, show)
-            found: dict[str, Any] = {"loss": value, "tokens": count}
-        else:
-            questions = read_questions(options.file, evaluation.tokenizer, rows)
-            evaluation.answer(questions, options.max_tokens, show)
-            measure: Callable[[Sequence[Question]], float] = {
-                "exact_match": exact_match,
-                "bleu": bleu,
-            }[options.metric]
-            found = {options.metric: measure(questions), "questions": len(questions)}
-            if options.metric == "exact_match":
-                found["by_answer"] = by_answer(questions)
+        asked = _ask_model(evaluation, options, rows, options.adapter)
+        against = _ask_model(evaluation, options, rows, other) if options.against else None
     finally:
         evaluation.close()
-    return {
+    result: dict[str, Any] = {
         "file": str(options.file),
         "adapter": str(options.adapter) if options.adapter else None,
-        **found,
-        "seconds": round(time.monotonic() - started, 1),
+        **asked.values,
     }
+    if asked.questions:
+        result["questions"] = len(asked.questions)
+    if asked.tokens is not None:
+        result["tokens"] = asked.tokens
+    if "exact_match" in options.metric:
+        result["by_answer"] = by_answer(asked.questions)
+    if "classification" in options.metric:
+        result["classes"] = classification(asked.questions)["classes"]
+    if against is not None:
+        result["against"] = {
+            "adapter": options.against,
+            **against.values,
+            "differences": {
+                name: compare(against.scores[name], asked.scores[name]).as_dict()
+                for name in asked.scores
+            },
+        }
+    if options.answers:
+        _write_answers(options.answers, asked, against)
+    return {**result, "seconds": round(time.monotonic() - started, 1)}
+
+
+def _ask_model(
+    evaluation: Evaluation,
+    options: argparse.Namespace,
+    rows: Sequence[tuple[int, Row]],
+    adapter: Path | None,
+) -> Asked:
+    show = sys.stderr.isatty()
+    asked = Asked({}, {}, [])
+    names = [name for name in options.metric if name != LOSS]
+    if names:
+        asked.questions.extend(read_questions(options.file, evaluation.tokenizer, rows))
+        evaluation.answer(asked.questions, adapter, options.max_tokens, show)
+        for name in names:
+            asked.values[name] = METRICS[name].value(asked.questions)
+            asked.scores[name] = METRICS[name].scores(asked.questions)
+    if LOSS not in options.metric:
+        return asked
+    losses = evaluation.losses(rows, adapter, show)
+    tokens = sum(count for _, count in losses)
+    asked.values[LOSS] = sum(total for total, _ in losses) / max(tokens, 1)
+    asked.scores[LOSS] = [-total / max(count, 1) for total, count in losses]
+    return Asked(asked.values, asked.scores, asked.questions, tokens)
+
+
+def _write_answers(path: Path, asked: Asked, against: Asked | None) -> None:
+    """Write one line a question: its line, right answers, what was said, and the scores."""
+    names = [name for name in asked.scores if name != LOSS]
+    with path.open("w", encoding="utf-8") as stream:
+        for index, question in enumerate(asked.questions):
+            record: dict[str, Any] = {
+                "line": question.line,
+                "answers": question.answers,
+                "said": question.said,
+                "scores": {name: asked.scores[name][index] for name in names},
+            }
+            if against is not None:
+                record["against_said"] = against.questions[index].said
+                record["against_scores"] = {n: against.scores[n][index] for n in names}
+            stream.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
 def _origin(adapter: Path | None) -> dict[str, str]:
@@ -268,12 +284,31 @@ def _show(result: dict[str, Any]) -> None:
     table = result.pop("by_answer", [])
     if table:
         shown = Table("right answer", "right", "asked", title="By right answer, worst first")
-        for answer, right, asked in table:
-            shown.add_row(answer, str(right), str(asked))
+        for answer, right, count in table:
+            shown.add_row(answer, str(right), str(count))
         console.print(shown)
+    classes = result.pop("classes", {})
+    if classes:
+        shown = Table("class", "precision", "recall", "f1", "asked", title="By class")
+        for label, found in classes.items():
+            numbers = [f"{found[name]:.3f}" for name in ("precision", "recall", "f1")]
+            shown.add_row(label, *numbers, f"{found['support']:.0f}")
+        console.print(shown)
+    against = result.pop("against", None)
     for name, value in result.items():
         text = f"{value:.4f}" if isinstance(value, float) else str(value)
-        console.print(f"{name:12} {text}", highlight=False, markup=False)
+        console.print(f"{name:14} {text}", highlight=False, markup=False)
+    if against is None:
+        return
+    for name, found in against["differences"].items():
+        low, high = found["interval"]
+        console.print(
+            f"{name} against {against['adapter']} ({against[name]:.4f}): by question "
+            f"{found['mean']:+.4f} ({low:+.4f} to {high:+.4f}), p = {found['p_value']:.4f}: "
+            f"{found['better']} better, {found['worse']} worse, {found['same']} the same",
+            highlight=False,
+            markup=False,
+        )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -286,7 +321,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--adapter", type=Path, help="PEFT folder; without it the base is asked")
     parser.add_argument("--base-model", help="default: the adapter's, or smollm2-135m-instruct")
     parser.add_argument("--models-dir", type=Path, default=Path(".hone/models"))
-    parser.add_argument("--metric", choices=METRICS, default="exact_match")
+    parser.add_argument(
+        "--metric", nargs="+", choices=[*METRICS, LOSS], default=["exact_match"], help="one or more"
+    )
+    parser.add_argument("--against", help="a second model: a PEFT folder, or `base`")
+    parser.add_argument("--answers", type=Path, help="write every answer to this JSONL file")
     parser.add_argument("--max-tokens", type=int, help="of an answer; default: by the file's")
     parser.add_argument("--limit", type=int, help="use the first rows only")
     parser.add_argument("--threads", type=int, help="CPU threads; default: all cores")

@@ -38,6 +38,7 @@ def write_config(
     train_file: Path,
     validation_file: Path | None,
     start_adapter: Path | None = None,
+    compare_with: Path | None = None,
 ) -> Path:
     """Write the configuration of a job's run and check it.
 
@@ -66,6 +67,8 @@ def write_config(
         values["validation_file"] = str(validation_file.resolve())
     if start_adapter is not None:
         values["start_adapter"] = str(start_adapter.resolve())
+    if compare_with is not None:
+        values["compare_with"] = str(compare_with.resolve())
     if "early_stopping" in asked:
         values["early_stopping"] = {"enabled": True, **asked["early_stopping"]}
     wandb = wandb_of(job, settings)

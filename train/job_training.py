@@ -11,9 +11,10 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from data import job_pause, jobs
-from data.errors import NotFound, ToolkitError
+from data.errors import AdapterRefused, NotFound, ToolkitError
 from data.tables import Job, now
 from train.exit_cause import Cause, cause_of_exit
 from train.job_config import write_config
@@ -82,13 +83,26 @@ class _Training:
         start = self.shop.place_start(job)
         settings, run = self.shop.settings, self.run
         if job.method["type"] == "supervised":
-            config = write_config(job, settings, run, train_file, validation_file, start)
+            current = self._place_current() if validation_file else None
+            config = write_config(job, settings, run, train_file, validation_file, start, current)
         else:
             reward = self.shop.place_reward(job)
             config = write_method_config(
                 job, settings, run, train_file, validation_file, start, reward
             )
         return [*self.shop.command(job), "--config", str(config.resolve())]
+
+    def _place_current(self) -> Path | None:
+        try:
+            return self.shop.place_current(self.job)
+        except AdapterRefused as error:
+            with self.shop.holding(self.job.id, self.lease) as (session, job):
+                message = (
+                    f"The model in use is damaged ({error.public}), so the new one is compared "
+                    "with the base model instead"
+                )
+                jobs.record_event(session, job.id, message, level="warn")
+            return None
 
     def begin_attempt(self) -> bool:
         """Note that the trainer is started; False when the job ended instead."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from peft import LoraConfig
 
-from train.config import LoraSettings
+from train.config import LoraSettings, SftLora
 
 
 def lora_config(lora: LoraSettings) -> LoraConfig:
@@ -15,5 +15,6 @@ def lora_config(lora: LoraSettings) -> LoraConfig:
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
         use_rslora=lora.use_rslora,
+        use_dora=isinstance(lora, SftLora) and lora.use_dora,
         task_type="CAUSAL_LM",
     )

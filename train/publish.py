@@ -40,6 +40,7 @@ def write_adapter(
     *,
     save: Callable[[Path], None] | None = None,
     curves: Sequence[tuple[str, str]] = LOSSES,
+    serves: bool = True,
 ) -> None:
     """Save the adapter, check it through the engine, and put it in place.
 
@@ -48,6 +49,7 @@ def write_adapter(
         summary: What the model card tells of the run; `method` is how it was trained.
         save: Writes the adapter into a folder as PEFT does; by default all of `model`.
         curves: Names and labels of the metrics in the picture.
+        serves: False for an adapter that the engine refuses, which is not checked through it.
 
     Raises:
         TrainingFailed: The engine's log-probabilities are not the trainer's.
@@ -66,7 +68,8 @@ def write_adapter(
     probe = {"token_ids": rows, "logprobs": _score(model, rows)}
     tolerance = TOLERANCE[base.model.dtype]
     write_json(folder / "probe.json", {**probe, "tolerance": tolerance})
-    _check_served(folder, base, config, probe, tolerance)
+    if serves:
+        _check_served(folder, base, config, probe, tolerance)
     shutil.rmtree(run.adapter, ignore_errors=True)
     folder.rename(run.adapter)
 

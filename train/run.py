@@ -28,6 +28,7 @@ class RunFolder:
     def __init__(self, path: Path):
         self.path = path
         self.adapter = path / "adapter"
+        self.merged = path / "merged"
         self.checkpoints = path / "checkpoints"
         self.models = path / "models"
         self.result = path / "result.json"

@@ -8,18 +8,20 @@ learned tokens, so how it is cut into parts changes nothing but rounding.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
+from peft.optimizers import create_loraplus_optimizer
 from torch.utils.data import Sampler
 from transformers import TrainerControl
 from trl import SFTTrainer
 
 from data.errors import ConfigError, TrainingFailed
 from data.render import IGNORED
-from train.batches import LengthGroupedSampler
+from train.batches import LengthGroupedSampler, name_lines
 from train.fused_layers import fuse_layers
 from train.loss_head import use_compact_head
 
@@ -35,6 +37,8 @@ class LoraTrainer(SFTTrainer):
         max_tokens: Most tokens, padding included, that do; one row always does.
         prompt_loss_weight: Of a token without a label, beside 1 for one with a label. A step's loss
             is the weighted mean, `sum(w nll) / sum(w)`.
+        lr_ratio: Learning rate of the matrices B over that of the others (LoRA+, arXiv:2402.12354).
+        lines: Of each training row, for messages about it.
         kwargs: Of SFTTrainer.
     """
 
@@ -44,9 +48,13 @@ class LoraTrainer(SFTTrainer):
         max_rows: int,
         max_tokens: int,
         prompt_loss_weight: float = 0.0,
+        lr_ratio: float = 1.0,
+        lines: Sequence[int] = (),
         **kwargs: Any,
     ) -> None:
         self._order = order
+        self._lr_ratio = lr_ratio
+        self._lines = lines
         self._prompt_loss_weight = prompt_loss_weight
         self._max_rows = max_rows
         self._max_tokens = max_tokens
@@ -80,7 +88,8 @@ class LoraTrainer(SFTTrainer):
         if not torch.isfinite(loss):
             raise TrainingFailed(
                 f"The loss is {loss.item()} at step {self.state.global_step + 1}; the last whole "
-                "checkpoint is kept. Lower learning_rate, or look for broken rows",
+                f"checkpoint is kept. Lower learning_rate, or look for broken rows"
+                f"{self._suspects()}",
                 code="loss_not_finite",
             )
         return loss
@@ -90,6 +99,29 @@ class LoraTrainer(SFTTrainer):
         if self._prompt_loss_weight and self.model.training:
             inputs = {**inputs, "prompt_loss_weight": self._prompt_loss_weight}  # type: ignore[dict-item]
         return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Make AdamW, with a learning rate of its own for the matrices B where that is asked."""
+        if self._lr_ratio == 1:
+            return super().create_optimizer(model)
+        kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        self.optimizer: Any = create_loraplus_optimizer(
+            model=self.model,
+            optimizer_cls=kind,
+            loraplus_lr_ratio=self._lr_ratio,
+            loraplus_weight_decay=self.args.weight_decay,
+            **options,
+        )
+        return self.optimizer
+
+    def _suspects(self) -> str:
+        """Name the lines of the step at hand."""
+        size = self.args.per_device_train_batch_size * self.accelerator.num_processes
+        at = self.state.global_step * size % (math.ceil(len(self._order) / size) * size)
+        rows = list(self._order)[at : at + size]
+        if not self._lines:
+            return ""
+        return f"; the step's rows were {name_lines(sorted(self._lines[row] for row in rows))}"
 
     def _total_weight(self, inputs: Batch) -> torch.Tensor:
         """Return the sum of the weights of a step's tokens, over all processes: []."""

@@ -12,8 +12,10 @@ from train.base_model import Base
 from train.run import ORIGIN
 
 
-def read_shape(folder: Path, base: Base, dropout: float) -> LoraConfig:
-    """Return the configuration of an adapter to go on from.
+def read_shape(
+    folder: Path, base: Base, dropout: float, setting: str = "start_adapter"
+) -> LoraConfig:
+    """Return the configuration of an adapter to go on from, or of another that `setting` names.
 
     Raises:
         AdapterRefused: There is none in the folder, or it belongs to another base.
@@ -22,15 +24,15 @@ def read_shape(folder: Path, base: Base, dropout: float) -> LoraConfig:
         config = LoraConfig.from_pretrained(str(folder))
     except (OSError, ValueError, TypeError) as error:
         raise AdapterRefused(
-            f"start_adapter {folder} holds no LoRA adapter ({error})", code="adapter_incomplete"
+            f"{setting} {folder} holds no LoRA adapter ({error})", code="adapter_incomplete"
         ) from error
     origin = folder / ORIGIN
     made_for = json.loads(origin.read_text("utf-8")) if origin.exists() else base.origin
     if made_for.get("base_fingerprint") != base.fingerprint:
         raise AdapterRefused(
-            f"start_adapter {folder} was trained on {made_for.get('base_model')} "
+            f"{setting} {folder} was trained on {made_for.get('base_model')} "
             f"({made_for.get('base_fingerprint')}), but the base is {base.name} "
-            f"({base.fingerprint}); start from an adapter of this base",
+            f"({base.fingerprint}); give an adapter of this base",
             code="adapter_wrong_base",
         )
     config.base_model_name_or_path = None  # PEFT warns of a name that is not its path

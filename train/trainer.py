@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import resource
 import sys
 import tempfile
 import time
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from transformers import PrinterCallback, set_seed
 from transformers.trainer_callback import ProgressCallback
@@ -22,8 +24,11 @@ from train.callbacks import EarlyStop, ProgressBar, RunLog, SaveAt, Stopper
 from train.config import Plan, SftConfig
 from train.example_losses import write_losses
 from train.lora import lora_config
+from train.merged import write_merged
 from train.prepare import TrainingJob
 from train.publish import PROBE_ROWS, write_adapter
+from train.regression import compare_with
+from train.report import write_report
 from train.run import RunFolder
 from train.sft_trainer import LoraTrainer
 from train.start import read_shape, set_weights
@@ -50,7 +55,9 @@ def train(
         TrainingFailed: The loss is not finite, or the adapter does not serve as trained.
     """
     trainer = _make_trainer(job, run, stopper)
+    started = time.monotonic()
     outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    seconds = time.monotonic() - started
     if stopper.asked.is_set():
         return None
     if trainer.state.global_step < trainer.state.max_steps:
@@ -73,9 +80,24 @@ def train(
         summary = {**result, **job.plan.model_dump(), "training data": job.train.path.name}
         model = trainer.accelerator.unwrap_model(trainer.model)
         rows = [example.input_ids for example in job.train.examples[:PROBE_ROWS]]
-        write_adapter(run, model, job.base, job.config, rows, summary)
+        has_dora = model.peft_config["default"].use_dora
+        write_adapter(run, model, job.base, job.config, rows, summary, serves=not has_dora)
         write_losses(run, model, job)
+        regression = compare_with(job, model)
+        if regression is not None:
+            result["comparison"], result["gate"] = regression.summary(), regression.gate()
+        result["peak_memory_bytes"] = _peak_memory(job.base.model.device)
+        write_report(run, job, {**result, "training_s": round(seconds, 1)}, regression)
+        if has_dora:
+            write_merged(run, model, job.base, job.config.device)
     return result
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Return the most memory that this process had: the device's, or the machine's on a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def estimate(job: TrainingJob) -> dict[str, float]:
@@ -112,6 +134,8 @@ def _make_trainer(job: TrainingJob, run: RunFolder, stopper: Stopper) -> LoraTra
         max_rows=plan.micro_batch_size,
         max_tokens=plan.micro_batch_tokens,
         prompt_loss_weight=config.prompt_loss_weight,
+        lr_ratio=config.lora.lr_ratio,
+        lines=job.train.lines,
         model=base.model,
         args=_training_arguments(job, run),
         train_dataset=as_dataset(job.train.examples),

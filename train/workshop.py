@@ -19,7 +19,7 @@ from data.errors import ModelNotFound, NotFound, StateConflict
 from data.files import FileStore
 from data.job_methods import METHODS, score_models
 from data.settings import Settings
-from data.tables import AdapterVersion, Job
+from data.tables import AdapterVersion, Job, Project
 from train.lease import Lease
 from train.run import RunFolder
 
@@ -109,6 +109,29 @@ class Workshop:
             raise NotFound(
                 "The model that the job goes on from was deleted.", param="model", code="model_gone"
             )
+        return registry.export(version, self.settings.adapters_dir, folder)
+
+    def place_current(self, job: Job) -> Path | None:
+        """Put the adapter that the job's model would replace into its run folder.
+
+        None if the alias names none yet, or one of another base or kind, which cannot be compared.
+
+        Raises:
+            AdapterRefused: Its files are damaged.
+        """
+        folder = self.run_of(job).path / INPUTS / "compare_with"
+        if folder.exists():
+            return folder
+        with self.database.read() as session:
+            slug = session.get_one(Project, job.project_id).slug
+            try:
+                alias = registry.alias_name(job.base, slug, job.suffix)
+                version = registry.find_own(session, job.project_id, alias)
+            except ModelNotFound:
+                return None
+        is_judge = version.lineage.get("kind") == "reward_model"
+        if is_judge or version.base_fingerprint != self.base_fingerprint(job.base):
+            return None
         return registry.export(version, self.settings.adapters_dir, folder)
 
     def forget_bulk(self, job_ids: Sequence[str]) -> None:

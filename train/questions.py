@@ -1,0 +1,65 @@
+"""Rows that ask something with a known answer, as questions for a model.
+
+Rows with one prompt are one question with several right answers; a row may also list them as
+`references`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from data.errors import DataError, ToolkitError
+from data.jsonl import iter_lines
+from data.render import question
+from data.rows import Row
+
+
+@dataclass
+class Question:
+    """One prompt, its right answers, and what the model said."""
+
+    line: int
+    prompt_ids: tuple[int, ...]
+    answers: list[str] = field(default_factory=list)
+    said: str = ""
+
+    @property
+    def is_right(self) -> bool:
+        return self.said.strip() in {answer.strip() for answer in self.answers}
+
+    def unanswered(self) -> Question:
+        """Return the same question, for another model."""
+        return replace(self, said="")
+
+
+def read_questions(path: Path, tokenizer: Any, rows: Iterable[tuple[int, Row]]) -> list[Question]:
+    """Return the questions of a file: rows of one prompt are one, with all their answers.
+
+    Raises:
+        DataError: A row asks nothing that has a right answer.
+    """
+    references = _references(path)
+    questions: dict[tuple[int, ...], Question] = {}
+    for line, row in rows:
+        try:
+            ids, answer = question(tokenizer, row)
+        except ToolkitError as error:
+            raise DataError(f"line {line}: {error.message}", code=error.code) from error
+        asked = questions.setdefault(tuple(ids), Question(line, tuple(ids)))
+        asked.answers += references.get(line) or [answer]
+    return list(questions.values())
+
+
+def _references(path: Path) -> dict[int, list[str]]:
+    """Read the column `references`, which training does not know, by line."""
+    found = {}
+    with path.open("rb") as stream:
+        for number, _, line in iter_lines(stream):
+            if b'"references"' in line:
+                found[number] = [str(text) for text in orjson.loads(line).get("references") or ()]
+    return found

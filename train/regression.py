@@ -1,0 +1,95 @@
+"""The gate of supervised fine-tuning: a tuned model must not be worse than what it would replace.
+
+Both models score the validation rows; the rows pair up, so that a paired test (`significance`) can
+tell a fall from chance. What is compared is each row's loss: mean nats over its learned tokens.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from train.example_losses import score
+from train.prepare import TrainingJob
+from train.significance import Difference, compare
+from train.start import read_shape
+
+OTHER = "compared"
+BASE = "the base model"
+
+
+@dataclass(frozen=True)
+class Regression:
+    """Losses of the validation rows, nats a token, before and after.
+
+    Attributes:
+        against: What the tuned model is compared with.
+        before, after: [rows].
+        difference: Of the negated losses, so that more is better.
+    """
+
+    against: str
+    before: list[float]
+    after: list[float]
+    difference: Difference
+
+    def summary(self) -> dict[str, Any]:
+        """Return what a run's result keeps."""
+        count = len(self.after)
+        return {
+            "against": self.against,
+            "rows": count,
+            "loss_before": sum(self.before) / count,
+            "loss_after": sum(self.after) / count,
+            "difference": self.difference.as_dict(),
+        }
+
+    def gate(self) -> dict[str, Any]:
+        """Refuse promotion where the rows' losses rose, and not by chance."""
+        found, total = self.difference, len(self.after)
+        fell = found.mean < 0 and found.is_significant
+        summary = self.summary()
+        reason = (
+            f"validation loss by row {summary['loss_before']:.4f} with {self.against}, "
+            f"{summary['loss_after']:.4f} now: {found.better} of {total} rows better, "
+            f"{found.worse} worse (p = {found.p_value:.3g})"
+        )
+        return {"promote": not fell, "reasons": [reason]}
+
+
+def compare_with(job: TrainingJob, model: Any) -> Regression | None:
+    """Score the validation rows with and without the training; None without such rows.
+
+    The other side is `compare_with` of the settings, an adapter of the same base, else the base.
+
+    Raises:
+        AdapterRefused: `compare_with` is no adapter of this base.
+    """
+    if job.valid is None:
+        return None
+    after = [row["loss"] for row in score(model, job.valid)]
+    other = job.config.compare_with
+    if other is None:
+        with model.disable_adapter():
+            before = [row["loss"] for row in score(model, job.valid)]
+    else:
+        before = _losses_with(job, model, other)
+    negated = [[-loss for loss in losses] for losses in (before, after)]
+    return Regression(
+        BASE if other is None else "the adapter in use", before, after, compare(*negated)
+    )
+
+
+def _losses_with(job: TrainingJob, model: Any, folder: Path) -> list[float]:
+    read_shape(folder, job.base, dropout=0.0, setting="compare_with")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # PEFT: the adapter names a base by its name
+        model.load_adapter(str(folder), OTHER)
+    model.set_adapter(OTHER)
+    try:
+        return [row["loss"] for row in score(model, job.valid)]  # type: ignore[arg-type]
+    finally:
+        model.set_adapter("default")
+        model.delete_adapter(OTHER)
