@@ -16,10 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors.torch import load_file
+from test_rlhf_reward import vowel_rows, words, write
 from train_runs import Workplace, read_json, read_lines
 from transformers import AutoModelForCausalLM
 
 from data.errors import ConfigError, InvalidInput
+from rlhf import reward
+from rlhf.actor_critic import REWARD, ActorCritic
+from rlhf.reward_model import read_head
 from serve.engine import base_model
 from train import evaluate
 from train.answer_metrics import METRICS, classification, token_f1
@@ -178,6 +182,40 @@ def test_a_tuned_model_against_the_base(
     assert len(lines) == 15
     assert all(line["said"].strip() in line["answers"] for line in lines)
     assert all(line["against_said"].strip() not in line["answers"] for line in lines)
+
+
+def test_the_win_rate_by_a_reward_model(
+    place: Workplace, letters: Path, tuned: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Scores are those that PPO gets: of transformers, PEFT and the head."""
+    write(place.folder / "pairs.jsonl", vowel_rows())
+    assert reward.main(words(place.folder, "judge", base_model=place.base, num_epochs=1)) == 0
+    judge, answers = place.folder / "judge/adapter", place.folder / "scored.jsonl"
+    asked = ("--adapter", tuned / "adapter", "--against", "base", "--file", letters)
+    judged = ("--metric", "reward", "--reward-model", judge, "--answers", answers)
+    found = evaluated(place, capsys, *asked, *judged, "--max-tokens", 6)
+    difference = found["against"]["differences"]["reward"]
+    assert difference["better"] + difference["worse"] + difference["same"] == 15
+    assert difference["win_rate"] == (difference["better"] + difference["same"] / 2) / 15
+    assert difference["mean"] == pytest.approx(found["reward"] - found["against"]["reward"])
+    base, tokenizer = base_model.load(place.base, "float32")
+    model = PeftModel.from_pretrained(base, str(judge), adapter_name=REWARD)
+    roles = ActorCritic(model, 1.0)
+    head = read_head(judge, read_json(judge / "hone.json")["base_fingerprint"])
+    roles.add_head(REWARD, head.weight)
+    rows = [json.loads(line) for line in letters.read_text().splitlines()]
+    for line in read_lines(answers):
+        ids = tokenizer(rows[line["line"] - 1]["prompt"] + line["said"])["input_ids"]
+        with torch.no_grad():
+            score = head.normalizer.apply(roles.rewards([[*ids, tokenizer.eos_token_id]]))
+        assert line["scores"]["reward"] == pytest.approx(float(score), abs=1e-3)
+
+
+def test_a_reward_needs_a_judge(
+    place: Workplace, letters: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate.main(["--file", str(letters), "--metric", "reward"]) == 2
+    assert "--reward-model FOLDER` go together" in capsys.readouterr().err
 
 
 def test_a_run_compares_itself_with_the_base(place: Workplace, tuned: Path) -> None:

@@ -7,11 +7,12 @@
 `exact_match` is the share of greedy answers that say what the row says (outer spaces aside), with a
 table by right answer where there are few of them; `f1` is that of the words; `classification` is
 the mean F1 of the classes, with a table; `bleu` and `chrf` are sacreBLEU's; `rouge_l` is ROUGE-L;
-`loss` is nats a learned token. Rows with one prompt are one question with several right answers; a
-row may also list them as `references`.
+`loss` is nats a learned token; `reward` is the mean score by --reward-model. Rows with one prompt
+are one question with several right answers; a row may also list them as `references`.
 
 With --against, a second model (an adapter's folder, or `base`) answers the same questions, and a
-paired permutation test says whether the difference can be chance.
+paired permutation test says whether the difference can be chance; the win rate is how often the
+first scores above the second.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from data.errors import AdapterRefused, DataError, ToolkitError
+from data.errors import AdapterRefused, DataError, InvalidInput, ToolkitError
 from data.jsonl import read_numbered_rows
 from data.render import IGNORED, render
+from data.reward_head import load_head
 from data.rows import Row
 from data.validate import validate
 from serve.engine import base_model
@@ -41,7 +43,7 @@ from train.answer_metrics import METRICS, by_answer, classification
 from train.questions import Question, read_questions
 from train.significance import compare
 
-LOSS = "loss"
+LOSS, REWARD = "loss", "reward"
 BASE = "base"
 DEFAULT_BASE = "smollm2-135m-instruct"
 SPARE_TOKENS = 8  # beyond the longest right answer
@@ -112,6 +114,33 @@ class Evaluation:
         prompts = [(question.line, question.prompt_ids) for question in questions]
         for index, completion in enumerate(self._ask(prompts, adapter, params, show)):
             questions[index].said = completion.text
+            ids = tuple(completion.token_ids)
+            ended = completion.finish_reason == "stop"
+            if ended and not (ids and ids[-1] in self.engine.eos_token_ids):
+                ids += (self.tokenizer.eos_token_id,)
+            questions[index].said_ids = ids
+
+    def rewards(self, questions: Sequence[Question], judge: Path, show: bool) -> list[float]:
+        """Return a reward model's score of each answer, normalised as its training left it.
+
+        Raises:
+            InvalidInput: The folder is no reward model, or its head is of another width.
+        """
+        head = load_head(judge)
+        params = SamplingParams(max_tokens=0, embed=True, pool="last")
+        rows = [
+            (question.line, (*question.prompt_ids, *question.said_ids)) for question in questions
+        ]
+        found = []
+        for completion in self._ask(rows, judge, params, show):
+            hidden = completion.embedding or ()
+            if len(hidden) != len(head.weight):
+                raise InvalidInput(
+                    f"the head of {judge} reads {len(head.weight)} numbers, but the base gives "
+                    f"{len(hidden)}; give a reward model of this base"
+                )
+            found.append(head.score(hidden))
+        return found
 
     def losses(
         self, rows: Iterable[tuple[int, Row]], adapter: Path | None, show: bool
@@ -190,6 +219,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
+    if (REWARD in options.metric) != (options.reward_model is not None):
+        raise InvalidInput("`--metric reward` and `--reward-model FOLDER` go together; give both")
     report = validate(options.file, min_examples=1)
     if not report.ok:
         raise DataError(report.summary(), code="invalid_file")
@@ -197,7 +228,10 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
     started = time.monotonic()
     other = None if options.against in (None, BASE) else Path(options.against)
     evaluation = Evaluation(
-        options.base_model, [options.adapter, other], options.models_dir, options.threads
+        options.base_model,
+        [options.adapter, other, options.reward_model],
+        options.models_dir,
+        options.threads,
     )
     try:
         asked = _ask_model(evaluation, options, rows, options.adapter)
@@ -239,13 +273,17 @@ def _ask_model(
 ) -> Asked:
     show = sys.stderr.isatty()
     asked = Asked({}, {}, [])
-    names = [name for name in options.metric if name != LOSS]
-    if names:
+    names = [name for name in options.metric if name in METRICS]
+    if names or REWARD in options.metric:
         asked.questions.extend(read_questions(options.file, evaluation.tokenizer, rows))
         evaluation.answer(asked.questions, adapter, options.max_tokens, show)
         for name in names:
             asked.values[name] = METRICS[name].value(asked.questions)
             asked.scores[name] = METRICS[name].scores(asked.questions)
+    if REWARD in options.metric:
+        rewards = evaluation.rewards(asked.questions, options.reward_model, show)
+        asked.values[REWARD] = sum(rewards) / len(rewards)
+        asked.scores[REWARD] = rewards
     if LOSS not in options.metric:
         return asked
     losses = evaluation.losses(rows, adapter, show)
@@ -305,7 +343,8 @@ def _show(result: dict[str, Any]) -> None:
         console.print(
             f"{name} against {against['adapter']} ({against[name]:.4f}): by question "
             f"{found['mean']:+.4f} ({low:+.4f} to {high:+.4f}), p = {found['p_value']:.4f}: "
-            f"{found['better']} better, {found['worse']} worse, {found['same']} the same",
+            f"{found['better']} better, {found['worse']} worse, {found['same']} the same, win rate "
+            f"{found['win_rate']:.1%}",
             highlight=False,
             markup=False,
         )
@@ -322,9 +361,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--base-model", help="default: the adapter's, or smollm2-135m-instruct")
     parser.add_argument("--models-dir", type=Path, default=Path(".hone/models"))
     parser.add_argument(
-        "--metric", nargs="+", choices=[*METRICS, LOSS], default=["exact_match"], help="one or more"
+        "--metric",
+        nargs="+",
+        choices=[*METRICS, LOSS, REWARD],
+        default=["exact_match"],
+        help="one or more",
     )
     parser.add_argument("--against", help="a second model: a PEFT folder, or `base`")
+    parser.add_argument("--reward-model", type=Path, help="folder of rlhf.reward, for `reward`")
     parser.add_argument("--answers", type=Path, help="write every answer to this JSONL file")
     parser.add_argument("--max-tokens", type=int, help="of an answer; default: by the file's")
     parser.add_argument("--limit", type=int, help="use the first rows only")

@@ -7,7 +7,7 @@ Rows with one prompt are one question with several right answers; a row may also
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +21,18 @@ from data.rows import Row
 
 @dataclass
 class Question:
-    """One prompt, its right answers, and what the model said."""
+    """One prompt, its right answers, and what the model said: text, and its tokens with EOS where
+    it ended by itself."""
 
     line: int
     prompt_ids: tuple[int, ...]
     answers: list[str] = field(default_factory=list)
     said: str = ""
+    said_ids: tuple[int, ...] = ()
 
     @property
     def is_right(self) -> bool:
         return self.said.strip() in {answer.strip() for answer in self.answers}
-
-    def unanswered(self) -> Question:
-        """Return the same question, for another model."""
-        return replace(self, said="")
 
 
 def read_questions(path: Path, tokenizer: Any, rows: Iterable[tuple[int, Row]]) -> list[Question]:

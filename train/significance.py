@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from data.errors import InvalidInput
-from data.intervals import bootstrap
+from data.intervals import bootstrap, wilson
 
 EXACT_UP_TO = 14
 RESAMPLES = 10_000
@@ -43,9 +43,20 @@ class Difference:
     def is_significant(self) -> bool:
         return self.p_value < LEVEL
 
+    @property
+    def win_rate(self) -> float:
+        """How often the second scores above the first; the same is half a win."""
+        return (self.better + self.same / 2) / (self.better + self.worse + self.same)
+
     def as_dict(self) -> dict[str, object]:
-        """Return the fields, and whether the difference is significant."""
-        return {**asdict(self), "significant": self.is_significant}
+        """Return the fields, the win rate with its interval (Wilson's), and the verdict."""
+        count = self.better + self.worse + self.same
+        return {
+            **asdict(self),
+            "significant": self.is_significant,
+            "win_rate": self.win_rate,
+            "win_rate_interval": wilson(self.win_rate * count, count),
+        }
 
 
 def compare(first: Sequence[float], second: Sequence[float]) -> Difference:
