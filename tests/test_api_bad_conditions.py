@@ -9,6 +9,8 @@ import socket
 import time
 from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from http.client import HTTPResponse
 from typing import Any
 
 import httpx
@@ -109,26 +111,41 @@ def test_a_stopped_server_ends_a_stream_with_an_error(
     settings = tiny_settings(tmp_path_factory.mktemp("stopped"))
     key = key_of(settings, "caller")
     words = (f"shutdown_grace_s={grace}", "max_batch=1")
-    with started(settings, *words) as (process, url), ThreadPoolExecutor(1) as pool:
+    with started(settings, *words) as (process, url):
         client = openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0)
-        body = {**BODY, "max_tokens": 480, "n": 100}
-        headers = {"authorization": f"Bearer {key}"}
-        post = f"{url}/v1/completions"
-        whole = pool.submit(httpx.post, post, json=body, headers=headers, timeout=60)
         answer = client.completions.create(
             model=MODEL, prompt="The cat", max_tokens=480, n=100, stream=True, extra_body=LONG
         )
         next(iter(answer))
-        process.send_signal(signal.SIGTERM)
-        with pytest.raises(openai.APIError) as caught:
-            for _ in answer:
-                pass
-        assert caught.value.code == "server_stopping"
-        assert process.wait(timeout=30) == 0
-        ended = whole.result()
-    assert ended.status_code == 503
-    assert ended.json()["error"]["code"] == "server_stopping"
-    assert ended.headers["retry-after"] == "1"
+        with begun(url, key, {**BODY, "max_tokens": 480, "n": 100}) as whole:
+            process.send_signal(signal.SIGTERM)
+            with pytest.raises(openai.APIError) as caught:
+                for _ in answer:
+                    pass
+            assert caught.value.code == "server_stopping"
+            assert process.wait(timeout=30) == 0
+            ended = HTTPResponse(whole)
+            ended.begin()
+            assert ended.status == 503
+            assert json.loads(ended.read())["error"]["code"] == "server_stopping"
+            assert ended.headers["retry-after"] == "1"
+
+
+@contextmanager
+def begun(url: str, key: str, body: dict[str, Any]) -> Iterator[socket.socket]:
+    """Send a request of which the server has surely taken the head."""
+    content = json.dumps(body).encode()
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {key}\r\n"
+        f"content-type: application/json\r\ncontent-length: {len(content)}\r\n"
+        "expect: 100-continue\r\n\r\n"
+    )
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
+        connection.sendall(head.encode())
+        assert connection.recv(1000) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        connection.sendall(content)
+        yield connection
 
 
 def test_a_second_signal_ends_the_server_at_once(tmp_path_factory: pytest.TempPathFactory) -> None:

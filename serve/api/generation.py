@@ -14,6 +14,7 @@ from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from copy import copy
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, Protocol, TypeVar
 from weakref import WeakSet
 
@@ -77,6 +78,28 @@ class Answer:
         self.embedding = delta.embedding or ()
 
 
+class Mailbox:
+    """Carries events to queues of an event loop, which is woken once for all that wait."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._waiting: deque[tuple[asyncio.Queue[Event], Event]] = deque()
+        self._is_called = False
+
+    def post(self, queue: asyncio.Queue[Event], event: Event) -> None:
+        """Put an event into a queue soon; called from any thread."""
+        self._waiting.append((queue, event))
+        if not self._is_called:
+            self._is_called = True
+            self._loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        self._is_called = False  # what comes from here on calls again
+        while self._waiting:
+            queue, event = self._waiting.popleft()
+            queue.put_nowait(event)
+
+
 class Generator:
     """The engine, seen from the event loop."""
 
@@ -86,6 +109,11 @@ class Generator:
         self.closed: Mapping[str, ToolkitError] = {}  # accounts that are not served, and why
         self._stopping: ToolkitError | None = None
         self._live: WeakSet[Generation] = WeakSet()
+
+    @cached_property
+    def mailbox(self) -> Mailbox:
+        """Where the engine's thread leaves what it tells."""
+        return Mailbox()
 
     def start(
         self,
@@ -169,7 +197,7 @@ class Generation:
         self._waiting = deque(enumerate(requests))
         self._running: dict[int, str] = {}
         self._events: asyncio.Queue[Event] = asyncio.Queue()
-        self._loop = asyncio.get_running_loop()
+        self._mailbox = generator.mailbox
 
     def fill(self) -> None:
         """Hand waiting sequences to the engine while it takes them."""
@@ -251,7 +279,7 @@ class Generation:
         def on_delta(delta: Delta) -> None:  # on the engine's thread
             if self._watcher:
                 self._watcher.saw(index, delta)
-            self._loop.call_soon_threadsafe(self._events.put_nowait, (index, delta))
+            self._mailbox.post(self._events, (index, delta))
 
         return on_delta
 

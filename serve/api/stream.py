@@ -8,6 +8,7 @@ the frames' iterator is closed, and with it the generation behind it.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncGenerator
 from typing import Any, Self
@@ -97,7 +98,7 @@ def _event(frame: Frame) -> bytes:
 
 async def _send_body(send: Send, body: bytes) -> None:
     try:
-        with anyio.fail_after(SEND_LIMIT_S):
+        async with asyncio.timeout(SEND_LIMIT_S):
             await send({"type": "http.response.body", "body": body, "more_body": True})
     except TimeoutError:
         raise _ReadsNothing from None
