@@ -185,3 +185,31 @@ class FeedbackPolicy(Record):
     project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"), primary_key=True)
     consent: Mapped[bool] = mapped_column(default=True)
     retention_days: Mapped[int | None]
+
+
+class LabelRound(Record):
+    """One turn of the loop: a project's judgements, what was trained on them, what came of it."""
+
+    __tablename__ = "label_rounds"
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"), index=True)
+    label_project_id: Mapped[str] = mapped_column(ForeignKey("label_projects.id"))
+    file_id: Mapped[str] = mapped_column(String(64))  # the frozen export, all of it
+    training_file: Mapped[str] = mapped_column(String(64))  # without the prompts held out
+    method: Mapped[str] = mapped_column(String(16))  # dpo, ppo
+    status: Mapped[str] = mapped_column(String(16))
+    model: Mapped[str]  # that it starts from: a version, or the base
+    suffix: Mapped[str]
+    rule: Mapped[dict[str, Any]]
+    prompts: Mapped[list[Any]]  # held out, for the comparison
+    options: Mapped[dict[str, Any]]  # hyperparameters of the jobs, by method
+    reward_job_id: Mapped[str | None]
+    policy_job_id: Mapped[str | None]
+    candidate: Mapped[str | None]  # the version that was trained
+    comparison_id: Mapped[str | None]  # the blind labeling project of new against old
+    decision: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    error: Mapped[str | None]
+    leased_until: Mapped[int] = mapped_column(BigInteger, default=0)  # by a server that samples
+    created_at: Mapped[int] = mapped_column(BigInteger, default=now)
+    changed_at: Mapped[int] = mapped_column(BigInteger, default=now)

@@ -12,7 +12,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.middleware.cors import CORSMiddleware
 
 from data.settings import Settings
-from serve import batch_runner
+from serve import batch_runner, round_runner
 from serve.api import (
     access,
     batches,
@@ -31,6 +31,7 @@ from serve.api import (
     health,
     keys,
     label_projects,
+    label_rounds,
     legacy,
     limits,
     models,
@@ -71,17 +72,19 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
         app.state.runtime = runtime or await run_in_threadpool(open_runtime, settings)
         worker = WorkerProcess(settings) if settings.embedded_worker else None
         sender = WebhookSender(app.state.runtime.database, settings)
-        watcher = asyncio.create_task(watch(app.state.runtime))
-        batcher = asyncio.create_task(batch_runner.run(app.state.runtime))
+        helpers = [
+            asyncio.create_task(work(app.state.runtime))
+            for work in (watch, batch_runner.run, round_runner.run)
+        ]
         try:
             sender.start()
             if worker is not None:
                 worker.start()
             yield
         finally:
-            watcher.cancel()
-            batcher.cancel()
-            await asyncio.gather(watcher, batcher, return_exceptions=True)
+            for helper in helpers:
+                helper.cancel()
+            await asyncio.gather(*helpers, return_exceptions=True)
             if worker is not None:
                 await worker.stop()
             await sender.stop()
@@ -132,6 +135,7 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
         content_policies,
         feedback,
         label_projects,
+        label_rounds,
         comparisons,
         access,
         usage,

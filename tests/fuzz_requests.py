@@ -110,6 +110,13 @@ SAMPLES: dict[str, Any] = {
     "/v1/comparisons/{assignment_id}": {"choice": "A", "timings": {"total_ms": 9}},
     "/v1/comparisons/{assignment_id}/skip": {"reason": "a"},
     "/v1/comparisons/{assignment_id}/flag": {"reason": "a"},
+    "/v1/label_rounds": {
+        "label_project_id": "lproj-x",
+        "model": MODEL,
+        "method": "dpo",
+        "rule": {"min_win_rate": 0.5, "certain": True},
+        "hyperparameters": {"dpo": {"n_epochs": 1}},
+    },
     "/v1/tokenize": {"prompt": "a b", "add_special_tokens": True, "return_token_strs": True},
     "/v1/detokenize": {"tokens": [70, 71]},
     "/v1/access_requests": {

@@ -43,6 +43,7 @@ NAMES_OF_IDS = {
     "task_id": "label_task",
     "assignment_id": "assignment",
     "labeler": "labeler",
+    "round_id": "round",
     "end_user": "end_user",
 }
 # For the keys of operators alone: keys of accounts are refused before any id is looked at.
@@ -155,6 +156,19 @@ def next_comparison(server: Server, scratch: Any) -> dict[str, Any]:
     return dict(found["comparison"])
 
 
+def make_round(server: Server, scratch: Any) -> str:
+    project, http = make_label_project(server, scratch), server.http()
+    rows = [{**TASK, "prompt": f"q {i}"} for i in range(4)]
+    http.post(f"/v1/label_projects/{project}/tasks", json={"tasks": rows}).raise_for_status()
+    for _ in rows:
+        found = http.get("/v1/comparisons/next", params={"label_project_id": project}).json()
+        shown = found["comparison"]["id"]
+        http.post(f"/v1/comparisons/{shown}", json={"choice": "A"}).raise_for_status()
+    answer = http.post("/v1/label_rounds", json={"label_project_id": project, "model": MODEL})
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["id"])
+
+
 def make_label_task(server: Server, scratch: Any) -> str:
     return str(next_comparison(server, scratch)["task_id"])
 
@@ -181,6 +195,7 @@ MAKERS: dict[str, Callable[[Server, Any], str]] = {
     "api_key": make_api_key,
     "label_project": make_label_project,
     "label_task": make_label_task,
+    "round": make_round,
     "assignment": make_assignment,
     "labeler": lambda *_: "labeler-of-acme",
     "end_user": make_end_user,
@@ -208,6 +223,8 @@ BODIES: list[tuple[str, str, dict[str, Any]]] = [
     ),
     ("POST", "/v1/fine_tuning/estimate", {"model": MODEL, "training_file": "{file}"}),
     ("POST", "/v1/feedback", {"completion_id": "{chat}", "thumb": True}),
+    ("POST", "/v1/label_rounds", {"label_project_id": "{label_project}", "model": MODEL}),
+    ("POST", "/v1/label_rounds", {"label_project_id": "lproj-x", "model": "{model}"}),
 ]
 
 

@@ -60,7 +60,7 @@ OWN_ROUTES = re.compile(
     r"/health|/metrics|/(v1/)?(tokenizer_info|tokenize|detokenize)|/v1/(engines|fine-tunes|adapters)"
     r"(/.*)?|/v1/access_requests|/v1/organization/access_requests.*|/v1/files/\{file_id\}/report"
     r"|/v1/fine_tuning/estimate|/v1/fine_tuning/jobs/\{job_id\}/examples"
-    r"|/v1/(feedback|label_projects|label_tasks|comparisons)(/.*)?"
+    r"|/v1/(feedback|label_projects|label_rounds|label_tasks|comparisons)(/.*)?"
     r"|/v1/webhook_endpoints/\{endpoint_id\}/deliveries"
     r"|/v1/organization/projects/\{project_id\}/(warn|suspend|reinstate|caps|content_policy)"
     r"|/v1/organization/projects/\{project_id\}/(content_events|blocked_identifiers)(/.*)?"

@@ -15,7 +15,7 @@ from api_server import MODEL, Server, running, tiny_settings
 from sqlalchemy import select, update
 
 from data import accounts, people
-from data.feedback import projects, tasks
+from data.feedback import projects, rounds, tasks
 from data.feedback.projects import ProjectSpec
 from data.feedback.tasks import CandidateSpec, TaskSpec
 from data.tables_feedback import Assignment, Feedback, Judgement
@@ -187,7 +187,7 @@ def test_forms_from_elsewhere_are_refused(
 # ---- roles ----
 
 
-ADMIN = ("/web/models", "/web/jobs", "/web/playground", "/web/projects/new")
+ADMIN = ("/web/rounds", "/web/models", "/web/jobs", "/web/playground", "/web/projects/new")
 
 
 @pytest.mark.parametrize(("role", "rank"), [("labeler", 0), ("reviewer", 1), ("admin", 2)])
@@ -421,6 +421,40 @@ def test_a_project_is_made_filled_reported_and_exported(server: Server, account:
     assert "Version 2" in admin.post(path, action="guidelines", guidelines="# New")
     assert "closed" in admin.post(path, action="closed")
     assert "Unknown action" in admin.post(path, 400, action="burn")
+
+
+def test_a_round_is_started_followed_and_cancelled(server: Server, account: str) -> None:
+    admin = person(server, account, "admin")
+    project = make_project(server, account, count=8)
+    text = admin.get(f"/web/label/{project}")
+    path, form = f"/web/projects/{project}", {"comparisons": "2", "min_judgements": "2"}
+    start = f"{path}/rounds"
+    none_yet = admin.post(start, 400, min_win_rate="55", **form)
+    assert "has no judgements to export as preference" in none_yet
+    for _ in range(8):
+        task, letters = form_of(text)
+        text = admin.post(task, choice=letters["good"])
+    assert f"<option>{MODEL}</option>" in admin.get(path)
+    assert "is no percentage" in admin.post(start, 400, min_win_rate="much", **form)
+    assert "Invalid &#39;method&#39;" in admin.post(
+        start, 400, min_win_rate="55", method="sft", **form
+    )
+    text = admin.post(start, min_win_rate="55", certain="1", method="dpo", model=MODEL, **form)
+    made = re.search(r"round-\w+", text)
+    assert made is not None
+    assert 'hx-trigger="every 5s"' in text
+    [found] = rounds.list_all(server.runtime.database, account)
+    expected = {"min_win_rate": 0.55, "min_judgements": 2, "certain": True}
+    assert (found.rule, len(found.prompts)) == (expected, 2)
+    labeler = person(server, account, "labeler")
+    labeler.post(f"/web/rounds/{found.id}/cancel", 403)
+    stranger = person(server, server.new_account(f"other-{secrets.token_hex(4)}")[0].id, "admin")
+    assert found.id not in stranger.get("/web/rounds")
+    stranger.post(f"/web/rounds/{found.id}/cancel", 404)
+    text = admin.post(f"/web/rounds/{found.id}/cancel")
+    assert '<span class="tag">cancelled</span>' in text
+    assert "hx-trigger" not in text
+    assert "has ended already" in admin.post(f"/web/rounds/{found.id}/cancel", 400)
 
 
 def test_the_playground_keeps_what_is_preferred(server: Server, account: str) -> None:

@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 
 from data import job_pause, jobs, registry
 from data.checkpoints import mark_of
+from data.feedback import round_steps
 from data.files import RESULTS
 from data.tables import AdapterVersion, Job, Project
 from train.job_config import resolved_hyperparameters
@@ -82,7 +83,13 @@ def publish_outcome(shop: Workshop, job: Job, lease: Lease, run: RunFolder) -> N
 def _promote(
     session: Session, job: Job, version: AdapterVersion, gate: Mapping[str, Any] | None
 ) -> None:
-    """Point the alias at a version, unless the trainer's gate says no, and tell why."""
+    """Point the alias at a version, unless the trainer's gate says no, or a round of feedback
+    decides, and tell why."""
+    deciding = round_steps.decides(session, job)
+    if deciding is not None:
+        message = f"Not promoted: the round {deciding.id} compares it with the model in use first"
+        jobs.record_event(session, job.id, message)
+        return
     reasons = (gate or {}).get("reasons") or []
     if gate is None or gate["promote"]:
         registry.point_alias(session, version)

@@ -137,6 +137,11 @@ class Generator:
         generation.fill()
         return generation
 
+    @property
+    def is_stopping(self) -> bool:
+        """Whether nothing more is answered."""
+        return self._stopping is not None
+
     def check(self, account: str) -> None:
         """Refuse the requests of a closed account, and all when the server stops."""
         if self._stopping is not None:

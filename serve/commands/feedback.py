@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from serve.commands import rounds
 from serve.commands.common import (
     Account,
     AsJson,
@@ -21,6 +22,8 @@ from serve.commands.common import (
 app = typer.Typer(
     help="Human feedback: labeling projects, and users' judgements.", no_args_is_help=True
 )
+
+app.add_typer(rounds.app, name="round")
 
 ProjectId = Annotated[str, typer.Argument(help="Of the labeling project: lproj-...")]
 USERS = "users"

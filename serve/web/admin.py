@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from data import people
 from data.errors import InvalidInput, ToolkitError
-from data.feedback import export, gates, imports, projects, reports, tasks
+from data.feedback import export, gates, imports, projects, reports, rounds, tasks
 from data.feedback.export import FITTING
 from data.feedback.label_kinds import KINDS, LETTERS
 from data.feedback.projects import Gates, ProjectSpec
@@ -108,6 +108,7 @@ def _report(visit: Visit, status: int = 200, error: str | None = None) -> Respon
     given = (visit.runtime.database, visit.account, visit.path("label_project_id"))
     project = projects.get(*given)
     version, text = projects.guidelines(*given)
+    base = visit.runtime.models.base_model
     names = {
         person.id: person.name
         for person in people.list_people(visit.runtime.database, visit.account)
@@ -120,6 +121,7 @@ def _report(visit: Visit, status: int = 200, error: str | None = None) -> Respon
         open_disagreements=len(tasks.disagreements(*given, limit=100)),
         guidelines=text,
         version=version,
+        models=[base, *rounds.improvable(visit.runtime.database, visit.account)],
         exports=[kind for kind, kinds in FITTING.items() if project.kind in kinds],
         names=names,
         error=error,
