@@ -26,6 +26,7 @@ from test_api_isolation import MAKERS, NAMES_OF_IDS
 
 from data import accounts
 from data.tables import File, Job
+from data.tables_feedback import LabelRound
 from data.tables_surface import Batch
 
 OPERATORS = ("/v1/organization/", "/metrics")
@@ -267,7 +268,7 @@ def mutate(target: Target, known: dict[str, str], count: int) -> None:
 
 def check_rows(target: Target) -> None:
     """What successful answers announced is there, and nothing else."""
-    files, jobs, batches = set(), set(), set()
+    files, jobs, batches, rounds = set(), set(), set(), set()
     for method, path, body in target.recorder.made:
         if method == "DELETE" and body.get("object") == "file":
             files.discard(body["id"])
@@ -275,6 +276,9 @@ def check_rows(target: Target) -> None:
             files.add(body["id"])
         elif method == "POST" and body.get("object") == "upload" and body["file"]:
             files.add(body["file"]["id"])
+        elif method == "POST" and path == "/v1/label_rounds" and "id" in body:
+            files |= {body["file_id"], body["training_file"]}
+            rounds.add(body["id"])
         elif method == "POST" and path in JOB_ROUTES and "id" in body:
             jobs.add(body["id"])
         elif method == "POST" and body.get("object") == "batch":
@@ -282,5 +286,9 @@ def check_rows(target: Target) -> None:
     assert files
     assert jobs
     assert target.rows(File) == files
-    assert target.rows(Job) == jobs
+    assert target.rows(LabelRound) == rounds
+    with target.server.runtime.database.read() as session:  # a round makes its jobs by itself
+        query = select(LabelRound.policy_job_id, LabelRound.reward_job_id)
+        by_rounds = {job for made in session.execute(query).all() for job in made}
+    assert target.rows(Job) - by_rounds == jobs - by_rounds
     assert target.rows(Batch) == batches
