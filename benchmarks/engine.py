@@ -284,7 +284,7 @@ def main() -> None:
     settings = load_settings()
     spec = base_model.find_spec(settings.model)
     folder = base_model.fetch(spec, arguments.models or settings.models_dir)
-    model, tokenizer = base_model.load(folder, arguments.dtype, "cpu")
+    model, _ = base_model.load(folder, "float32", "cpu")
     config = EngineConfig(kv_budget_bytes=768 * MIB, prefill_beside=arguments.prefill_beside)
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
@@ -293,7 +293,9 @@ def main() -> None:
         if arguments.save_base_and_adapters and not (scratch / "base").exists():
             (scratch / "base").symlink_to(folder.resolve())
         folders = make_adapters(model, scratch)
-        with LocalEngine(model, tokenizer, config) as engine:
+        del model
+        with LocalEngine.open(folder, arguments.dtype, "cpu", config) as engine:
+            dtype = engine.dtype
             make = Adapters(engine, folders, Path(name))
             load = Load(engine, seed=0)
             load.run([*make.resident(NUM_ADAPTERS), None], 16, num_tokens=4)
@@ -306,7 +308,7 @@ def main() -> None:
     report = {
         "ours": results,
         "model": spec.name,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": dtype,
         "memory_mb": memory_mb,
         "machine": {
             "cpu": platform.processor() or platform.machine(),

@@ -198,17 +198,15 @@ def engine_alone(folder: Path, dtype: str) -> float:
     import torch
     from engine import Load
 
-    from serve.engine import base_model
     from serve.engine.local import EngineConfig, LocalEngine
 
     settings = load_settings()
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    model, tokenizer = base_model.load(folder, dtype, "cpu")
     config = EngineConfig(kv_budget_bytes=settings.kv_cache_mb * MIB)
     draw = random.Random(CLIENTS)
     asked = [tuple(prompt(draw, folder.name)) for _ in range(CLIENTS + ENGINE_REQUESTS)]
-    with LocalEngine(model, tokenizer, config) as engine:
+    with LocalEngine.open(folder, dtype, "cpu", config) as engine:
         run = Load(engine, seed=0).run
         run([None] * CLIENTS, CLIENTS, asked[:CLIENTS], num_tokens=4)
         started = time.monotonic()

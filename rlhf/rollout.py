@@ -13,7 +13,6 @@ from typing import Any
 
 from data.errors import InvalidInput
 from rlhf.prompts import Prompt
-from serve.engine import base_model
 from serve.engine.base import GenerationRequest, MemoryAdapter, SamplingParams
 from serve.engine.local import EngineConfig, LocalEngine
 from train.base_model import Base
@@ -46,10 +45,10 @@ class Sampler:
         self, base: Base, device: str, max_context: int, batch_size: int, stop_at_eos: bool
     ):
         dtype = str(base.model.dtype).removeprefix("torch.")
-        model, tokenizer = base_model.load(base.folder, dtype, device)
         batch = min(batch_size, MAX_BATCH)
         config = EngineConfig(max_batch=batch, max_context=max_context, queue_size=batch_size)
-        self._engine = LocalEngine(model, tokenizer, config, base.fingerprint).start()
+        engine = LocalEngine.open(base.folder, dtype, device, config, base.fingerprint)
+        self._engine = engine.start()
         self._stops = stop_at_eos
         if self._engine.max_context < max_context:
             raise InvalidInput(

@@ -10,7 +10,6 @@ import asyncio
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -108,14 +107,14 @@ def open_runtime(settings: Settings) -> Runtime:
     spec = base_model.find_spec(settings.model)
     folder = base_model.fetch(spec, settings.models_dir)
     fingerprint = base_model.fingerprint(folder)
-    engine, tokenizer = open_engine(settings, spec, folder, fingerprint)
+    engine = open_engine(settings, spec, folder, fingerprint)
     runtime = Runtime(
         settings=settings,
         database=database,
         files=FileStore(database, settings.effective_blob_url, max_upload_bytes, settings.limits),
         engine=engine,
         models=ModelCatalog(
-            database, settings.adapters_dir, spec.name, fingerprint, engine, tokenizer
+            database, settings.adapters_dir, spec.name, fingerprint, engine, engine.tokenizer
         ),
         created=int((folder / "config.json").stat().st_mtime),
     )
@@ -128,14 +127,11 @@ def open_runtime(settings: Settings) -> Runtime:
     return runtime
 
 
-def open_engine(
-    settings: Settings, spec: ModelSpec, folder: Path, fingerprint: str
-) -> tuple[LocalEngine, Any]:
-    """Load a fetched base model and start its engine; returns it and the tokenizer."""
+def open_engine(settings: Settings, spec: ModelSpec, folder: Path, fingerprint: str) -> LocalEngine:
+    """Load a fetched base model and start its engine."""
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     dtype = spec.dtype if settings.dtype == "auto" else settings.dtype
-    model, tokenizer = base_model.load(folder, dtype, settings.device)
     config = EngineConfig(
         max_batch=settings.max_batch,
         max_context=settings.max_context or spec.context_length,
@@ -146,4 +142,4 @@ def open_engine(
         request_timeout_s=settings.request_timeout_s,
         max_lora_rows=settings.max_lora_rows,
     )
-    return LocalEngine(model, tokenizer, config, fingerprint).start(), tokenizer
+    return LocalEngine.open(folder, dtype, settings.device, config, fingerprint).start()

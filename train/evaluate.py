@@ -38,7 +38,7 @@ from data.rows import Row
 from data.validate import validate
 from serve.engine import base_model
 from serve.engine.base import AdapterRef, Completion, GenerationRequest, SamplingParams
-from serve.engine.local import EngineConfig, LocalEngine
+from serve.engine.local import LocalEngine
 from train.answer_metrics import METRICS, by_answer, classification
 from train.questions import Question, read_questions
 from train.significance import compare
@@ -86,8 +86,8 @@ class Evaluation:
             import torch
 
             torch.set_num_threads(threads)
-        model, self.tokenizer = base_model.load(folder, spec.dtype)
-        self.engine = LocalEngine(model, self.tokenizer, EngineConfig(), fingerprint).start()
+        self.engine = LocalEngine.open(folder, spec.dtype, fingerprint=fingerprint).start()
+        self.tokenizer = self.engine.tokenizer
         self._refs: dict[Path | None, AdapterRef | None] = {None: None}
         for adapter in origins:
             ref = AdapterRef(f"evaluated {adapter}", str(adapter))

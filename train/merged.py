@@ -10,10 +10,10 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from data.errors import TrainingFailed
-from serve.engine import base_model
 from serve.engine.base import GenerationRequest, SamplingParams
 from serve.engine.local import EngineConfig, LocalEngine
 from train.base_model import Base
@@ -37,8 +37,7 @@ def write_merged(run: RunFolder, model: Any, base: Base, device: str) -> None:
     base.tokenizer.save_pretrained(str(folder))
     probe = json.loads((run.adapter / "probe.json").read_text("utf-8"))
     dtype = str(base.model.dtype).removeprefix("torch.")
-    fresh, tokenizer = base_model.load(folder, dtype, device)
-    worst = _worst(fresh, tokenizer, probe)
+    worst = _worst(folder, dtype, device, probe)
     if not worst <= probe["tolerance"]:  # NaN fails too
         raise TrainingFailed(
             f"The merged model's log-probabilities differ from the trainer's by {worst:.2g} "
@@ -53,7 +52,7 @@ def write_merged(run: RunFolder, model: Any, base: Base, device: str) -> None:
     )
 
 
-def _worst(model: Any, tokenizer: Any, probe: Mapping[str, Any]) -> float:
+def _worst(folder: Path, dtype: str, device: str, probe: Mapping[str, Any]) -> float:
     """Return the largest difference between the engine's log-probabilities and the probe's."""
     rows = probe["token_ids"]
     params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
@@ -62,7 +61,7 @@ def _worst(model: Any, tokenizer: Any, probe: Mapping[str, Any]) -> float:
     ]
     longest = max(map(len, rows))
     config = EngineConfig(max_batch=len(rows), max_context=longest + 1)
-    with LocalEngine(model, tokenizer, config) as engine:
+    with LocalEngine.open(folder, dtype, device, config) as engine:
         completions = engine.generate(requests)
     worst = 0.0
     for completion, wanted in zip(completions, probe["logprobs"], strict=True):

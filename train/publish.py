@@ -17,7 +17,6 @@ import torch
 from peft import PeftModel
 
 from data.errors import TrainingFailed
-from serve.engine import base_model
 from serve.engine.base import AdapterRef, GenerationRequest, SamplingParams
 from serve.engine.local import EngineConfig, LocalEngine
 from train.base_model import Base
@@ -149,7 +148,6 @@ def _check_served(
     folder: Path, base: Base, config: RunConfig, probe: Mapping[str, Any], tolerance: float
 ) -> None:
     dtype = str(base.model.dtype).removeprefix("torch.")
-    fresh, tokenizer = base_model.load(base.folder, dtype, config.device)
     longest = max(map(len, probe["token_ids"]))
     engine_config = EngineConfig(max_batch=PROBE_ROWS, max_context=longest + 1)
     requests = [
@@ -161,7 +159,9 @@ def _check_served(
         )
         for index, row in enumerate(probe["token_ids"])
     ]
-    with LocalEngine(fresh, tokenizer, engine_config, base.fingerprint) as engine:
+    with LocalEngine.open(
+        base.folder, dtype, config.device, engine_config, base.fingerprint
+    ) as engine:
         completions = engine.generate(requests)
     worst = 0.0
     for completion, wanted in zip(completions, probe["logprobs"], strict=True):

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("torch==2.13.0", "openvino-genai==2026.4.1", "optimum-intel")
+CLASHING = ("torchvision",)  # comes along, does not fit the CPU build of torch, is not needed
 OUTPUT_TOKENS = 64
 PROMPT_TOKENS = 75
 
@@ -53,6 +54,7 @@ def prepare(env: Path, work: Path) -> Path:
         pip = [python, "-m", "pip", "install", "-q"]
         subprocess.run([*pip, PACKAGES[0]], check=True)
         subprocess.run([*pip, *PACKAGES], check=True)  # with torch again: it must stay as it is
+        subprocess.run([*pip[:3], "uninstall", "-q", "-y", *CLASHING], check=True)
     if not (work / "openvino").exists():
         export = [env / "bin" / "optimum-cli", "export", "openvino", "--model", work / "base"]
         task = ["--task", "text-generation-with-past", "--weight-format", "fp32"]

@@ -96,7 +96,7 @@ def import_adapter(
         check_adapter(folder, fingerprint)
     enough = {"max_batch": 1, "max_context": 32, "kv_cache_mb": min(settings.kv_cache_mb, 128)}
     with ExitStack() as stack:
-        engine, _ = open_engine(settings.model_copy(update=enough), spec, place, fingerprint)
+        engine = open_engine(settings.model_copy(update=enough), spec, place, fingerprint)
         stack.callback(engine.close)
         files = {n: stack.enter_context((folder / n).open("rb")) for n in (CONFIG, WEIGHTS)}
         base = (spec.name, fingerprint)

@@ -1,4 +1,4 @@
-"""The engine's own machine code for CPUs, from `kernels.c`: compiled once, kept, called by ctypes.
+"""The engine's own machine code for CPUs, from `native/`: compiled once, kept, called by ctypes.
 
 The C compiler of the machine builds it in a second or two, for this very processor; where there is
 none, `library()` is None and the engine computes with torch alone, with the same results.
@@ -15,14 +15,14 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-SOURCE = Path(__file__).with_name("kernels.c")
+FOLDER = Path(__file__).with_name("native")
+SOURCE = FOLDER / "kernels.c"
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = (
     *("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
@@ -32,13 +32,13 @@ COMPILE_TIMEOUT_S = 120
 MAX_SIBLINGS = 8
 LANES = 16
 BLOCK = 32  # inputs that share a scale
-F32, BF16, Q8 = range(3)
+F32, BF16, Q8, Q8_OFFSET, PAIRS, PAIRS_Q8, PAIRS_Q8_OFFSET = range(7)
 
 log = logging.getLogger(__name__)
 
 
 class ProductStruct(ctypes.Structure):
-    """`Product` of kernels.c."""
+    """`Product` of native/product.h."""
 
     _fields_ = (
         ("weight", ctypes.c_void_p),
@@ -48,6 +48,7 @@ class ProductStruct(ctypes.Structure):
         ("N", ctypes.c_int64),
         ("format", ctypes.c_int32),
         ("siblings", ctypes.c_int32),
+        ("active", ctypes.c_int32),
         ("a", ctypes.c_void_p),
         ("b", ctypes.c_void_p * MAX_SIBLINGS),
         ("size", ctypes.c_int64 * MAX_SIBLINGS),
@@ -55,7 +56,7 @@ class ProductStruct(ctypes.Structure):
 
 
 class AdaptersStruct(ctypes.Structure):
-    """`Adapters` of kernels.c."""
+    """`Adapters` of native/product.h."""
 
     _fields_ = (
         ("num_tokens", ctypes.c_int64),
@@ -83,10 +84,14 @@ class AdapterPlan:
 
 
 class Product:
-    """x [M, K] times a weight [N, K], transposed, by the kernels."""
+    """x [M, K] times a weight [N, K], transposed, by the kernels.
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
-        self.packed = Packed(weight)
+    Args:
+        in_bfloat16: Round both sides to bfloat16 first; sums stay float32.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, in_bfloat16: bool = False):
+        self.packed = Packed(weight, in_bfloat16)
         self._bias = bias
         scale = self.packed.scale
         self.struct = ProductStruct(
@@ -117,38 +122,21 @@ class Product:
         return y
 
 
-def rms_norm(
-    weight: torch.Tensor, offset: float, eps: float
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return x -> x / sqrt(mean(x^2) + eps) * (weight + offset), over the last dimension."""
-    run, width, address = library().rms_norm, len(weight), weight.data_ptr()
+class RmsNorm:
+    """x -> x / sqrt(mean(x^2) + eps) * (weight + offset), over the last dimension."""
 
-    def norm(x: torch.Tensor) -> torch.Tensor:
+    def __init__(self, weight: torch.Tensor, offset: float, eps: float):
+        self.weight, self.offset, self.eps = weight, offset, eps
+        self._run = library().rms_norm
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
         x = x.contiguous()
-        y = torch.empty_like(x)
-        run(x.data_ptr(), address, offset, eps, x.numel() // width, width, y.data_ptr())
+        y, width = torch.empty_like(x), len(self.weight)
+        self._run(
+            *(x.data_ptr(), self.weight.data_ptr(), self.offset, self.eps),
+            *(x.numel() // width, width, y.data_ptr()),
+        )
         return y
-
-    return norm
-
-
-def rotate(x: torch.Tensor, num_heads: int, cosine_ND: torch.Tensor, sine_ND: torch.Tensor) -> None:
-    """Turn the first heads of every row of x [N, heads * D or more] by rotary angles, in place.
-
-    The two halves of a head are the pairs, as in Llama (arXiv 2104.09864 in the order of GPT-NeoX).
-    """
-    cosine, sine = cosine_ND.contiguous(), sine_ND.contiguous()
-    num_rows, width = cosine.shape
-    addresses = cosine.data_ptr(), sine.data_ptr()
-    library().rotate(x.data_ptr(), num_rows, x.shape[1], num_heads, width, *addresses)
-
-
-def gate(gate_up: torch.Tensor, threads: int) -> torch.Tensor:
-    """Return silu(gate) * up [M, I] of both side by side, [M, 2 I]."""
-    num_rows, width = len(gate_up), gate_up.shape[1] // 2
-    y = gate_up.new_empty(num_rows, width)
-    library().gate(gate_up.data_ptr(), num_rows, width, y.data_ptr(), threads)
-    return y
 
 
 def attend(
@@ -183,37 +171,58 @@ def attend(
 class Packed:
     """A weight [N, K] in panels of 16 outputs, float32 or something smaller that equals it.
 
-    A weight whose numbers all are bfloat16's, or 8-bit integers by a scale and an offset for each
-    32 inputs (as those that come from GGUF's Q8_0, Q4_0 and Q4_1), is kept as such: it is read two
-    to four times faster, and nothing is lost.
+    A weight whose numbers all are bfloat16's, or 8-bit integers by a factor (and an offset) for
+    each 32 inputs (as those that come from GGUF's Q8_0, Q4_0 and Q4_1), is kept as such: it is
+    read two to four times faster, and nothing is lost.
+
+    Args:
+        in_pairs: For products of bfloat16: two inputs side by side, and what has no smaller form is
+            rounded to bfloat16.
+
+    Attributes:
+        is_exact: Whether nothing was rounded.
     """
 
-    def __init__(self, weight: torch.Tensor):
+    def __init__(self, weight: torch.Tensor, in_pairs: bool = False):
         self.num_outputs, self.num_inputs = weight.shape
-        self.format = F32
         self.scale: torch.Tensor | None = None
+        self.is_exact = True
         small = weight.to(torch.bfloat16)
+        parts = None
         if torch.equal(small.to(weight.dtype), weight):
-            self.format, self.weight = BF16, _panels(small.view(torch.int16))
+            self.format, panels = BF16, _panels(small.view(torch.int16))
         elif (parts := _as_q8(weight)) is not None:
-            self.format, self.weight = Q8, _panels(parts[0])
-            scales = [_panels(part) for part in parts[1:]]
+            integers, factor, offset = parts
+            self.format, panels = Q8_OFFSET if offset.any() else Q8, _panels(integers)
+            scales = [_panels(factor), *([_panels(offset)] if offset.any() else [])]
             self.scale = torch.stack(scales, dim=2).contiguous()
+        elif in_pairs:
+            self.format, panels = BF16, _panels(small.view(torch.int16))
+            self.is_exact = False
         else:
-            self.weight = _panels(weight)
+            self.format, panels = F32, _panels(weight)
+        self.weight = panels
+        if in_pairs:
+            self.format += PAIRS - BF16
+            self.weight = _pairs(panels)
 
     def dense(self) -> torch.Tensor:
         """Return the weight [N, K] in float32."""
-        if self.format == BF16:
-            return _from_panels(self.weight, self.num_outputs).view(torch.bfloat16).float()
-        plain = _from_panels(self.weight, self.num_outputs).float()
+        panels, kind = self.weight, self.format
+        if kind >= PAIRS:
+            kind -= PAIRS - BF16
+            panels = _from_pairs(panels, self.num_inputs)
+        plain = _from_panels(panels, self.num_outputs)
+        if kind == BF16:
+            return plain.contiguous().view(torch.bfloat16).float()
+        plain = plain.float()
         if self.scale is None:
             return plain
-        scale, offset = (
+        factor, *offset = (
             _from_panels(part, self.num_outputs).repeat_interleave(BLOCK, 1)[:, : self.num_inputs]
             for part in self.scale.unbind(2)
         )
-        return plain * scale + offset
+        return plain * factor + offset[0] if offset else plain * factor
 
 
 @functools.cache
@@ -242,15 +251,8 @@ def library() -> Any:
         *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_float, ctypes.c_float),
         *(ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p),
     )
-    loaded.rotate.argtypes = (
-        *(ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64),
-        *(ctypes.c_void_p, ctypes.c_void_p),
-    )
-    loaded.gate.argtypes = (
-        *(ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int),
-    )
-    for function in (loaded.rms_norm, loaded.rotate, loaded.gate):
-        function.restype = None
+    loaded.rms_norm.restype = None
+    loaded.forward.argtypes = (*[ctypes.c_void_p] * 5, ctypes.c_int)
     return loaded
 
 
@@ -274,6 +276,11 @@ def usable(like: torch.Tensor | nn.Module) -> bool:
     parameter = like if isinstance(like, torch.Tensor) else next(like.parameters())
     fits = parameter.device.type == "cpu" and parameter.dtype == torch.float32
     return fits and library() is not None
+
+
+def multiply_bfloat16() -> bool:
+    """Tell whether there are kernels here for products of bfloat16."""
+    return library() is not None and bool(library().multiplies_bfloat16())
 
 
 def _compiled(compiler: str) -> Path:
@@ -301,7 +308,8 @@ def _compiled(compiler: str) -> Path:
 def _target(compiler: str) -> Path:
     """Name the shared library after everything that decides what is in it."""
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-    identity = repr((SOURCE.read_bytes(), version, FLAGS, _processor()))
+    sources = [path.read_bytes() for path in sorted(FOLDER.iterdir()) if path.is_file()]
+    identity = repr((sources, version, FLAGS, _processor()))
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hone"
     return folder / f"kernels-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
 
@@ -319,6 +327,16 @@ def _panels(matrix: torch.Tensor) -> torch.Tensor:
     """Turn [N, K] into [ceil(N / 16), K, 16], zeros at the end."""
     padded = torch.nn.functional.pad(matrix, (0, 0, 0, -len(matrix) % LANES))
     return padded.view(-1, LANES, matrix.shape[1]).transpose(1, 2).contiguous()
+
+
+def _pairs(panels: torch.Tensor) -> torch.Tensor:
+    """Turn [P, K, 16] into [P, ceil(K / 2), 16, 2], a zero at the end of odd K."""
+    padded = torch.nn.functional.pad(panels, (0, 0, 0, panels.shape[1] % 2))
+    return padded.unflatten(1, (-1, 2)).transpose(2, 3).contiguous()
+
+
+def _from_pairs(pairs: torch.Tensor, num_inputs: int) -> torch.Tensor:
+    return pairs.transpose(2, 3).flatten(1, 2)[:, :num_inputs]
 
 
 def _from_panels(panels: torch.Tensor, num_outputs: int) -> torch.Tensor:

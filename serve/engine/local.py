@@ -12,12 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Self
 
+import torch
 from transformers import PreTrainedModel
 
 from data.errors import ContextTooLong, InvalidInput
-from serve.engine import collect
+from serve.engine import base_model, collect, kernels
 from serve.engine.adapter_weights import lora_sites
 from serve.engine.adapters import AdapterStore
 from serve.engine.base import Adapter, AdapterState, Completion, Delta, GenerationRequest
@@ -29,7 +31,7 @@ from serve.engine.sequence import Stream
 
 __all__ = ["EngineConfig", "LocalEngine"]
 
-ENGINE_VERSION = 1  # of what it computes: change it when the same request may answer differently
+ENGINE_VERSION = 2  # of what it computes: change it when the same request may answer differently
 
 
 class LocalEngine:
@@ -41,10 +43,13 @@ class LocalEngine:
         config: Limits; the defaults suit a small model.
         fingerprint: Of the base weights (`base_model.fingerprint`); adapters trained on another
             base are refused.
+        in_bfloat16: Round both sides of matrix products to bfloat16, for a float32 model on a CPU
+            that multiplies bfloat16; sums, attention, norms and the cache stay float32.
 
     Raises:
         ModelUnavailable: The model's architecture cannot be served.
-        InvalidInput: The KV budget does not hold even a short sequence.
+        InvalidInput: The KV budget does not hold even a short sequence, or `in_bfloat16` is asked
+            of a model or processor that it is not for.
     """
 
     def __init__(
@@ -53,15 +58,23 @@ class LocalEngine:
         tokenizer: Any,
         config: EngineConfig | None = None,
         fingerprint: str = "",
+        in_bfloat16: bool = False,
     ):
+        if in_bfloat16 and not (kernels.usable(model) and kernels.multiply_bfloat16()):
+            raise InvalidInput(
+                f"Products in bfloat16 are for float32 models on a CPU with AVX512-BF16 and a C "
+                f"compiler; this model is {model.dtype} on {model.device.type}.",
+                param="in_bfloat16",
+            )
         self.config = config or EngineConfig()
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._runner = ModelRunner(
             model.eval(),
             self.config.max_batch,
             self.config.max_context,
             self.config.kv_budget_bytes,
             self.config.max_lora_rows,
+            in_bfloat16,
         )
         self._adapters = AdapterStore(
             lora_sites(model),
@@ -76,8 +89,33 @@ class LocalEngine:
         self.max_context = self._runner.max_context
         self.eos_token_ids = _eos_ids(model, tokenizer)
         self._grammars = Grammars(tokenizer, self._vocab_size, self.eos_token_ids)
-        dtype = str(model.dtype).removeprefix("torch.")
-        self.fingerprint = f"{fingerprint}+engine{ENGINE_VERSION}.{dtype}"
+        #: What matrix products are computed in.
+        self.dtype = "bfloat16" if in_bfloat16 else str(model.dtype).removeprefix("torch.")
+        self.fingerprint = f"{fingerprint}+engine{ENGINE_VERSION}.{self.dtype}"
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path,
+        dtype: torch.dtype | str = "auto",
+        device: torch.device | str = "auto",
+        config: EngineConfig | None = None,
+        fingerprint: str = "",
+    ) -> Self:
+        """Make an engine on a fetched base model; `start` it, or use it as a context.
+
+        Where the kernels multiply bfloat16, that dtype on a CPU means float32 everywhere but in
+        matrix products: more exact than a bfloat16 model, and several times faster.
+
+        Raises:
+            ModelUnavailable: See `base_model.load`, and above.
+        """
+        device = base_model.resolve_device(device)
+        dtype = base_model.resolve_dtype(dtype, device)
+        products_only = dtype is torch.bfloat16 and device.type == "cpu"
+        in_bfloat16 = products_only and kernels.multiply_bfloat16()
+        model, tokenizer = base_model.load(folder, torch.float32 if in_bfloat16 else dtype, device)
+        return cls(model, tokenizer, config, fingerprint, in_bfloat16)
 
     def start(self) -> Self:
         """Start the engine's threads; requests are taken from now on."""
@@ -95,7 +133,7 @@ class LocalEngine:
         self._check(request)
         schema = request.params.json_schema
         parser = None if schema is None else self._grammars.parser(schema)
-        self._loop.submit(Stream(request, on_delta, self._tokenizer, self.eos_token_ids, parser))
+        self._loop.submit(Stream(request, on_delta, self.tokenizer, self.eos_token_ids, parser))
 
     def cancel(self, request_id: str) -> None:
         """End a request within one step; see `Engine.cancel`."""

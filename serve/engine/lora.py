@@ -253,6 +253,7 @@ class LoraBank:
         step: Who owns the tokens of the forward pass at hand; None for base tokens alone.
         head_step: The same of those that reach the head.
         num_claimed: Rows that some adapter had, so that they hold finite numbers.
+        version: Changes whenever an adapter comes or goes.
         like: A tensor of the model's dtype and device.
     """
 
@@ -261,6 +262,7 @@ class LoraBank:
         self.step: LoraStep | None = None
         self.head_step: LoraStep | None = None
         self.num_claimed = 0
+        self.version = 0
         self.like = torch.empty(0, dtype=model.dtype, device=model.device)
         self._stacks: list[LoraStack] = []
         self._held: dict[str, Holding] = {}  # by digest, least recently used first
@@ -285,6 +287,7 @@ class LoraBank:
             if not self._evict(set(in_use)):
                 return False
         rows = _densest(free, adapter.rank)
+        self.version += 1
         self.num_claimed = max(self.num_claimed, int(rows[-1]) + 1)
         for stack in self._stacks:
             stack.put(adapter, rows)
@@ -297,6 +300,7 @@ class LoraBank:
         """Free the rows of an adapter that no sequence uses."""
         held = self._held.pop(digest, None)
         if held is not None:
+            self.version += 1
             self._owner[held.rows] = NOBODY
             for stack in self._stacks:
                 stack.forget(digest)

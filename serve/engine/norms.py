@@ -6,8 +6,6 @@ replaced when, on random numbers, the kernel's answer is the module's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -41,7 +39,7 @@ class Norms:
         self._replaced.clear()
 
 
-def _matching(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor] | None:
+def _matching(module: nn.Module) -> kernels.RmsNorm | None:
     """Return the kernel as this module's forward, or None if the module computes another thing."""
     weight = getattr(module, "weight", None)
     eps = next((getattr(module, name) for name in EPSILONS if hasattr(module, name)), None)
@@ -51,7 +49,7 @@ def _matching(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor] | Non
     probe = torch.randn(PROBE_ROWS, len(weight), generator=generator)
     expected = module(probe)
     for offset in OFFSETS:
-        forward = kernels.rms_norm(weight.data, offset, eps)
+        forward = kernels.RmsNorm(weight.data, offset, eps)
         if torch.allclose(forward(probe), expected, rtol=TOLERANCE, atol=TOLERANCE):
             return forward
     return None

@@ -32,9 +32,16 @@ class Projections:
 
     Args:
         siblings: Names of the modules that read the same tensor, as `noting_siblings` finds them.
+        in_bfloat16: Whether kernels round both sides of products to bfloat16.
     """
 
-    def __init__(self, model: PreTrainedModel, bank: LoraBank, siblings: Sequence[Sequence[str]]):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        bank: LoraBank,
+        siblings: Sequence[Sequence[str]],
+        in_bfloat16: bool,
+    ):
         modules = lora_sites(model)
         head = model.get_output_embeddings()
         calls = Counter(name for group in siblings for name in group)
@@ -55,15 +62,17 @@ class Projections:
             bank.attach(stack)
             if isinstance(first, nn.Linear):
                 # The head's may be the embedding's too, and adapters may bring it to compare.
-                self._replaced.append(_Linears(members, stack, keep_plain=first is head))
+                linears = _Linears(members, stack, first is head, in_bfloat16)
+                self._replaced.append(linears)
             else:
                 self._replaced.append(_Hooked(first, stack))
 
-    def fused(self, modules: Sequence[nn.Module]) -> Callable[[torch.Tensor], torch.Tensor] | None:
-        """Return the product of exactly these modules, [N, in] to their outputs side by side."""
+    def kernel_of(self, modules: Sequence[nn.Module]) -> KernelLinears | None:
+        """Return the kernel's product of exactly these modules, if there is one."""
         for replaced in self._replaced:
             if isinstance(replaced, _Linears) and replaced.computes(modules):
-                return replaced.multiply
+                kernel = replaced.product.kernel
+                return None if kernel is None else KernelLinears(kernel, replaced.stack)
         return None
 
     def close(self) -> None:
@@ -98,20 +107,39 @@ def noting_siblings(model: PreTrainedModel, found: list[list[str]]) -> Iterator[
             handle.remove()
 
 
+@dataclass(frozen=True, slots=True)
+class KernelLinears:
+    """A product of the kernels, and the adapters' stack beside it."""
+
+    kernel: kernels.Product
+    stack: LoraStack
+
+    @property
+    def num_outputs(self) -> int:
+        """Of all modules together."""
+        return self.kernel.packed.num_outputs
+
+    def prepare(self) -> None:
+        """Tell the kernel whether adapters of the step at hand have a part here, and where."""
+        self.kernel.struct.active = int(self.stack.plan_for(self.kernel.struct) is not None)
+
+
 class _Linears:
     """One product for linear modules that read the same tensor."""
 
-    def __init__(self, modules: Sequence[Any], stack: LoraStack, keep_plain: bool):
+    def __init__(
+        self, modules: Sequence[Any], stack: LoraStack, keep_plain: bool, in_bfloat16: bool
+    ):
         self._modules = list(modules)
-        self._stack = stack
+        self.stack = stack
         self._sizes = [module.out_features for module in modules]
         self._input: torch.Tensor | None = None
         self._outputs: Sequence[torch.Tensor] = ()
         weights = [module.weight.data for module in modules]
         self._weight = weights[0] if len(weights) == 1 else torch.cat(weights)
         bias = _side_by_side([module.bias for module in modules], self._sizes, self._weight)
-        self._product = _product(self._weight, bias)
-        if self._product.dense is not None and not keep_plain:
+        self.product = _product(self._weight, bias, in_bfloat16)
+        if self.product.dense is not None and not keep_plain:
             self._weight = self._weight.new_empty(0)
         for module, part in zip(modules, self._parts(self._weight), strict=True):
             module.weight.data = part
@@ -119,8 +147,8 @@ class _Linears:
             module.forward = self._forward_of(index)
 
     def close(self) -> None:
-        if not len(self._weight) and self._product.dense is not None:
-            self._weight = self._product.dense()
+        if not len(self._weight) and self.product.dense is not None:
+            self._weight = self.product.dense()
         for module, part in zip(self._modules, self._parts(self._weight), strict=True):
             del module.forward
             module.weight.data = part
@@ -149,7 +177,7 @@ class _Linears:
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         """Return the modules' outputs side by side, adapters added."""
-        output = self._product.run(x.reshape(-1, x.shape[-1]), self._stack)
+        output = self.product.run(x.reshape(-1, x.shape[-1]), self.stack)
         return output.view(*x.shape[:-1], output.shape[-1])
 
 
@@ -159,19 +187,23 @@ class _Product:
 
     Attributes:
         run: From [M, K] to [M, N], adapters of the stack added.
-        dense: Returns the weight that was packed; None if the plain one is in use.
+        dense: Returns the weight that was packed; None if the plain one is in use, or must be kept.
+        kernel: Ours, if it is one.
     """
 
     run: Callable[[torch.Tensor, LoraStack], torch.Tensor]
     dense: Callable[[], torch.Tensor] | None = None
+    kernel: kernels.Product | None = None
 
 
-def _product(weight: torch.Tensor, bias: torch.Tensor | None) -> _Product:
+def _product(weight: torch.Tensor, bias: torch.Tensor | None, in_bfloat16: bool) -> _Product:
     """Choose: our kernels for float32 on a CPU, oneDNN for bfloat16 there, torch elsewhere."""
     if kernels.usable(weight):
-        product = kernels.Product(weight, bias)
+        product = kernels.Product(weight, bias, in_bfloat16)
         return _Product(
-            lambda x, stack: product(x, stack.plan_for(product.struct)), product.packed.dense
+            lambda x, stack: product(x, stack.plan_for(product.struct)),
+            product.packed.dense if product.packed.is_exact else None,
+            product,
         )
     if weight.device.type == "cpu" and _can_reorder(weight.dtype):
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)

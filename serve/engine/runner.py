@@ -19,14 +19,15 @@ from serve.engine import kernels
 from serve.engine.adapter_weights import LoadedAdapter
 from serve.engine.attention import IMPLEMENTATION, Group, ProbeStep, Singles, Step
 from serve.engine.blocks import SMALLEST, Block, BlockPool, block_size
+from serve.engine.forward import Forward, Part
 from serve.engine.kv_cache import KVCache, bytes_per_token
-from serve.engine.layers import Layers
 from serve.engine.lora import LoraBank
 from serve.engine.norms import Norms
 from serve.engine.projections import Projections, noting_siblings
 from serve.engine.scheduler import Work
 
 PROBE_TOKENS = 6
+TOLERANCE, TOLERANCE_BFLOAT16 = 1e-4, 0.05  # of the logits' norm, at most tokens
 POSITION_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx")
 SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
 # These scale rotary angles by the longest sequence seen, so a batch mate would change the result.
@@ -42,8 +43,8 @@ class StepLogits:
     """
 
     logits: torch.Tensor
-    rows: list[tuple[Work, slice]]
     hidden: torch.Tensor
+    rows: list[tuple[Work, slice]]
 
 
 class ModelRunner:
@@ -55,6 +56,7 @@ class ModelRunner:
         kv_budget_bytes: Memory for keys and values of all sequences together; less is taken
             where `max_batch` sequences of `max_context` need less.
         max_lora_rows: Ranks of all adapters of a step together.
+        in_bfloat16: Whether products of a float32 model on a CPU round both sides to bfloat16.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class ModelRunner:
         max_context: int | None,
         kv_budget_bytes: int,
         max_lora_rows: int,
+        in_bfloat16: bool = False,
     ):
         self.model = model
         self.device: torch.device = model.device
@@ -86,38 +89,46 @@ class ModelRunner:
                 param="kv_cache_mb",
             )
         self.max_context = min(longest, self.pool.largest)
-        self.cache = KVCache(shapes, self.pool.num_tokens, model.dtype, self.device)
+        arena_tokens = self.pool.num_tokens + PROBE_TOKENS  # the last are for probes
+        self.cache = KVCache(shapes, arena_tokens, model.dtype, self.device)
         self.bank = LoraBank(model, max_lora_rows)
-        self._projections = Projections(model, self.bank, self._siblings)
+        self._projections = Projections(model, self.bank, self._siblings, in_bfloat16)
         self._norms = Norms(model)
-        self._layers = Layers(model, self._projections, self._how, self._probe_logits)
         self._has_kernels = kernels.usable(model)
         self._threads = torch.get_num_threads()
+        self._native = Forward.of(
+            *(model, self._projections, self.bank, self._how, self.cache),
+            max(self.max_context, PROBE_TOKENS),
+        )
+        tolerance = TOLERANCE_BFLOAT16 if in_bfloat16 else TOLERANCE
+        if self._native is not None and not self._agrees(self._native, tolerance):
+            self._native = None
 
     def run(self, works: Sequence[Work]) -> StepLogits:
         """Compute the next tokens of every work; keys and values go to the cache."""
-        ordered, groups = self._arrange(works)
+        ordered, groups = (list(works), []) if self._native else self._arrange(works)
+        parts: list[Part] = []
         ids: list[int] = []
-        positions: list[int] = []
-        where: list[int] = []
         keep: list[int] = []
         rows: list[tuple[Work, slice]] = []
         for work in ordered:
-            stream, start = work.stream, work.start
             wanted = _wanted_rows(work)
+            parts.append(Part(_block(work).offset, work.start, work.num_tokens, wanted))
             rows.append((work, slice(len(keep), len(keep) + wanted)))
-            end = len(ids) + work.num_tokens
-            keep += range(end - wanted, end)
-            ids += stream.tokens(start, work.num_tokens)
-            positions += range(start, start + work.num_tokens)
-            offset = _block(work).offset + start
-            where += range(offset, offset + work.num_tokens)
+            ids += work.stream.tokens(work.start, work.num_tokens)
+            keep += range(len(ids) - wanted, len(ids))
         keep_rows = self._tensor(keep)
         self.bank.begin([(w.stream.variant, w.num_tokens) for w in ordered], keep_rows)
+        if self._native is not None:
+            return StepLogits(*self._native(self._tensor(ids), parts), rows)
+        positions = [n for part in parts for n in range(part.start, part.start + part.count)]
+        where = [
+            part.offset + n for part in parts for n in range(part.start, part.start + part.count)
+        ]
         step = Step(self.cache, self._tensor(where), groups)
         with self._noting_hidden(any(w.stream.request.params.embed for w in works)) as noted:
             logits = self._forward(ids, positions, keep_rows, step)
-        return StepLogits(logits, rows, noted[0] if noted else logits.new_empty(0))
+        return StepLogits(logits, noted[0] if noted else logits.new_empty(0), rows)
 
     @contextmanager
     def own_threads(self) -> Iterator[None]:
@@ -142,9 +153,7 @@ class ModelRunner:
             return False
         keep = self._tensor(list(range(PROBE_TOKENS)))
         self.bank.begin([(adapter.digest, PROBE_TOKENS)], keep)
-        ids = [token % self.model.config.vocab_size for token in range(PROBE_TOKENS)]
-        step = ProbeStep(PROBE_TOKENS, self.device)
-        logits = self._forward(ids, list(range(PROBE_TOKENS)), keep, step)
+        logits = self._probe_logits() if self._native is None else self._native_logits(self._native)
         if not bool(logits.isfinite().all()):
             self.bank.deactivate(adapter.digest)
             raise AdapterRefused(
@@ -156,7 +165,6 @@ class ModelRunner:
 
     def close(self) -> None:
         """Give the model back as it was."""
-        self._layers.close()
         self._norms.close()
         self._projections.close()
         self.bank.close()
@@ -228,12 +236,28 @@ class ModelRunner:
         self._how = step.how
         return step.shapes
 
-    def _probe_logits(self) -> torch.Tensor:
-        """Return logits of a few tokens at distant positions."""
-        ids, positions = list(range(1, 1 + PROBE_TOKENS)), [n * n for n in range(PROBE_TOKENS)]
-        keep = self._tensor(list(range(PROBE_TOKENS)))
+    def _agrees(self, native: Forward, tolerance: float) -> bool:
+        """Tell whether the kernels' pass computes what the model does."""
         with torch.inference_mode():
-            return self._forward(ids, positions, keep, ProbeStep(PROBE_TOKENS, self.device))
+            expected, got = self._probe_logits(), self._native_logits(native)
+        errors = (got - expected).norm(dim=-1) / expected.norm(dim=-1)
+        return bool(errors.median() <= tolerance)  # rounding may hit a single token hard
+
+    def _probe_logits(self) -> torch.Tensor:
+        """Return the model's logits of a few tokens."""
+        places = list(range(PROBE_TOKENS))
+        step = ProbeStep(PROBE_TOKENS, self.device)
+        return self._forward(self._probe_ids, places, self._tensor(places), step)
+
+    def _native_logits(self, native: Forward) -> torch.Tensor:
+        """Return the kernels' logits of the same tokens."""
+        part = Part(self.pool.num_tokens, 0, PROBE_TOKENS, PROBE_TOKENS)
+        return native(self._tensor(self._probe_ids), [part])[0]
+
+    @property
+    def _probe_ids(self) -> list[int]:
+        vocab_size: int = self.model.config.get_text_config().vocab_size
+        return [token % vocab_size for token in range(1, 1 + PROBE_TOKENS)]
 
     def _tensor(self, values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.long, device=self.device)

@@ -1,0 +1,222 @@
+/* Attention of queries over their sequence's keys and values in the arena, [T, H, D] and [T, H, V].
+ *
+ * One query of a sequence (decoding), or a stretch of a prompt. The G query heads of a key head are
+ * computed together, so that keys and values are read once for all of them.
+ */
+#pragma once
+#include "base.h"
+
+#define TILE_ROWS 8    /* queries (of one key head) that a tile scores at once */
+#define TILE_TOKENS 32 /* tokens of a prompt that one piece of work attends for */
+
+typedef struct {
+    const float *query;          /* [N, stride], heads side by side */
+    const float *keys, *values;
+    float *out;                  /* [N, E * V] */
+    int64_t stride, E, H, D, V;
+    float scale, softcap;
+    int64_t window; /* tokens that a query sees, itself included; 0 for all */
+} Heads;
+
+static void softmax(float *s, int64_t L, float softcap) {
+    float top = -INFINITY;
+    vec total = {0};
+    int64_t l = 0;
+    if (softcap > 0)
+        for (; l < L; l++) s[l] = tanhf(s[l] / softcap) * softcap;
+    for (l = 0; l < L; l++) top = s[l] > top || s[l] != s[l] ? s[l] : top;
+    for (l = 0; l + LANES <= L; l += LANES)
+        total += *(vec *)(s + l) = exp_negative(*(const vec *)(s + l) - top);
+    float sum = sum_of(total);
+    for (; l < L; l++) sum += s[l] = expf(s[l] - top);
+    const float share = 1 / sum;
+    for (l = 0; l < L; l++) s[l] *= share;
+}
+
+/* The sums of 16 vectors, one a lane. */
+INLINE vec sums_of(const vec v[16]) {
+    vec a[8], b[4], c[2];
+    for (int i = 0; i < 8; i++)
+        a[i] = __builtin_shufflevector(v[2 * i], v[2 * i + 1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24,
+                                       10, 26, 12, 28, 14, 30) +
+               __builtin_shufflevector(v[2 * i], v[2 * i + 1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25,
+                                       11, 27, 13, 29, 15, 31);
+    for (int i = 0; i < 4; i++)
+        b[i] = __builtin_shufflevector(a[2 * i], a[2 * i + 1], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24,
+                                       25, 12, 13, 28, 29) +
+               __builtin_shufflevector(a[2 * i], a[2 * i + 1], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11,
+                                       26, 27, 14, 15, 30, 31);
+    for (int i = 0; i < 2; i++)
+        c[i] = __builtin_shufflevector(b[2 * i], b[2 * i + 1], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10,
+                                       11, 24, 25, 26, 27) +
+               __builtin_shufflevector(b[2 * i], b[2 * i + 1], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13,
+                                       14, 15, 28, 29, 30, 31);
+    return __builtin_shufflevector(c[0], c[1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22,
+                                   23) +
+           __builtin_shufflevector(c[0], c[1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29,
+                                   30, 31);
+}
+
+/* s[l] = q . keys[l] * scale, keys `step` floats apart. */
+static void score(const float *q, const float *keys, int64_t step, int64_t L, int64_t D, float scale,
+                  float *s) {
+    int64_t l = 0;
+    if (D % LANES == 0)
+        for (; l + LANES <= L; l += LANES) {
+            vec part[LANES];
+            for (int i = 0; i < LANES; i++) part[i] = (vec){0};
+            for (int64_t d = 0; d < D; d += LANES) {
+                const vec own = *(const vec *)(q + d);
+                for (int i = 0; i < LANES; i++)
+                    part[i] += own * *(const vec *)(keys + (l + i) * step + d);
+            }
+            *(vec *)(s + l) = sums_of(part) * scale;
+        }
+    for (; l < L; l++) s[l] = dot(q, keys + l * step, D) * scale;
+}
+
+/* out[r] = sum of p[r][l] * values[l] for up to 4 rows of p, `apart` floats from one to the next. */
+#define MIX_COLUMNS(COUNT)                                                                        \
+    for (; v + (COUNT) * LANES <= V; v += (COUNT) * LANES) {                                      \
+        vec sum[4][COUNT] = {{{0}}};                                                              \
+        for (int64_t l = 0; l < L; l++)                                                           \
+            for (int c = 0; c < (COUNT); c++) {                                                   \
+                const vec value = *(const vec *)(values + l * step + v + c * LANES);              \
+                for (int r = 0; r < rows; r++) sum[r][c] += value * p[r * apart + l];             \
+            }                                                                                     \
+        for (int r = 0; r < rows; r++)                                                            \
+            for (int c = 0; c < (COUNT); c++) *(vec *)(out[r] + v + c * LANES) = sum[r][c];       \
+    }
+
+INLINE void mix_rows(const float *p, int64_t apart, const int rows, const float *values,
+                     int64_t step, int64_t L, int64_t V, float *const *out) {
+    int64_t v = 0;
+    MIX_COLUMNS(4)
+    MIX_COLUMNS(1)
+    for (; v < V; v++)
+        for (int r = 0; r < rows; r++) {
+            float sum = 0;
+            for (int64_t l = 0; l < L; l++) sum += p[r * apart + l] * values[l * step + v];
+            out[r][v] = sum;
+        }
+}
+
+static void mix(const float *p, int64_t apart, int rows, const float *values, int64_t step,
+                int64_t L, int64_t V, float *const *out) {
+    for (; rows >= 4; rows -= 4, p += 4 * apart, out += 4)
+        mix_rows(p, apart, 4, values, step, L, V, out);
+    if (rows == 3) mix_rows(p, apart, 3, values, step, L, V, out);
+    else if (rows == 2) mix_rows(p, apart, 2, values, step, L, V, out);
+    else if (rows == 1) mix_rows(p, apart, 1, values, step, L, V, out);
+}
+
+/* Query heads of key head h, of token n alone, which sees L tokens from `first` on. */
+static void attend_one(const Heads *w, int64_t n, int64_t h, int64_t first, int64_t L,
+                       float *scores) {
+    const int64_t G = w->E / w->H, from = first * w->H + h;
+    for (int64_t e = 0; e < G; e += 4) {
+        const int rows = G - e < 4 ? (int)(G - e) : 4;
+        float *out[4];
+        for (int r = 0; r < rows; r++) {
+            const int64_t head = h * G + e + r;
+            out[r] = w->out + (n * w->E + head) * w->V;
+            score(w->query + n * w->stride + head * w->D, w->keys + from * w->D, w->H * w->D, L,
+                  w->D, w->scale, scores + r * L);
+            softmax(scores + r * L, L, w->softcap);
+        }
+        mix(scores, L, rows, w->values + from * w->V, w->H * w->V, L, w->V, out);
+    }
+}
+
+/* Tokens n to n + count of a sequence, at positions from `position` on; its block starts at `offset`
+ * in the arena. Needs D in whole vectors. `memory` holds span_floats. */
+static int64_t span_floats(const Heads *w, int64_t keys) {
+    const int64_t padded = (keys + LANES - 1) / LANES * LANES;
+    return padded * (w->D + TILE_ROWS);
+}
+
+static void attend_span(const Heads *w, int64_t n, int64_t count, int64_t position, int64_t offset,
+                        int64_t h, float *memory) {
+    const int64_t G = w->E / w->H, D = w->D, rows = count * G;
+    const int64_t lowest = w->window && position + 1 > w->window ? position + 1 - w->window : 0;
+    const int64_t L = position + count - lowest, padded = (L + LANES - 1) / LANES * LANES;
+    const float *keys = w->keys + ((offset + lowest) * w->H + h) * D;
+    const float *values = w->values + ((offset + lowest) * w->H + h) * w->V;
+    float *turned = memory, *scores = memory + padded * D; /* [L/16][D][16], [8][L] */
+    memset(turned + padded / LANES * D * LANES - LANES * D, 0, LANES * D * sizeof(float));
+    for (int64_t l = 0; l < L; l++) {
+        float *place = turned + l / LANES * D * LANES + l % LANES;
+        for (int64_t d = 0; d < D; d++) place[d * LANES] = keys[l * w->H * D + d];
+    }
+    for (int64_t r0 = 0; r0 < rows; r0 += TILE_ROWS) {
+        const int some = rows - r0 < TILE_ROWS ? (int)(rows - r0) : TILE_ROWS;
+        const float *query[TILE_ROWS];
+        float *out[TILE_ROWS];
+        int64_t seen = 0; /* keys that the last of these rows sees */
+        for (int r = 0; r < TILE_ROWS; r++) {
+            const int64_t row = r0 + (r < some ? r : some - 1), t = n + row / G;
+            const int64_t head = h * G + row % G;
+            query[r] = w->query + t * w->stride + head * D;
+            out[r] = w->out + (t * w->E + head) * w->V;
+            seen = position + row / G + 1 - lowest;
+        }
+        for (int64_t l = 0; l < seen; l += LANES) {
+            vec sum[TILE_ROWS] = {{0}};
+            for (int64_t d = 0; d < D; d++) {
+                const vec key = *(const vec *)(turned + l * D + d * LANES);
+                for (int r = 0; r < TILE_ROWS; r++) sum[r] += key * query[r][d];
+            }
+            for (int r = 0; r < TILE_ROWS; r++)
+                *(vec *)(scores + r * padded + l) = sum[r] * w->scale;
+        }
+        for (int r = 0; r < some; r++) {
+            const int64_t at = position + (r0 + r) / G, last = at + 1 - lowest;
+            const int64_t hidden = w->window && at + 1 > w->window + lowest
+                                       ? at + 1 - w->window - lowest : 0;
+            float *s = scores + r * padded;
+            softmax(s + hidden, last - hidden, w->softcap);
+            memset(s, 0, hidden * sizeof(float));
+            memset(s + last, 0, (seen - last) * sizeof(float));
+        }
+        mix(scores, padded, some, values, w->H * w->V, seen, w->V, out);
+    }
+}
+
+/* ---- one query a sequence ---- */
+
+typedef struct {
+    Heads heads;
+    const int64_t *first, *length;
+    int64_t n;
+    atomic_long next;
+    atomic_int failed;
+} Attention;
+
+static void attend_part(void *work, int part, int parts) {
+    Attention *w = work;
+    (void)part;
+    (void)parts;
+    const int64_t H = w->heads.H;
+    int64_t from, to;
+    while (take(&w->next, 1, w->n * H, &from, &to)) {
+        const int64_t i = from / H;
+        float *scores = scratch(2, 4 * w->length[i]);
+        if (scores) attend_one(&w->heads, i, from % H, w->first[i], w->length[i], scores);
+        else atomic_store(&w->failed, 1);
+    }
+}
+
+/* out [n, E, V]: one query a sequence over its keys and values in the arena.
+ * Sequence i sees tokens first[i] to first[i] + length[i] - 1. Returns 0, or 1 without memory. */
+int attend(const float *query, const float *keys, const float *values, const int64_t *first,
+           const int64_t *length, int64_t n, int64_t E, int64_t H, int64_t D, int64_t V,
+           float scale, float softcap, float *out, int threads) {
+    Attention w = {.heads = {.query = query, .keys = keys, .values = values, .out = out,
+                             .stride = E * D, .E = E, .H = H, .D = D, .V = V, .scale = scale,
+                             .softcap = softcap},
+                   .first = first, .length = length, .n = n};
+    int64_t keys_seen = 0;
+    for (int64_t i = 0; i < n; i++) keys_seen += length[i];
+    share(attend_part, &w, keys_seen * E * D < SMALL ? 1 : threads);
+    return atomic_load(&w.failed);
+}

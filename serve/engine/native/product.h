@@ -1,0 +1,429 @@
+/* Products of rows with packed weights, and the adapters of every row.
+ *
+ * Weights lie in panels of 16 output columns, [panels][K][16], so that one vector holds 16 columns
+ * of one input. A panel's numbers are float32, bfloat16, or 8-bit integers with a float32 factor
+ * (and offset) for each column and 32 inputs, [panels][K/32][1 or 2][16]; they become float32 on
+ * the way to the registers, and all sums are float32.
+ *
+ * Products of bfloat16, where the processor has them, round both sides to bfloat16 first and sum in
+ * float32. Their panels hold two inputs side by side, [panels][K/2][16][2], bfloat16 or 8-bit.
+ */
+#pragma once
+#include "base.h"
+
+#define BLOCK 32 /* inputs that share a factor */
+#define FEW 16   /* rows that one tile takes; more go in tiles of TALL by WIDE panels */
+#define TALL 8
+#define WIDE 3
+#define MAX_SIBLINGS 8
+
+enum { F32, BF16, Q8, Q8_OFFSET, PAIRS, PAIRS_Q8, PAIRS_Q8_OFFSET };
+
+typedef struct {
+    const void *weight;
+    const float *scale; /* of 8-bit integers: [panels][K/32][1 or 2][16], factors and offsets */
+    const float *bias;  /* [N] or NULL */
+    int64_t K, N;
+    int32_t format;
+    /* adapters: A [rows][siblings][K], B[s] [rows][size[s]]; siblings is 0 where there are none */
+    int32_t siblings;
+    int32_t active; /* whether adapters of the step at hand have a part here; for `forward` */
+    const float *a;
+    const float *b[MAX_SIBLINGS];
+    int64_t size[MAX_SIBLINGS];
+} Product;
+
+typedef struct {
+    int64_t num_tokens;
+    const int32_t *first; /* [N] where a token's rows begin in `rows` */
+    const int32_t *count; /* [N] how many it has; 0 for the base */
+    const int32_t *rows;
+    int32_t most; /* the largest count */
+} Adapters;
+
+/* ---- numbers of a panel ---- */
+
+INLINE int is_pairs(int format) { return format >= PAIRS; }
+INLINE int is_q8(int format) {
+    return format == Q8 || format == Q8_OFFSET || format == PAIRS_Q8 || format == PAIRS_Q8_OFFSET;
+}
+INLINE int has_offset(int format) { return format == Q8_OFFSET || format == PAIRS_Q8_OFFSET; }
+
+/* Steps along the inputs: of one, or of two where they are pairs. */
+INLINE int64_t steps_of(int64_t K, int format) { return is_pairs(format) ? (K + 1) / 2 : K; }
+INLINE int64_t block_steps(int format) { return is_pairs(format) ? BLOCK / 2 : BLOCK; }
+INLINE int64_t step_bytes(int format) {
+    return format == F32 || format == PAIRS ? 64 : format == Q8 || format == Q8_OFFSET ? 16 : 32;
+}
+/* Floats of a panel's factors and offsets. */
+INLINE int64_t scale_floats(int64_t K, int format) {
+    return is_q8(format) ? (K + BLOCK - 1) / BLOCK * (1 + has_offset(format)) * LANES : 0;
+}
+
+typedef struct {
+    vec factor, offset; /* by column; of pairs: of the first 8 columns, each twice */
+    vec high_factor, high_offset;
+} Scale;
+
+INLINE vec twice_low(vec v) {
+    return __builtin_shufflevector(v, v, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+}
+INLINE vec twice_high(vec v) {
+    return __builtin_shufflevector(v, v, 8, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 13, 14, 14, 15, 15);
+}
+
+INLINE Scale scale_at(const float *scale, int format, int64_t block) {
+    if (!is_q8(format)) return (Scale){{0}, {0}, {0}, {0}};
+    const vec *place = (const vec *)scale + block * (1 + has_offset(format));
+    vec factor = place[0], offset = {0};
+    if (has_offset(format)) offset = place[1];
+    if (!is_pairs(format)) return (Scale){factor, offset, factor, offset};
+    return (Scale){twice_low(factor), twice_low(offset), twice_high(factor), twice_high(offset)};
+}
+
+INLINE vec widen(const void *place) {
+#ifdef __AVX512F__ /* GCC makes scalar code of the portable form */
+    ints wide = (ints)_mm512_cvtepi8_epi32(*(const __m128i_u *)place);
+#else
+    ints wide = __builtin_convertvector(*(const bytes *)place, ints);
+#endif
+    return __builtin_convertvector(wide, vec);
+}
+
+/* 16 columns of one input. */
+INLINE vec load(const char *weight, int format, int64_t step, Scale scale) {
+    if (format == F32) return ((const vec *)weight)[step];
+    if (format == BF16) {
+        words wide = __builtin_convertvector(((const halves *)weight)[step], words);
+        return (vec)(wide << 16);
+    }
+    vec whole = widen(weight + step * LANES) * scale.factor;
+    return format == Q8_OFFSET ? whole + scale.offset : whole;
+}
+
+#ifdef __AVX512BF16__
+/* 16 columns of two inputs. */
+INLINE __m512bh load_pairs(const char *weight, int format, int64_t step, Scale scale) {
+    if (format == PAIRS) return *(const __m512bh *)(weight + step * 64);
+    vec low = widen(weight + step * 32) * scale.factor;
+    vec high = widen(weight + step * 32 + 16) * scale.high_factor;
+    if (format == PAIRS_Q8_OFFSET) low += scale.offset, high += scale.high_offset;
+    return _mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+}
+#endif
+
+/* ---- one tile ---- */
+
+/* acc[panels][tall] = xt' * weight; `tall`, `panels` and `format` are constants after inlining.
+ * xt is [K][tall], or [K/2][tall] pairs. */
+INLINE void tile(const float *xt, const int tall, const int panels, const int format,
+                 const char *weight, const float *scale, int64_t K, vec *acc) {
+    const int64_t steps = steps_of(K, format), blocks = (K + BLOCK - 1) / BLOCK;
+    for (int i = 0; i < tall * panels; i++) acc[i] = (vec){0};
+    for (int64_t b = 0; b < blocks; b++) {
+        int64_t from = b * block_steps(format), to = from + block_steps(format);
+        if (to > steps) to = steps;
+        Scale scales[8];
+        for (int p = 0; p < panels; p++) scales[p] = scale_at(scale, format, p * blocks + b);
+        for (int64_t k = from; k < to; k++) {
+#ifdef __AVX512BF16__
+            if (is_pairs(format)) {
+                __m512bh w[8];
+                for (int p = 0; p < panels; p++)
+                    w[p] = load_pairs(weight, format, p * steps + k, scales[p]);
+                if (tall > 1 && panels == 1)
+                    __builtin_prefetch(weight + k * step_bytes(format) + 4096, 0, 2);
+                for (int m = 0; m < tall; m++) {
+                    const __m512bh x = (__m512bh)_mm512_set1_ps(xt[k * tall + m]);
+                    for (int p = 0; p < panels; p++) {
+                        vec *sum = &acc[p * tall + m];
+                        *sum = (vec)_mm512_dpbf16_ps((__m512)*sum, x, w[p]);
+                    }
+                }
+                continue;
+            }
+#endif
+            vec w[8];
+            for (int p = 0; p < panels; p++)
+                w[p] = load(weight, format, p * steps + k, scales[p]);
+            if (tall > 1 && panels == 1)
+                __builtin_prefetch(weight + k * step_bytes(format) + 4096, 0, 2);
+            for (int m = 0; m < tall; m++)
+                for (int p = 0; p < panels; p++) acc[p * tall + m] += w[p] * xt[k * tall + m];
+        }
+    }
+}
+
+INLINE void store(const vec *acc, int tall, int panels, int64_t rows, int64_t column, int64_t N,
+                  const float *bias, float *y) {
+    for (int p = 0; p < panels; p++) {
+        int64_t c = column + p * LANES, left = N - c;
+        if (left <= 0) return;
+        for (int64_t m = 0; m < rows; m++) {
+            vec sum = acc[p * tall + m];
+            float *place = y + m * N + c;
+            if (left >= LANES) {
+                if (bias) sum += *(const vec *)(bias + c);
+                *(vec *)place = sum;
+            } else {
+                for (int64_t i = 0; i < left; i++) place[i] = sum[i] + (bias ? bias[c + i] : 0);
+            }
+        }
+    }
+}
+
+typedef struct {
+    const float *xt;
+    const char *weight;
+    const float *scale;
+    const Product *P;
+    int64_t rows, column;
+    float *y;
+} Tile;
+
+#define RUN_FORMAT(HEIGHT, PANELS, FORMAT)                                                        \
+    case FORMAT: tile(t.xt, HEIGHT, PANELS, FORMAT, t.weight, t.scale, t.P->K, acc); break;
+#ifdef __AVX512BF16__
+#define RUN_PAIRS(HEIGHT, PANELS)                                                                 \
+    RUN_FORMAT(HEIGHT, PANELS, PAIRS)                                                             \
+    RUN_FORMAT(HEIGHT, PANELS, PAIRS_Q8)                                                          \
+    RUN_FORMAT(HEIGHT, PANELS, PAIRS_Q8_OFFSET)
+#else
+#define RUN_PAIRS(HEIGHT, PANELS)
+#endif
+#define SHAPE(HEIGHT, PANELS)                                                                     \
+    static void tile_##HEIGHT##_##PANELS(Tile t, int format) {                                    \
+        vec acc[HEIGHT * PANELS];                                                                 \
+        switch (format) {                                                                         \
+            RUN_FORMAT(HEIGHT, PANELS, F32)                                                       \
+            RUN_FORMAT(HEIGHT, PANELS, BF16)                                                      \
+            RUN_FORMAT(HEIGHT, PANELS, Q8)                                                        \
+            RUN_FORMAT(HEIGHT, PANELS, Q8_OFFSET)                                                 \
+            RUN_PAIRS(HEIGHT, PANELS)                                                             \
+        }                                                                                         \
+        store(acc, HEIGHT, PANELS, t.rows, t.column, t.P->N, t.P->bias, t.y);                     \
+    }
+
+SHAPE(1, 1)
+SHAPE(1, 8)
+SHAPE(4, 1)
+SHAPE(4, 4)
+SHAPE(8, 1)
+SHAPE(8, 2)
+SHAPE(8, 3)
+SHAPE(16, 1)
+
+/* Panels that one call of `multiply_tile` takes at a height: always 8 to 16 sums in registers. */
+INLINE int together(int tall) { return tall == 1 ? 8 : tall == 4 ? 4 : tall == 8 ? 2 : 1; }
+
+static void multiply_tile(Tile t, int tall, int panels, int format) {
+    if (tall == 8 && panels == 3) tile_8_3(t, format);
+    else if (tall == 1 && panels == 8) tile_1_8(t, format);
+    else if (tall == 4 && panels == 4) tile_4_4(t, format);
+    else if (tall == 8 && panels == 2) tile_8_2(t, format);
+    else if (tall == 16) tile_16_1(t, format);
+    else {
+        const int64_t K = t.P->K;
+        for (int p = 0; p < panels; p++) {
+            if (tall == 1) tile_1_1(t, format);
+            else if (tall == 4) tile_4_1(t, format);
+            else tile_8_1(t, format);
+            t.weight += steps_of(K, format) * step_bytes(format), t.column += LANES;
+            t.scale += scale_floats(K, format);
+        }
+    }
+}
+
+/* ---- a whole product, in parts that meet ---- */
+
+typedef struct {
+    const Product *P;
+    const Adapters *A; /* NULL where no token has one */
+    const float *x;
+    int64_t M;
+    float *y, *xt, *products;
+    int tall, group, unpacks;
+    int64_t tiles, panels, groups;
+    atomic_long next[4];
+    atomic_int failed;
+} Multiplication;
+
+static Multiplication multiplication(const Product *P, const Adapters *A, const float *x, int64_t M,
+                                     float *y) {
+    Multiplication w = {.P = P, .x = x, .M = M, .y = y};
+    const int few = M <= FEW;
+    w.tall = !few ? TALL : M == 1 ? 1 : M <= 4 ? 4 : M <= 8 ? 8 : 16;
+    w.group = few ? together(w.tall) : WIDE;
+    w.panels = (P->N + LANES - 1) / LANES;
+    w.groups = (w.panels + w.group - 1) / w.group;
+    w.tiles = (M + w.tall - 1) / w.tall;
+    w.unpacks = !few && P->format != F32 && P->format != PAIRS;
+    w.A = A && P->siblings && A->most ? A : NULL;
+    return w;
+}
+
+/* Floats of `xt` and `products`. */
+static int64_t xt_floats(const Multiplication *w) {
+    return w->tiles * w->tall * steps_of(w->P->K, w->P->format);
+}
+static int64_t products_floats(const Multiplication *w) {
+    return w->A ? w->A->num_tokens * w->P->siblings * w->A->most : 0;
+}
+
+#ifdef __AVX512BF16__
+/* Pairs of a row from k0 to stop, one every `tall` places. */
+static void scatter_pairs(const float *row, int64_t k0, int64_t stop, int64_t tall, float *column) {
+    uint32_t *out = (uint32_t *)column;
+    int64_t k = k0;
+    for (; k + LANES <= stop; k += LANES) {
+        union { __m256bh half; uint32_t pair[8]; } u = {
+            .half = _mm512_cvtneps_pbh(_mm512_loadu_ps(row + k))};
+        for (int i = 0; i < 8; i++) out[(k / 2 + i) * tall] = u.pair[i];
+    }
+    for (; k < stop; k += 2) {
+        float two[LANES] = {row[k], k + 1 < stop ? row[k + 1] : 0};
+        union { __m256bh half; uint32_t pair[8]; } u = {
+            .half = _mm512_cvtneps_pbh(_mm512_loadu_ps(two))};
+        out[k / 2 * tall] = u.pair[0];
+    }
+}
+#endif
+
+/* One row of x to its place in `xt`, [tiles][K][tall] or pairs of it, so that a tile reads one line
+ * a step; k0 is even. */
+static void place_row(const Multiplication *w, const float *row, int64_t m, int64_t k0,
+                      int64_t stop) {
+    const int64_t tall = w->tall, steps = steps_of(w->P->K, w->P->format);
+    float *column = w->xt + m / tall * tall * steps + m % tall;
+#ifdef __AVX512BF16__
+    if (is_pairs(w->P->format)) {
+        scatter_pairs(row, k0, stop, tall, column);
+        return;
+    }
+#endif
+    for (int64_t k = k0; k < stop; k++) column[k * tall] = row[k];
+}
+
+static void place_rows(Multiplication *w, int parts) {
+    const int64_t K = w->P->K, rows = w->tiles * w->tall, strips = (K + 255) / 256;
+    int64_t from, to;
+    while (take(&w->next[0], piece_of(rows * strips, parts), rows * strips, &from, &to))
+        for (int64_t i = from; i < to; i++) {
+            int64_t m = i / strips, k0 = i % strips * 256, stop = k0 + 256 < K ? k0 + 256 : K;
+            if (m < w->M) {
+                place_row(w, w->x + m * K, m, k0, stop);
+                continue;
+            }
+            const int64_t tall = w->tall, format = w->P->format, steps = steps_of(K, format);
+            float *column = w->xt + m / tall * tall * steps + m % tall;
+            int64_t first = is_pairs(format) ? k0 / 2 : k0, last = steps_of(stop, format);
+            for (int64_t k = first; k < last; k++) column[k * tall] = 0;
+        }
+}
+
+static void multiply_group(Multiplication *w, int64_t g, float *plain) {
+    const Product *P = w->P;
+    const int64_t panel = g * w->group, left = w->panels - panel;
+    const int64_t steps = steps_of(P->K, P->format), blocks = (P->K + BLOCK - 1) / BLOCK;
+    const int some = left < w->group ? (int)left : w->group;
+    Tile t = {.P = P, .column = panel * LANES};
+    t.weight = (const char *)P->weight + panel * steps * step_bytes(P->format);
+    t.scale = P->scale ? P->scale + panel * scale_floats(P->K, P->format) : NULL;
+    int format = P->format;
+    if (plain) { /* unpacked once for all tiles */
+        for (int64_t p = 0; p < some; p++)
+            for (int64_t k = 0; k < steps; k++) {
+                Scale at = scale_at(t.scale, format, p * blocks + k / block_steps(format));
+#ifdef __AVX512BF16__
+                if (is_pairs(format)) {
+                    ((__m512bh *)plain)[p * steps + k] =
+                        load_pairs(t.weight, format, p * steps + k, at);
+                    continue;
+                }
+#endif
+                ((vec *)plain)[p * steps + k] = load(t.weight, format, p * steps + k, at);
+            }
+        t.weight = (const char *)plain, format = is_pairs(format) ? PAIRS : F32;
+    }
+    for (int64_t i = 0; i < w->tiles; i++) {
+        int64_t first = i * w->tall;
+        t.rows = w->M - first < w->tall ? w->M - first : w->tall;
+        t.xt = w->xt + first * steps, t.y = w->y + first * P->N;
+        multiply_tile(t, w->tall, some, format);
+    }
+}
+
+/* products[token][sibling][row of the token's adapter] = A x */
+static void multiply_a(Multiplication *w, int parts) {
+    const Product *P = w->P;
+    const Adapters *A = w->A;
+    const int64_t S = P->siblings, total = A->num_tokens * S;
+    int64_t from, to;
+    while (take(&w->next[2], piece_of(total, parts), total, &from, &to))
+        for (int64_t i = from; i < to; i++) {
+            const int64_t n = i / S, s = i % S;
+            for (int32_t j = 0; j < A->count[n]; j++) {
+                int64_t row = A->rows[A->first[n] + j];
+                w->products[i * A->most + j] =
+                    dot(w->x + n * P->K, P->a + (row * S + s) * P->K, P->K);
+            }
+        }
+}
+
+/* y += B' products */
+static void add_b(Multiplication *w, int parts) {
+    const Product *P = w->P;
+    const Adapters *A = w->A;
+    const int64_t S = P->siblings, total = A->num_tokens * S;
+    int64_t from, to;
+    while (take(&w->next[3], piece_of(total, parts), total, &from, &to))
+        for (int64_t i = from; i < to; i++) {
+            const int64_t n = i / S, s = i % S;
+            float *y = w->y + n * P->N;
+            for (int64_t t = 0; t < s; t++) y += P->size[t];
+            for (int32_t j = 0; j < A->count[n]; j++) {
+                int64_t row = A->rows[A->first[n] + j];
+                axpy(w->products[i * A->most + j], P->b[s] + row * P->size[s], y, P->size[s]);
+            }
+        }
+}
+
+static void multiply_part(void *work, int part, int parts) {
+    Multiplication *w = work;
+    (void)part;
+    if (w->xt != w->x) {
+        place_rows(w, parts);
+        if (w->A) multiply_a(w, parts);
+        meet(parts);
+    } else if (w->A) {
+        multiply_a(w, parts);
+    }
+    float *plain = w->unpacks ? scratch(2, WIDE * steps_of(w->P->K, w->P->format) * LANES) : NULL;
+    if (w->unpacks && !plain) atomic_store(&w->failed, 1);
+    int64_t from, to;
+    while (take(&w->next[1], piece_of(w->groups, parts), w->groups, &from, &to))
+        for (int64_t g = from; g < to && !(w->unpacks && !plain); g++) multiply_group(w, g, plain);
+    if (w->A) {
+        meet(parts);
+        add_b(w, parts);
+    }
+}
+
+/* y [M, N] = x [M, K] * weight' + bias + adapters. Returns 0, or 1 where memory ran out. */
+int multiply(const Product *P, const Adapters *A, const float *x, int64_t M, float *y, int threads) {
+    Multiplication w = multiplication(P, A, x, M, y);
+    w.xt = M == 1 && !is_pairs(P->format) ? (float *)x : scratch(0, xt_floats(&w));
+    w.products = w.A ? scratch(1, products_floats(&w)) : NULL;
+    if (!w.xt || (w.A && !w.products)) return 1;
+    share(multiply_part, &w, threads);
+    return atomic_load(&w.failed);
+}
+
+/* Whether this processor multiplies bfloat16. */
+int multiplies_bfloat16(void) {
+#ifdef __AVX512BF16__
+    return 1;
+#else
+    return 0;
+#endif
+}
