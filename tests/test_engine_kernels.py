@@ -128,18 +128,22 @@ def test_inputs_that_no_block_divides() -> None:
         assert torch.allclose(Product(weight, None)(x, None), x @ weight.T, atol=1e-4)
 
 
-def test_every_token_gets_its_own_adapter_and_no_other() -> None:
+@pytest.mark.parametrize("narrow", [False, True])
+def test_every_token_gets_its_own_adapter_and_no_other(narrow: bool) -> None:
     torch.manual_seed(3)
     sizes, inputs, num_rows = (24, 5), 40, 12
     weight = torch.randn(sum(sizes), inputs)
     a = torch.randn(num_rows, len(sizes), inputs)
     b = [torch.randn(num_rows, size) for size in sizes]
     owned = {0: [], 1: [0, 1, 2], 2: [3, 7, 5, 11]}
+    if narrow:
+        a, b = a.bfloat16(), [part.bfloat16() for part in b]
     b[0][9] = torch.nan  # nobody's
     tokens = [2, 0, 1, 1, 2, 0, 2]
     x = torch.randn(len(tokens), inputs)
     product = Product(weight, None)
     product.struct.a, product.struct.siblings = a.data_ptr(), len(sizes)
+    product.struct.narrow = int(narrow)
     for index, size in enumerate(sizes):
         product.struct.b[index], product.struct.size[index] = b[index].data_ptr(), size
     starts = {0: 0, 1: 0, 2: 3}
@@ -152,7 +156,9 @@ def test_every_token_gets_its_own_adapter_and_no_other() -> None:
         start = 0
         for index, size in enumerate(sizes):
             for row in owned[token]:
-                expected[start : start + size] += (a[row, index] @ x[n]) * b[index][row]
+                expected[start : start + size] += (a[row, index].float() @ x[n]) * b[index][
+                    row
+                ].float()
             start += size
         assert torch.allclose(got[n], expected, atol=1e-4)
 

@@ -49,6 +49,7 @@ class ProductStruct(ctypes.Structure):
         ("format", ctypes.c_int32),
         ("siblings", ctypes.c_int32),
         ("active", ctypes.c_int32),
+        ("narrow", ctypes.c_int32),
         ("a", ctypes.c_void_p),
         ("b", ctypes.c_void_p * MAX_SIBLINGS),
         ("size", ctypes.c_int64 * MAX_SIBLINGS),

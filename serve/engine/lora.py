@@ -131,6 +131,7 @@ class LoraStack:
         names: Of the modules.
         shapes: Their (inputs, outputs).
         scale: Of what the modules add to their output.
+        narrow: Whether the factors are rounded to bfloat16; for the kernels alone.
     """
 
     def __init__(
@@ -140,11 +141,13 @@ class LoraStack:
         shapes: Sequence[tuple[int, int]],
         is_head: bool = False,
         scale: float = 1.0,
+        narrow: bool = False,
     ):
         self.names = list(names)
         self._bank = bank
         self._is_head = is_head
         self._scale = scale
+        self._narrow = narrow
         self._num_inputs = shapes[0][0]
         self._sizes = [size for _, size in shapes]
         self._users: list[set[str]] = [set() for _ in names]
@@ -206,6 +209,7 @@ class LoraStack:
             return None
         if not product.siblings:
             product.a, product.siblings = self._a.data_ptr(), len(self._b)
+            product.narrow = int(self._narrow)
             for index, (b, size) in enumerate(zip(self._b, self._sizes, strict=True)):
                 product.b[index], product.size[index] = b.data_ptr(), size
         return step.plan
@@ -236,6 +240,8 @@ class LoraStack:
 
     def _take_memory(self) -> None:
         like, rows = self._bank.like, self._bank.max_rows
+        if self._narrow:
+            like = like.to(torch.bfloat16)
         # Only rows that were claimed are ever read; the others need not even be memory yet.
         self._a = like.new_empty(rows, len(self.names), self._num_inputs)
         self._b = [like.new_empty(rows, size) for size in self._sizes]

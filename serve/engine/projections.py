@@ -58,7 +58,8 @@ class Projections:
             first = members[0]
             scale = float(getattr(first, "embed_scale", 1.0))  # Gemma scales its embeddings
             shapes = [site_shape(member) for member in members]
-            stack = LoraStack(bank, names, shapes, first is head, scale)
+            narrow = in_bfloat16 and isinstance(first, nn.Linear)
+            stack = LoraStack(bank, names, shapes, first is head, scale, narrow)
             bank.attach(stack)
             if isinstance(first, nn.Linear):
                 # The head's may be the embedding's too, and adapters may bring it to compare.

@@ -185,6 +185,34 @@ INLINE void axpy(float a, const float *x, float *y, int64_t n) {
     for (; i < n; i++) y[i] += a * x[i];
 }
 
+INLINE vec from_bfloat16(const uint16_t *place) {
+    return (vec)(__builtin_convertvector(*(const halves *)place, words) << 16);
+}
+
+INLINE float one_from_bfloat16(uint16_t number) {
+    union { uint32_t bits; float value; } u = {.bits = (uint32_t)number << 16};
+    return u.value;
+}
+
+/* The same with bfloat16 on one side. */
+INLINE float dot_narrow(const float *x, const uint16_t *w, int64_t K) {
+    vec s0 = {0}, s1 = {0};
+    int64_t k = 0;
+    for (; k + 2 * LANES <= K; k += 2 * LANES) {
+        s0 += *(const vec *)(x + k) * from_bfloat16(w + k);
+        s1 += *(const vec *)(x + k + LANES) * from_bfloat16(w + k + LANES);
+    }
+    float sum = sum_of(s0 + s1);
+    for (; k < K; k++) sum += x[k] * one_from_bfloat16(w[k]);
+    return sum;
+}
+
+INLINE void axpy_narrow(float a, const uint16_t *x, float *y, int64_t n) {
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) *(vec *)(y + i) += a * from_bfloat16(x + i);
+    for (; i < n; i++) y[i] += a * one_from_bfloat16(x[i]);
+}
+
 /* e^x for x <= 0, to 2 units in the last place (Cephes' expf); NaN stays NaN. */
 INLINE vec exp_negative(vec x) {
     const vec low = (vec){0} - 87.0f;

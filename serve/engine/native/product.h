@@ -28,8 +28,9 @@ typedef struct {
     /* adapters: A [rows][siblings][K], B[s] [rows][size[s]]; siblings is 0 where there are none */
     int32_t siblings;
     int32_t active; /* whether adapters of the step at hand have a part here; for `forward` */
-    const float *a;
-    const float *b[MAX_SIBLINGS];
+    int32_t narrow; /* A and B are bfloat16, not float32 */
+    const void *a;
+    const void *b[MAX_SIBLINGS];
     int64_t size[MAX_SIBLINGS];
 } Product;
 
@@ -93,10 +94,7 @@ INLINE vec widen(const void *place) {
 /* 16 columns of one input. */
 INLINE vec load(const char *weight, int format, int64_t step, Scale scale) {
     if (format == F32) return ((const vec *)weight)[step];
-    if (format == BF16) {
-        words wide = __builtin_convertvector(((const halves *)weight)[step], words);
-        return (vec)(wide << 16);
-    }
+    if (format == BF16) return from_bfloat16((const uint16_t *)weight + step * LANES);
     vec whole = widen(weight + step * LANES) * scale.factor;
     return format == Q8_OFFSET ? whole + scale.offset : whole;
 }
@@ -364,8 +362,10 @@ static void multiply_a(Multiplication *w, int parts) {
             const int64_t n = i / S, s = i % S;
             for (int32_t j = 0; j < A->count[n]; j++) {
                 int64_t row = A->rows[A->first[n] + j];
+                const int64_t place = (row * S + s) * P->K;
                 w->products[i * A->most + j] =
-                    dot(w->x + n * P->K, P->a + (row * S + s) * P->K, P->K);
+                    P->narrow ? dot_narrow(w->x + n * P->K, (const uint16_t *)P->a + place, P->K)
+                              : dot(w->x + n * P->K, (const float *)P->a + place, P->K);
             }
         }
 }
@@ -383,7 +383,11 @@ static void add_b(Multiplication *w, int parts) {
             for (int64_t t = 0; t < s; t++) y += P->size[t];
             for (int32_t j = 0; j < A->count[n]; j++) {
                 int64_t row = A->rows[A->first[n] + j];
-                axpy(w->products[i * A->most + j], P->b[s] + row * P->size[s], y, P->size[s]);
+                const int64_t place = row * P->size[s];
+                const float product = w->products[i * A->most + j];
+                if (P->narrow)
+                    axpy_narrow(product, (const uint16_t *)P->b[s] + place, y, P->size[s]);
+                else axpy(product, (const float *)P->b[s] + place, y, P->size[s]);
             }
         }
 }
