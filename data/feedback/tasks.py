@@ -193,11 +193,12 @@ def disagreements(
             .having(func.count() > 1)
         )
         query = select(LabelTask).where(LabelTask.id.in_(several), LabelTask.gold.is_(None))
+        all_votes = _votes(session, Judgement.task_id.in_(several))
         found = []
         for task in session.scalars(query.order_by(LabelTask.number)):
             if task.settled is not None or task.status == "dropped":
                 continue
-            votes = answers_of(session, task.id)
+            votes = all_votes[task.id]
             if len({str(best_of(project.kind, answer)) for _, answer in votes}) > 1:
                 found.append(Disagreement(task, [], votes))
             if len(found) == limit:
@@ -210,9 +211,17 @@ def disagreements(
 
 def answers_of(session: Session, task_id: str) -> list[tuple[str, dict[str, Any]]]:
     """Return who answered what, of the judgements of a task that count."""
-    query = select(Judgement).where(Judgement.task_id == task_id, Judgement.counts)
-    query = query.where(Judgement.kind == "answer").order_by(Judgement.created_at, Judgement.id)
-    return [(judgement.labeler, judgement.answer) for judgement in session.scalars(query)]
+    return _votes(session, Judgement.task_id == task_id)[task_id]
+
+
+def _votes(session: Session, which: Any) -> dict[str, list[tuple[str, dict[str, Any]]]]:
+    """Return by task who answered what."""
+    columns = (Judgement.task_id, Judgement.labeler, Judgement.answer)
+    query = select(*columns).where(which, Judgement.counts, Judgement.kind == "answer")
+    found = defaultdict(list)
+    for row in session.execute(query.order_by(Judgement.created_at, Judgement.id)):
+        found[row.task_id].append((row.labeler, row.answer))
+    return found
 
 
 def settle(

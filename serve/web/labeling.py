@@ -15,13 +15,9 @@ from serve.web.view import Visit, go, page, whole_number
 @page("labeler")
 def home(visit: Visit) -> Response:
     """List the labeling projects, with what is left of each."""
-    found = projects.list_all(visit.runtime.database, visit.account)
+    rows = reports.overview(visit.runtime.database, visit.account, visit.person.id)
     if visit.person.role == "labeler":
-        found = [project for project in found if project.status == "open"]
-    rows = []
-    for project in found:
-        given = (visit.runtime.database, visit.account, project.id)
-        rows.append((project, reports.progress(*given), reports.progress(*given, visit.person.id)))
+        rows = [row for row in rows if row.project.status == "open"]
     return visit.render("home.html", rows=rows)
 
 
@@ -50,7 +46,7 @@ def _show(
         project=project,
         task=shown,
         turns=turns(shown.prompt),
-        mine=reports.progress(*given, visit.person.id),
+        answered=reports.answered(visit.runtime.database, project.id, visit.person.id),
         guidelines=projects.guidelines(*given, shown.guidelines_version)[1],
         error=error,
         typed=visit.text("text") or None,
