@@ -72,7 +72,8 @@ def summarize(
     golds: Mapping[str, dict[str, object]],
     training: set[str],
 ) -> Record:
-    """Return the record of one labeler's judgements."""
+    """Return the record of one labeler's judgements; of erased ones nothing is known."""
+    judged = [j for j in judged if j.answer]
     answers = [j for j in judged if j.kind == "answer" and j.task_id not in training]
     with_gold = [j for j in answers if j.task_id in golds]
     choices = [j for j in answers if isinstance(j.answer.get("choice"), int)]

@@ -182,7 +182,7 @@ class Disagreement:
 def disagreements(
     database: Database, project_id: str, label_project_id: str, limit: int = 50
 ) -> list[Disagreement]:
-    """Return the tasks whose labelers name different best answers, not yet settled."""
+    """Return the tasks whose labelers name different best answers or edits, not yet settled."""
     with database.read() as session:
         project = projects.find(session, project_id, label_project_id)
         several = (
@@ -199,7 +199,8 @@ def disagreements(
             if task.settled is not None or task.status == "dropped":
                 continue
             votes = all_votes[task.id]
-            if len({str(best_of(project.kind, answer)) for _, answer in votes}) > 1:
+            said = {str(answer.get("text", best_of(project.kind, answer))) for _, answer in votes}
+            if len(said) > 1:
                 found.append(Disagreement(task, [], votes))
             if len(found) == limit:
                 break

@@ -15,7 +15,7 @@ from data.feedback import export, gates, imports, projects, reports, rounds, tas
 from data.feedback.export import FITTING
 from data.feedback.label_kinds import KINDS, LETTERS
 from data.feedback.projects import Gates, ProjectSpec
-from serve.web.labeling import turns
+from serve.web.labeling import read_answer, said, turns
 from serve.web.view import Visit, go, page, whole_number
 
 
@@ -160,34 +160,48 @@ def change_project(visit: Visit) -> Response:
 @page("reviewer")
 def disagreements(visit: Visit) -> Response:
     """Show the first task on which labelers differ."""
+    return _disagreements(visit)
+
+
+def _disagreements(visit: Visit, status: int = 200, error: str | None = None) -> Response:
     given = (visit.runtime.database, visit.account, visit.path("label_project_id"))
     found = tasks.disagreements(*given, limit=100)
     first = found[0] if found else None
     votes = (
         []
         if first is None
-        else [tasks.shown_answer(answer, range(len(first.candidates))) for _, answer in first.votes]
+        else [
+            said(tasks.shown_answer(answer, range(len(first.candidates))))
+            for _, answer in first.votes
+        ]
     )
     return visit.render(
         "disagreements.html",
+        status,
         project=projects.get(*given),
         count=len(found),
         first=first,
         turns=turns(first.task.prompt) if first else [],
         options=list(zip(LETTERS, first.candidates, strict=False)) if first else [],
         votes=votes,
+        typed=visit.text("text"),
+        error=error,
     )
 
 
 @page("reviewer")
 def settle(visit: Visit) -> Response:
     """Decide the task."""
-    project, task = visit.path("label_project_id"), visit.path("task_id")
-    answer = {"choice": visit.text("choice")}
-    if visit.text("ranking"):
-        answer = {"ranking": _ranks(visit.text("ranking"))}  # type: ignore[dict-item]
-    tasks.settle(visit.runtime.database, visit.account, task, visit.person.id, answer)
-    return go(f"/web/projects/{project}/disagreements", "saved")
+    given = (visit.runtime.database, visit.account)
+    project = projects.get(*given, visit.path("label_project_id"))
+    answer = read_answer(visit, project.kind).fields()
+    if project.kind == "ranking":
+        answer = {"ranking": _ranks(visit.text("ranking"))}
+    try:
+        tasks.settle(*given, visit.path("task_id"), visit.person.id, answer)
+    except InvalidInput as error:
+        return _disagreements(visit, 400, error.message)
+    return go(f"/web/projects/{project.id}/disagreements", "saved")
 
 
 def _ranks(text: str) -> dict[str, int]:

@@ -64,7 +64,7 @@
       if (box) { event.preventDefault(); box.open = true; box.querySelector("input").focus(); }
       return;
     }
-    const button = form && form.querySelector(`[data-press="${CSS.escape(key)}"]`);
+    const button = form && document.querySelector(`[data-press="${CSS.escape(key)}"]`);
     if (button) { event.preventDefault(); button.click(); }
   });
   document.addEventListener("pointerdown", notice);
