@@ -9,12 +9,13 @@ from typing import Any
 from starlette.datastructures import UploadFile
 from starlette.responses import Response
 
-from data import people
+from data import people, registry
 from data.errors import InvalidInput, ToolkitError
 from data.feedback import export, gates, imports, projects, reports, rounds, tasks
 from data.feedback.export import FITTING
 from data.feedback.label_kinds import KINDS, LETTERS
 from data.feedback.projects import Gates, ProjectSpec
+from data.job_methods import REWARD_MODEL
 from serve.web.labeling import read_answer, said, turns
 from serve.web.view import Visit, go, page, whole_number
 
@@ -76,7 +77,7 @@ def import_tasks(visit: Visit) -> Response:
         if not _import(visit, label_project_id):
             raise InvalidInput("Choose a JSONL file.")
     except InvalidInput as error:
-        return _report(visit, 400, error.message)
+        return project_page(visit, 400, error.message)
     return go(f"/web/projects/{label_project_id}", "saved")
 
 
@@ -101,10 +102,11 @@ def _import(visit: Visit, label_project_id: str) -> int:
 @page("reviewer")
 def show_project(visit: Visit) -> Response:
     """Show what a project has come to."""
-    return _report(visit)
+    return project_page(visit)
 
 
-def _report(visit: Visit, status: int = 200, error: str | None = None) -> Response:
+def project_page(visit: Visit, status: int = 200, error: str | None = None) -> Response:
+    """Write a project's page."""
     given = (visit.runtime.database, visit.account, visit.path("label_project_id"))
     project = projects.get(*given)
     version, text = projects.guidelines(*given)
@@ -121,11 +123,19 @@ def _report(visit: Visit, status: int = 200, error: str | None = None) -> Respon
         open_disagreements=len(tasks.disagreements(*given, limit=100)),
         guidelines=text,
         version=version,
+        served=[base, *_answering(visit)],
+        typed=visit.text("prompts"),
         models=[base, *rounds.improvable(visit.runtime.database, visit.account)],
         exports=[kind for kind, kinds in FITTING.items() if project.kind in kinds],
         names=names,
         error=error,
     )
+
+
+def _answering(visit: Visit) -> list[str]:
+    """Return the account's versions that answer: not reward models."""
+    found = registry.list_versions(visit.runtime.database, visit.account)
+    return [one.name for one in found if one.lineage.get("kind") != REWARD_MODEL]
 
 
 @page("admin")
@@ -153,7 +163,7 @@ def change_project(visit: Visit) -> Response:
         else:
             raise InvalidInput(f"Unknown action '{action}'.")
     except ToolkitError as error:
-        return _report(visit, 400, error.message)
+        return project_page(visit, 400, error.message)
     return go(f"/web/projects/{label_project_id}", "saved")
 
 
