@@ -647,6 +647,24 @@ def test_a_project_is_made_filled_reported_and_exported(server: Server, account:
     assert "Unknown action" in admin.post(path, 400, action="burn")
 
 
+def test_what_is_flagged_is_shown_and_withdrawn(server: Server, account: str) -> None:
+    project = make_project(server, account, count=2)
+    labeler, admin = person(server, account, "labeler"), person(server, account, "admin")
+    path, _ = form_of(labeler.get(f"/web/label/{project}"))
+    labeler.post(path, action="flag", reason="an <address>")
+    page = f"/web/projects/{project}"
+    text = admin.get(page)
+    assert "an &lt;address&gt;" in text
+    found = re.search(r'name="task" value="(ltask-[^"]*)"', text)
+    assert found is not None
+    assert "question 0" in person(server, account, "reviewer").get(page)
+    labeler.post(page, 403, action="withdraw", task=found[1])
+    text = admin.post(page, action="withdraw", task=found[1])
+    assert "Flagged</h2>" not in text
+    assert "0 of 1 tasks done" in text
+    assert "No such labeling task" in admin.post(page, 400, action="withdraw", task="ltask-none")
+
+
 def test_a_round_is_started_followed_and_cancelled(server: Server, account: str) -> None:
     admin = person(server, account, "admin")
     project = make_project(server, account, count=8)

@@ -14,7 +14,7 @@ from data.errors import InvalidInput, StateConflict
 from data.feedback import gates, leases
 from data.feedback.label_kinds import read_answer
 from data.feedback.leases import Shown
-from data.feedback.tasks import shown_answer
+from data.feedback.tasks import shown_answer, tell_completed
 from data.tables import new_id, now
 from data.tables_feedback import Assignment, Judgement, LabelTask
 
@@ -98,6 +98,8 @@ def submit(
         judgement = _record(session, assignment, "answer", found, timings, counts)
         assignment.state = "done"
         gates.count(task, 1 if counts else 0)
+        if counts and task.status == "done":
+            tell_completed(session, project)
         right = gates.after_answer(session, project, task, judgement)
         return Submitted(judgement, counts, note=note, right=right)
 

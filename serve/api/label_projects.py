@@ -173,6 +173,14 @@ async def list_disagreements(label_project_id: str, caller: Caller, runtime: Run
     return json_response({"object": "list", "data": [_disagreement(entry) for entry in found]})
 
 
+@router.get("/{label_project_id}/flags")
+async def list_flags(label_project_id: str, caller: Caller, runtime: Running) -> Response:
+    """List tasks whose content labelers flagged, newest first."""
+    found = await run_in_threadpool(tasks.flags, runtime.database, caller.id, label_project_id)
+    told = [{**_task(f.task), "labeler": f.labeler, "reason": f.reason} for f in found]
+    return json_response({"object": "list", "data": told})
+
+
 @router.post("/{label_project_id}/export")
 async def export_project(
     label_project_id: str, body: ExportProject, caller: Caller, runtime: Running

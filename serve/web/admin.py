@@ -121,6 +121,10 @@ def project_page(visit: Visit, status: int = 200, error: str | None = None) -> R
         project=project,
         report=reports.report(*given),
         open_disagreements=len(tasks.disagreements(*given, limit=100)),
+        flags=[
+            (one.task.id, turns(one.task.prompt)[-1]["content"], one.labeler, one.reason)
+            for one in tasks.flags(*given)
+        ],
         guidelines=text,
         version=version,
         served=[base, *_answering(visit)],
@@ -149,6 +153,8 @@ def change_project(visit: Visit) -> Response:
             projects.update_guidelines(*given, visit.text("guidelines").replace("\r\n", "\n"))
         elif action in ("open", "paused", "closed"):
             projects.set_status(*given, action)
+        elif action == "withdraw":
+            tasks.drop(database, visit.account, visit.text("task"))
         elif action == "pause":
             reason = visit.text("reason") or "paused by an admin"
             gates.pause_labeler(*given, labeler, reason)
