@@ -17,13 +17,13 @@ import pytest
 from api_server import MODEL, Server, running, tiny_settings
 from sqlalchemy import select
 from test_api_adapters import publish
+from test_metering_ledger import rows
 from test_web import person
 
 from data.errors import InvalidInput
 from data.feedback.draws import as_tasks, check_draw
 from data.feedback.tasks import CandidateSpec
 from data.tables_feedback import Candidate, LabelTask
-from data.tables_metering import UsageRecord
 
 PROMPTS: list[Any] = ["The cat", [{"role": "user", "content": "Hello"}]]
 
@@ -103,9 +103,7 @@ def test_what_is_drawn_is_metered(server: Server) -> None:
     project, key = server.new_account(f"metered-{secrets.token_hex(3)}")
     http = server.http(key)
     draw(http, make(http, "edit"), count=2, prompts=["The cat"])
-    with server.runtime.database.read() as session:
-        query = select(UsageRecord).where(UsageRecord.project_id == project.id)
-        [found] = session.scalars(query).all()
+    [found] = rows(server, project.id, 1)
     assert (found.model, found.status) == (MODEL, "complete")
     assert 2 <= found.completion_tokens <= 16
 
@@ -142,8 +140,8 @@ def test_by_the_command_line(server: Server, tmp_path: Path) -> None:
     http = server.http()
     project = make(http, "pairwise")
     file = tmp_path / "prompts.jsonl"
-    rows = [{"prompt": f"Say {i}", "completion": " x"} for i in range(20)]  # two requests
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    lines = [{"prompt": f"Say {i}", "completion": " x"} for i in range(20)]  # two requests
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
 
     def hone(*words: str, key: str = server.key) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "serve.cli", "feedback", "sample", project, *words]
@@ -159,9 +157,9 @@ def test_by_the_command_line(server: Server, tmp_path: Path) -> None:
     refused = hone(*given, key="sk-wrong")
     assert refused.returncode != 0
     assert "after 0 tasks, prompt 1 on:" in refused.stderr
+    assert "No server answers" in hone(*given[:-1], "http://127.0.0.1:9").stderr
     file.write_text('{"prompt": "a"}\n{"text": "b"}\n', "utf-8")
     assert "line 2: Give an object with 'prompt'" in hone(*given).stderr
-    assert "No server answers" in hone(*given[:-1], "http://127.0.0.1:9").stderr
 
 
 def test_by_the_page(server: Server, adapter: str) -> None:

@@ -76,7 +76,11 @@ async def sample(
             for i in mine
             for model, found in zip(served, drawn, strict=True)
         ]
-        told = prompt if isinstance(prompt, str) else [m.model_dump() for m in prompt]
+        told = (
+            prompt
+            if isinstance(prompt, str)
+            else [{"role": m.role, "content": m.content} for m in prompt]
+        )
         made += as_tasks(project.kind, told, answers, left_out, body.user)
     if not made:
         raise InvalidInput(

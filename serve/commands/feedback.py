@@ -118,7 +118,10 @@ def sample_tasks(
     temperature: Annotated[float, typer.Option(help="Of sampling.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Draws the same answers again.")] = None,
     url: Annotated[
-        str | None, typer.Option(help="Of the running server; default: the settings' host, port.")
+        str | None,
+        typer.Option(
+            envvar="HONE_BASE_URL", help="Of the running server; default: the settings' host, port."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
