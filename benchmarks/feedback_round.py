@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--comparisons", type=int, default=200, help="judged before the round")
     parser.add_argument("--held-out", type=int, default=40, help="prompts of the blind comparison")
     parser.add_argument("--epochs", type=int, default=2, help="of the policy's job")
+    parser.add_argument("--learning-rate-multiplier", type=float, default=4.0)
     parser.add_argument("--max-tokens", type=int, default=64, help="of the answers judged")
     parser.add_argument("--home", type=Path, help="HONE_HOME to use; default: a temporary one")
     arguments = parser.parse_args()
@@ -78,7 +79,11 @@ def run(arguments: argparse.Namespace, home: Path) -> dict[str, Any]:
         post(http, f"/label_projects/{labeling}/tasks", tasks=tasks)
         judged = judge(http, labeling)
         lap("judging")
-        hyperparameters: dict[str, Any] = {arguments.method: {"n_epochs": arguments.epochs}}
+        learning = {
+            "n_epochs": arguments.epochs,
+            "learning_rate_multiplier": arguments.learning_rate_multiplier,
+        }
+        hyperparameters: dict[str, Any] = {arguments.method: learning}
         started = post(
             http,
             "/label_rounds",

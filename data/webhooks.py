@@ -33,6 +33,11 @@ EVENT_TYPES = (
     "safety.warning_issued",
     "safety.deactivation_issued",
     "safety_identifier.blocked",
+    "label_project.completed",
+    "label_round.promoted",
+    "label_round.rejected",
+    "label_round.failed",
+    "label_round.cancelled",
 )
 MAX_ENDPOINTS = 20
 MAX_URL, MAX_NAME = 2048, 256

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import json
 import os
 import signal
@@ -103,6 +104,8 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._on_hangup)
         if self.started and sockets:
+            gc.collect()
+            gc.freeze()  # libraries and model stay; a look over all of it takes a third of a second
             host, port = sockets[0].getsockname()[:2]
             shown = f"[{host}]" if ":" in host else host
             took_s = time.monotonic() - self._started

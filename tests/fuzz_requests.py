@@ -104,6 +104,12 @@ SAMPLES: dict[str, Any] = {
     },
     "/v1/label_projects/{label_project_id}": {"guidelines": "Be kind."},
     "/v1/label_projects/{label_project_id}/tasks": {"tasks": [TASK]},
+    "/v1/label_projects/{label_project_id}/sample": {
+        "prompts": ["a"],
+        "models": [MODEL],
+        "max_tokens": 2,
+        "seed": 1,
+    },
     "/v1/label_projects/{label_project_id}/export": {"kind": "preference", "votes": "each"},
     "/v1/label_projects/{label_project_id}/labelers/{labeler}/pause": {"reason": "a"},
     "/v1/label_tasks/{task_id}/settle": {"choice": "A"},

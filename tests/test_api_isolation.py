@@ -51,6 +51,7 @@ OPERATORS = "/v1/organization/"
 # What a route needs in its body before it looks at the id in its path.
 PATH_BODIES: dict[str, dict[str, Any]] = {
     "/v1/label_projects/{label_project_id}/tasks": {"tasks": [TASK]},
+    "/v1/label_projects/{label_project_id}/sample": {"prompts": ["a"], "models": [MODEL]},
     "/v1/label_tasks/{task_id}/settle": {"choice": "A"},
     "/v1/comparisons/{assignment_id}": {"choice": "A"},
     "/v1/comparisons/{assignment_id}/flag": {"reason": "a"},

@@ -28,6 +28,8 @@ from serve.webhook_sender import WebhookSender
 EVENTS = [
     *("fine_tuning.job.succeeded", "fine_tuning.job.failed", "fine_tuning.job.cancelled"),
     *("safety.warning_issued", "safety.deactivation_issued", "safety_identifier.blocked"),
+    *("label_project.completed", "label_round.promoted", "label_round.rejected"),
+    *("label_round.failed", "label_round.cancelled"),
 ]
 ROWS = b'{"prompt": "a", "completion": "b"}\n' * 10
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import threading
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
-from data import accounts
+from data import accounts, webhooks
 from data.db import Database
 from data.errors import InvalidInput, NotFound, StateConflict
 from data.feedback import gates, judgements, leases, projects, reports, tasks
@@ -22,6 +23,7 @@ from data.feedback.leases import LabelerPaused, ProjectNotOpen
 from data.feedback.projects import Gates, ProjectSpec
 from data.feedback.tasks import CandidateSpec, TaskSpec
 from data.tables_feedback import Assignment, Judgement, LabelTask
+from data.tables_jobs import WebhookDelivery
 
 
 @pytest.fixture
@@ -236,6 +238,45 @@ def test_a_task_that_was_dropped_meanwhile(database: Database, account: str) -> 
     told = judgements.submit(database, account, shown.assignment_id, "a", Answer(choice="A"))
     assert not told.counted
     assert "withdrawn" in str(told.note)
+
+
+def told(database: Database) -> list[tuple[str, str]]:
+    with database.read() as session:
+        bodies = [json.loads(one.body) for one in session.scalars(select(WebhookDelivery))]
+    return [(body["type"], body["data"]["id"]) for body in bodies]
+
+
+def test_webhooks_tell_when_nothing_is_wanted_any_more(database: Database, account: str) -> None:
+    events = ["label_project.completed"]
+    webhooks.create(database, account, "me", "https://93.184.216.34/", events)
+    project = make(database, account, 3, [gold(9)])
+    shown = leases.next_task(database, account, project, "a")
+    assert shown is not None
+    judgements.submit(database, account, shown.assignment_id, "a", Answer(choice="A"))
+    shown = leases.next_task(database, account, project, "a")
+    assert shown is not None
+    tasks.settle(database, account, shown.task_id, "reviewer", {"choice": "A"})
+    assert told(database) == []
+    shown = leases.next_task(database, account, project, "b")
+    assert shown is not None
+    tasks.drop(database, account, shown.task_id)
+    assert told(database) == [("label_project.completed", project)]
+    tasks.add(database, account, project, [pair(5)])
+    shown = leases.next_task(database, account, project, "b")
+    assert shown is not None
+    judgements.submit(database, account, shown.assignment_id, "b", Answer(choice="A"))
+    assert told(database) == 2 * [("label_project.completed", project)]
+
+
+def test_flags_are_listed_until_the_task_is_withdrawn(database: Database, account: str) -> None:
+    project = make(database, account, 2)
+    shown = leases.next_task(database, account, project, "a")
+    assert shown is not None
+    judgements.flag(database, account, shown.assignment_id, "a", "an address")
+    [found] = tasks.flags(database, account, project)
+    assert (found.task.id, found.labeler, found.reason) == (shown.task_id, "a", "an address")
+    tasks.drop(database, account, shown.task_id)
+    assert tasks.flags(database, account, project) == []
 
 
 # ---- orders ----

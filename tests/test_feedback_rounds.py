@@ -12,8 +12,9 @@ from typing import Any
 import fake_trainer
 import pytest
 from scipy.stats import binomtest
+from sqlalchemy import select
 
-from data import accounts, audit, jobs, registry
+from data import accounts, audit, jobs, registry, webhooks
 from data.db import Database
 from data.errors import InvalidInput, NotFound, StateConflict
 from data.feedback import (
@@ -35,6 +36,7 @@ from data.files import FileStore
 from data.settings import Limits
 from data.tables import Job, Project
 from data.tables_feedback import LabelRound, LabelTask
+from data.tables_jobs import WebhookDelivery
 
 BASE = "tiny"
 OTHERS = {"b@example.org"}
@@ -259,6 +261,8 @@ def test_a_round_that_promotes(shop: Shop) -> None:
     assert (comparison.kind, comparison.tasks_added) == ("pairwise", 8)
     assert projects.guidelines(*shop.account, comparison.id)[1] == "Be kind."
 
+    events = ["label_round.promoted"]
+    webhooks.create(*shop.account, "me", "https://93.184.216.34/", events)
     shop.judge(comparison.id, lambda text: text == "new", limit=7)
     assert shop.step(found).status == "comparing"  # one is not judged yet
     rule = Rule(min_judgements=8)
@@ -274,6 +278,9 @@ def test_a_round_that_promotes(shop: Shop) -> None:
     found_entries, _ = audit.entries(shop.database, audit.Filter(), 100)
     actions = [entry.type for entry in found_entries]
     assert {"label_round.started", "label_round.promoted"} <= set(actions)
+    with shop.database.read() as session:
+        [event] = session.scalars(select(WebhookDelivery)).all()
+    assert (event.event_type, json.loads(event.body)["data"]) == (events[0], {"id": found.id})
     assert registry.rollback(*shop.account, registry.alias_of(old)).name == old
 
 

@@ -111,7 +111,7 @@ def test_wilson_of_newcombes_table(successes, count, low, high):
 
 def test_bootstrap_of_a_mean_is_near_the_normal_interval():
     values = np.random.default_rng(1).normal(size=400)
-    low, high = bootstrap(400, lambda weights: float(weights @ values / 400))
+    low, high = bootstrap(400, lambda weights: weights @ values / 400)
     error = 1.96 * values.std() / 20
     assert low == pytest.approx(values.mean() - error, abs=0.03)
     assert high == pytest.approx(values.mean() + error, abs=0.03)

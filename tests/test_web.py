@@ -15,10 +15,10 @@ from api_server import MODEL, Server, running, tiny_settings
 from sqlalchemy import select, update
 
 from data import accounts, people
-from data.feedback import projects, rounds, tasks
-from data.feedback.projects import ProjectSpec
+from data.feedback import privacy, projects, rounds, tasks
+from data.feedback.projects import Gates, ProjectSpec
 from data.feedback.tasks import CandidateSpec, TaskSpec
-from data.tables_feedback import Assignment, Feedback, Judgement
+from data.tables_feedback import Assignment, Feedback, Judgement, LabelTask
 from data.tables_people import WebSession
 
 PASSWORD = "correct horse battery"
@@ -378,6 +378,230 @@ def test_text_of_models_and_users_is_never_markup(server: Server, account: str) 
         assert len(re.findall("<script", text)) == 2  # the page's own
 
 
+# ---- changing an answer ----
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "first", "shown", "second", "kept"),
+    [
+        ("pairwise", {}, {"choice": "tie"}, "tie", {"choice": "both_bad"}, {"choice": "both_bad"}),
+        (
+            "ranking",
+            {},
+            {"rank-A": "1", "rank-B": "2", "rank-C": "2"},
+            "A, B = C",
+            {"rank-A": "1", "rank-B": "1", "rank-C": "1"},
+            {"ranks": [1, 1, 1]},
+        ),
+        (
+            "likert",
+            {"label": {"axes": ["tone"]}},
+            {"axis-tone": "5"},
+            "tone 5",
+            {"axis-tone": "2"},
+            {"axes": {"tone": 2}},
+        ),
+        ("thumbs", {}, {"thumb": "down"}, "bad", {"thumb": "up"}, {"thumb": True}),
+        ("edit", {}, {"text": "better <b>"}, "better &lt;b&gt;", {"text": "b"}, {"text": "b"}),
+    ],
+)
+def test_the_last_answer_is_changed(
+    server: Server, account: str, kind: str, values: Any, first: Any, shown: str, second: Any,
+    kept: Any,
+) -> None:  # fmt: skip
+    project = make_project(server, account, kind, count=2, **values)
+    browser = person(server, account, "labeler")
+    path, _ = form_of(browser.get(f"/web/label/{project}"))
+    text = browser.post(path, **first)
+    assert f'<a href="{path}" data-press="z">' in text
+    progress = browser.get(f"/web/label/{project}/progress")
+    assert f'href="{path}"' in progress
+    assert shown in progress
+    text = browser.get(path)
+    assert f'<strong dir="auto">{shown}</strong>' in text
+    assert "Skip or flag" not in text
+    change, _ = form_of(text)
+    assert change == f"{path}/amend"
+    assert "Your answer was changed" in browser.post(change, **second)
+    with server.runtime.database.read() as session:
+        query = select(Judgement).where(Judgement.label_project_id == project)
+        found = session.scalars(query.order_by(Judgement.created_at)).all()
+    [now] = [judgement for judgement in found if judgement.counts]
+    assert (len(found), now.answer) == (2, kept)
+
+
+def test_changes_that_cannot_be(server: Server, account: str) -> None:
+    project = make_project(server, account, "edit", count=2)
+    browser, other = (person(server, account, "labeler") for _ in range(2))
+    path, _ = form_of(browser.get(f"/web/label/{project}"))
+    assert "answer the task first" in browser.get(path, 400)
+    assert "answer the task first" in browser.post(f"{path}/amend", 400, text="x")
+    browser.post(path, text="better")
+    other.get(path, 404)
+    other.post(f"{path}/amend", 404, text="stolen")
+    assert "give the better answer" in browser.post(f"{path}/amend", 400, text=" ")
+    task = path.rsplit("/", 1)[1]
+    with server.runtime.database.read() as session:
+        task_id = session.get_one(Assignment, task).task_id
+    tasks.settle(server.runtime.database, account, task_id, "reviewer", {"text": "settled"})
+    assert "A reviewer has settled this task" in browser.post(f"{path}/amend", 400, text="late")
+    with server.runtime.database.read() as session:
+        query = select(Judgement).where(Judgement.label_project_id == project)
+        assert [judgement.answer["text"] for judgement in session.scalars(query)] == ["better"]
+
+
+# ---- what goes wrong ----
+
+
+def test_a_labeler_who_skips_all_is_told_when_there_is_no_more(
+    server: Server, account: str
+) -> None:
+    project = make_project(server, account, count=3)
+    browser = person(server, account, "labeler")
+    text = browser.get(f"/web/label/{project}")
+    for _ in range(3):
+        text = browser.post(form_of(text)[0], action="skip", reason="")
+    assert "nothing more for you to judge" in text
+    progress = browser.get(f"/web/label/{project}/progress")
+    assert "<th>Skipped</th><td>3</td>" in progress
+    assert "0 of 3 tasks done" in progress
+    assert "question 0" in person(server, account, "labeler").get(f"/web/label/{project}")
+
+
+def test_a_labeler_who_skips_too_much_is_paused(server: Server, account: str) -> None:
+    project = make_project(server, account, count=30, gates=Gates(max_skip_share=0.5))
+    browser = person(server, account, "labeler")
+    text = browser.get(f"/web/label/{project}")
+    for _ in range(20):
+        text = browser.post(form_of(text)[0], action="skip", reason="hard")
+    assert "Your labeling is paused: 100% of the tasks skipped" in text
+
+
+def test_a_task_withdrawn_or_deleted_while_it_is_in_hand(server: Server, account: str) -> None:
+    database = server.runtime.database
+    project = make_project(server, account, "edit", count=1)
+    browser = person(server, account, "labeler")
+    path, _ = form_of(browser.get(f"/web/label/{project}"))
+    with database.read() as session:
+        task_id = session.get_one(Assignment, path.rsplit("/", 1)[1]).task_id
+    tasks.drop(database, account, task_id)
+    assert "withdrawn meanwhile. Your answer is kept" in browser.post(path, text="typed")
+    with database.read() as session:
+        query = select(Judgement).where(Judgement.task_id == task_id)
+        assert [judgement.answer for judgement in session.scalars(query)] == [{"text": "typed"}]
+    theirs = [
+        TaskSpec("theirs", [CandidateSpec("their words")], end_user=user) for user in ("bob", "ann")
+    ]
+    tasks.add(database, account, project, theirs)
+    judged, _ = form_of(browser.get(f"/web/label/{project}"))
+    browser.post(judged, text="better")
+    path, _ = form_of(browser.get(f"/web/label/{project}"))
+    privacy.delete_end_user(database, account, "ann")
+    assert "withdrawn" in browser.post(path, text="about their words")
+    privacy.delete_end_user(database, account, "bob")
+    assert "better" not in browser.get(f"/web/label/{project}/progress")
+    assert "This task was deleted" in browser.get(judged, 400)
+    assert "nothing more" in browser.get(f"/web/label/{project}")
+    assert "Krippendorff" in person(server, account, "admin").get(f"/web/projects/{project}")
+
+
+def test_long_and_strange_texts_come_back_as_they_were(server: Server, account: str) -> None:
+    strange = (
+        "\u202eright to left \u2066\x07\x1b[31m \u0645\u0631\u062d\u0628\u0627 \u200d\ufeff end"
+    )
+    long = strange + "x" * 100_000
+    made = projects.create(server.runtime.database, account, ProjectSpec("Long", "edit"))
+    task = TaskSpec("q \x01", [CandidateSpec(long)])
+    tasks.add(server.runtime.database, account, made.id, [task])
+    browser = person(server, account, "labeler")
+    text = browser.get(f"/web/label/{made.id}")
+    assert html.escape(long) in text
+    assert text.count('dir="auto"') >= 2
+    assert "nothing more" in browser.post(form_of(text)[0], text=long + "!")
+    with server.runtime.database.read() as session:
+        query = select(Judgement).where(Judgement.label_project_id == made.id)
+        assert [judgement.answer for judgement in session.scalars(query)] == [{"text": long + "!"}]
+
+
+@pytest.mark.parametrize("choice", ["", "C", "A:x", "A:9", "A:" + "9" * 5000])
+def test_choices_that_are_none_keep_the_task(server: Server, account: str, choice: str) -> None:
+    project = make_project(server, account, label={"strength": 4})
+    browser = person(server, account, "labeler")
+    path, _ = form_of(browser.get(f"/web/label/{project}"))
+    text = browser.post(path, 400, choice=choice)
+    assert 'role="alert"' in text
+    assert form_of(text)[0] == path
+
+
+# ---- deciding disagreements ----
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "says", "shown", "decision", "kept"),
+    [
+        (
+            "likert",
+            {"label": {"axes": ["tone", "facts"]}},
+            ({"axis-tone": "5", "axis-facts": "1"}, {"axis-tone": "2", "axis-facts": "1"}),
+            ("tone 5, facts 1", "tone 2, facts 1"),
+            {"axis-tone": "3", "axis-facts": "1"},
+            {"axes": {"tone": 3, "facts": 1}},
+        ),
+        (
+            "thumbs",
+            {},
+            ({"thumb": "up"}, {"thumb": "down"}),
+            ("good", "bad"),
+            {"thumb": "down"},
+            {"thumb": False},
+        ),
+        (
+            "edit",
+            {},
+            ({"text": "one <i>"}, {"text": "two"}),
+            ("one &lt;i&gt;", "two"),
+            {"text": "one <i>\r\nand two"},
+            {"text": "one <i>\nand two"},
+        ),
+        (
+            "ranking",
+            {},
+            (
+                {"rank-A": "1", "rank-B": "2", "rank-C": "3"},
+                {"rank-A": "1", "rank-B": "1", "rank-C": "1"},
+            ),
+            ("A = B = C",),
+            {"ranking": "b a=c"},
+            {"ranks": [2, 1, 2]},
+        ),
+    ],
+)
+def test_every_kind_of_disagreement_is_decided(
+    server: Server, account: str, kind: str, values: Any, says: Any, shown: Any, decision: Any,
+    kept: Any,
+) -> None:  # fmt: skip
+    project = make_project(server, account, kind, count=1, overlap=2, **values)
+    for said in says:
+        browser = person(server, account, "labeler")
+        browser.post(form_of(browser.get(f"/web/label/{project}"))[0], **said)
+    reviewer = person(server, account, "reviewer")
+    page = f"/web/projects/{project}/disagreements"
+    text = reviewer.get(page)
+    assert "1 left" in text
+    assert all(word in text for word in shown)
+    paths = re.findall(r'action="(/web/projects/[^"]*/disagreements/[^"]*)"', text)
+    assert paths
+    refused = reviewer.post(paths[0], 400)
+    assert 'role="alert"' in refused
+    assert "1 left" in refused
+    browser.post(paths[0], 403, **decision)
+    assert "None:" in reviewer.post(paths[0], **decision)
+    with server.runtime.database.read() as session:
+        settled = session.get_one(LabelTask, paths[0].rsplit("/", 1)[1]).settled
+    assert settled is not None
+    assert settled["answer"] == kept
+
+
 # ---- admins ----
 
 
@@ -421,6 +645,24 @@ def test_a_project_is_made_filled_reported_and_exported(server: Server, account:
     assert "Version 2" in admin.post(path, action="guidelines", guidelines="# New")
     assert "closed" in admin.post(path, action="closed")
     assert "Unknown action" in admin.post(path, 400, action="burn")
+
+
+def test_what_is_flagged_is_shown_and_withdrawn(server: Server, account: str) -> None:
+    project = make_project(server, account, count=2)
+    labeler, admin = person(server, account, "labeler"), person(server, account, "admin")
+    path, _ = form_of(labeler.get(f"/web/label/{project}"))
+    labeler.post(path, action="flag", reason="an <address>")
+    page = f"/web/projects/{project}"
+    text = admin.get(page)
+    assert "an &lt;address&gt;" in text
+    found = re.search(r'name="task" value="(ltask-[^"]*)"', text)
+    assert found is not None
+    assert "question 0" in person(server, account, "reviewer").get(page)
+    labeler.post(page, 403, action="withdraw", task=found[1])
+    text = admin.post(page, action="withdraw", task=found[1])
+    assert "Flagged</h2>" not in text
+    assert "0 of 1 tasks done" in text
+    assert "No such labeling task" in admin.post(page, 400, action="withdraw", task="ltask-none")
 
 
 def test_a_round_is_started_followed_and_cancelled(server: Server, account: str) -> None:

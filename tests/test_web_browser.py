@@ -33,6 +33,8 @@ GUIDELINES = """# What to look for
 
 Prefer the shorter answer where both are good.
 """
+STRANGE = "\u202eright to left \u2066\x07\x1b[31m \u0645\u0631\u062d\u0628\u0627 " + "x" * 100_000
+AXES = ["tone", "facts"]
 LONG = "A good answer that says what was asked, and then a little more. " * 6
 
 pytestmark = [
@@ -71,6 +73,15 @@ def judge(server: Server, project: str, count: int) -> None:
         judgements.submit(database, account, shown.assignment_id, "somebody", Answer(choice=key))
 
 
+def disagree(server: Server, project: str, answers: list[Answer]) -> None:
+    """Have as many people say different things of a task."""
+    database, account = server.runtime.database, server.project.id
+    for number, answer in enumerate(answers):
+        shown = leases.next_task(database, account, project, f"person-{number}")
+        assert shown is not None
+        judgements.submit(database, account, shown.assignment_id, f"person-{number}", answer)
+
+
 def test_a_labeler_and_an_admin_at_work(tmp_path: Path) -> None:
     python = python_env("browser", "selenium==4.51.0")
     axe = node_env("axe", "axe-core@4.11.1") / "node_modules/axe-core/axe.min.js"
@@ -90,6 +101,10 @@ def test_a_labeler_and_an_admin_at_work(tmp_path: Path) -> None:
                 "edits": make(server, "edit", 2, ["We have bread without nuts"]),
                 "ranking": make(server, "ranking", 2, ["good", "middling", "poor"]),
                 "likert": make(server, "likert", 2, [LONG], label={"axes": ["tone", "facts"]}),
+                "tabs": make(server, "pairwise", 4, ["good", "poor"]),
+                "strange": make(server, "edit", 2, [STRANGE]),
+                "edited": make(server, "edit", 1, ["We has bread"], overlap=2),
+                "rated": make(server, "likert", 1, [LONG], overlap=2, label={"axes": AXES}),
                 "script": make(server, "pairwise", 1, [script, "plain"]),
             },
             "chromium": CHROMIUM,
@@ -98,6 +113,10 @@ def test_a_labeler_and_an_admin_at_work(tmp_path: Path) -> None:
             "shots": shots,
         }
         judge(server, given["projects"]["pairs"], 24)
+        edits = [Answer(text="We have bread."), Answer(text="Yes, we have bread without nuts.")]
+        disagree(server, given["projects"]["edited"], edits)
+        ratings = [Answer(axes={"tone": 5, "facts": 4}), Answer(axes={"tone": 2, "facts": 4})]
+        disagree(server, given["projects"]["rated"], ratings)
         client = server.client()
         rows = b"".join(
             json.dumps({"prompt": f"q {i}", "completion": f" a {i}"}).encode() + b"\n"
@@ -108,9 +127,9 @@ def test_a_labeler_and_an_admin_at_work(tmp_path: Path) -> None:
         given["job"] = client.fine_tuning.jobs.create(model=model, training_file=file.id).id
         told = run_client([python, SCRIPTS / "browser_flow.py", json.dumps(given)])
         with database.read() as session:
-            query = select(Judgement).where(Judgement.labeler != "somebody")
+            query = select(Judgement).where(Judgement.labeler.startswith("user-"))
             kept = session.scalars(query.order_by(Judgement.created_at)).all()
-    for part in ("label", "manage", "phone"):
+    for part in ("label", "trouble", "manage", "phone"):
         assert told[part]["serious"] == {}, part
         assert told[part]["console"] == [], part
     seen = told["label"]
@@ -121,11 +140,23 @@ def test_a_labeler_and_an_admin_at_work(tmp_path: Path) -> None:
     assert not seen["script_ran"]
     assert seen["script_text"]
     answers = [judgement.answer for judgement in kept if judgement.kind == "answer"]
-    pairs = [answer["choice"] for answer in answers if "choice" in answer]
+    of_pairs = [j for j in kept if j.label_project_id == given["projects"]["pairs"]]
+    pairs = [judgement.answer.get("choice") for judgement in of_pairs]
     assert pairs.count(0) == 19
     assert pairs.count("tie") == 1
     assert {"text": "We have bread without nuts 0 and more"} in answers
     assert {"axes": {"tone": 4, "facts": 2}} in answers
+    assert seen["changed"]
+    [changed] = [j for j in kept if j.answer.get("axes") == {"tone": 5, "facts": 2}]
+    assert changed.counts
+    in_trouble = told["trouble"]
+    assert in_trouble["same_task"]
+    assert in_trouble["other_tab"]
+    assert "2 answered" in in_trouble["after_two_clicks"]
+    of_tabs = [j for j in kept if j.label_project_id == given["projects"]["tabs"]]
+    assert [judgement.answer for judgement in of_tabs] == 2 * [{"choice": "tie"}]
+    assert in_trouble["too_wide"] <= 0
+    assert {"text": f"{STRANGE} 0!"} in answers
     ranks = next(answer["ranks"] for answer in answers if "ranks" in answer)
     assert sorted(ranks) == [1, 2, 3]
     assert all(
@@ -136,5 +167,6 @@ def test_a_labeler_and_an_admin_at_work(tmp_path: Path) -> None:
     report = told["manage"]["report"]
     assert "Krippendorff" in report
     assert "undefined" not in report.split("Gold accuracy")[0]
+    assert "of 25 tasks done" in told["manage"]["drawn"]
     assert told["phone"]["too_wide"] <= 0
     print(f"median time of a page: {statistics.median(seen['times']) * 1000:.0f} ms")

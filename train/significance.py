@@ -71,7 +71,7 @@ def compare(first: Sequence[float], second: Sequence[float]) -> Difference:
             "questions, at least one"
         )
     gains = np.asarray(second, dtype=float) - np.asarray(first, dtype=float)
-    low, high = bootstrap(len(gains), lambda drawn: float(drawn @ gains / drawn.sum())) or (0, 0)
+    low, high = bootstrap(len(gains), lambda drawn: drawn @ gains / len(gains)) or (0, 0)
     return Difference(
         mean=float(gains.mean()),
         interval=(low, high),

@@ -5,6 +5,7 @@ What is undefined says why, and is never told as 0 or 1.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -14,6 +15,7 @@ import numpy as np
 
 from data.intervals import bootstrap
 
+TINY = 1e-12  # of disagreement, which is none
 Metric = Literal["nominal", "ordinal", "interval"]
 
 
@@ -43,37 +45,42 @@ def alpha(units: Sequence[Sequence[Any]], metric: Metric) -> Measure:
             None, count=len(used), reason="all judgements are the same, so chance cannot be told"
         )
     index = {value: place for place, value in enumerate(values)}
-    parts = np.zeros((len(used), len(values), len(values)))
-    for part, unit in zip(parts, used, strict=True):
+    alike = Counter(tuple(sorted(map(index.__getitem__, unit))) for unit in used)
+    parts = np.zeros((len(alike), len(values), len(values)))
+    for part, unit in zip(parts, alike, strict=True):
         counts = np.zeros(len(values))
-        for value in unit:
-            counts[index[value]] += 1
+        for place in unit:
+            counts[place] += 1
         part += (np.outer(counts, counts) - np.diag(counts)) / (len(unit) - 1)
-    flat = parts.reshape(len(used), -1)
+    flat = parts.reshape(len(alike), -1)
+    kinds = list(alike.values())
     scale = np.arange(len(values)) if metric == "nominal" else np.array(values, dtype=float)
 
-    def measure(weights: np.ndarray) -> float | None:
-        return _alpha((weights @ flat).reshape(len(values), len(values)), scale, metric)
+    def measure(weights: np.ndarray) -> np.ndarray:
+        return _alpha((weights @ flat).reshape(-1, len(values), len(values)), scale, metric)
 
-    found = measure(np.ones(len(used)))
-    return Measure(found, bootstrap(len(used), measure), len(used))
+    [found] = measure(np.array([kinds]))
+    return Measure(float(found), bootstrap(len(used), measure, kinds), len(used))
 
 
-def _alpha(coincidences: np.ndarray, values: np.ndarray, metric: Metric) -> float | None:
-    """Return alpha of a coincidence matrix [V, V]; None where no disagreement is expected."""
-    totals = coincidences.sum(1)
-    n = totals.sum()
+def _alpha(coincidences: np.ndarray, values: np.ndarray, metric: Metric) -> np.ndarray:
+    """Return alpha of R coincidence matrices [R, V, V]; NaN where no disagreement is expected."""
+    totals = coincidences.sum(2)
     if metric == "nominal":
         distance = 1.0 - np.eye(len(values))
     elif metric == "interval":
         distance = (values[:, None] - values[None]) ** 2
     else:
-        upto = np.cumsum(totals) - totals / 2  # ranks between two values, half of each end
-        distance = (upto[:, None] - upto[None]) ** 2
-    expected = (np.outer(totals, totals) * distance).sum() / (n - 1)
-    if expected <= 0:
-        return None
-    return float(1 - (coincidences * distance).sum() / expected)
+        upto = np.cumsum(totals, 1) - totals / 2  # ranks between two values, half of each end
+        distance = (upto[:, :, None] - upto[:, None]) ** 2
+    chance = totals[:, :, None] * totals[:, None] / (totals.sum(1) - 1)[:, None, None]
+    return _share_left(*((table * distance).sum((1, 2)) for table in (coincidences, chance)))
+
+
+def _share_left(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """Return 1 - part / whole; NaN where the whole is 0."""
+    known = whole > TINY
+    return np.where(known, 1 - part / np.where(known, whole, 1), np.nan)
 
 
 def raw_agreement(units: Sequence[Sequence[Hashable]]) -> Measure:
@@ -85,12 +92,14 @@ def raw_agreement(units: Sequence[Sequence[Hashable]]) -> Measure:
             shares.append(sum(a == b for a, b in pairs) / len(pairs))
     if not shares:
         return Measure(None, reason="no task has judgements of two labelers")
-    found = np.array(shares)
+    alike = Counter(shares)
+    found, kinds = np.array(list(alike)), list(alike.values())
 
-    def measure(weights: np.ndarray) -> float:
-        return float(weights @ found / weights.sum())
+    def measure(weights: np.ndarray) -> np.ndarray:
+        return weights @ found / len(shares)
 
-    return Measure(float(found.mean()), bootstrap(len(found), measure), len(found))
+    interval = bootstrap(len(shares), measure, kinds)
+    return Measure(float(np.mean(shares)), interval, len(shares))
 
 
 def kappa(first: Sequence[Hashable], second: Sequence[Hashable]) -> Measure:
@@ -99,24 +108,20 @@ def kappa(first: Sequence[Hashable], second: Sequence[Hashable]) -> Measure:
         return Measure(None, reason="they share no task")
     names = sorted({*first, *second}, key=_order)
     index = {name: place for place, name in enumerate(names)}
-    a = np.array([index[value] for value in first])
-    b = np.array([index[value] for value in second])
+    count = len(first)
+    pairs = ((index[a], index[b]) for a, b in zip(first, second, strict=True))
+    cells = Counter(a * len(names) + b for a, b in pairs)
+    kinds = [cells[cell] for cell in range(len(names) ** 2)]
 
-    def measure(weights: np.ndarray) -> float | None:
-        table = np.zeros((len(names), len(names)))
-        np.add.at(table, (a, b), weights)
-        table /= table.sum()
-        by_chance = table.sum(1) @ table.sum(0)
-        return (
-            None
-            if by_chance >= 1 - 1e-12
-            else float((np.trace(table) - by_chance) / (1 - by_chance))
-        )
+    def measure(weights: np.ndarray) -> np.ndarray:
+        tables = weights.reshape(-1, len(names), len(names)) / count
+        by_chance = (tables.sum(1) * tables.sum(2)).sum(1)
+        return _share_left(1 - np.trace(tables, axis1=1, axis2=2), 1 - by_chance)
 
-    found = measure(np.ones(len(a)))
-    if found is None:
-        return Measure(None, count=len(a), reason="both gave one and the same answer throughout")
-    return Measure(found, bootstrap(len(a), measure), len(a))
+    [found] = measure(np.array([kinds]))
+    if np.isnan(found):
+        return Measure(None, count=count, reason="both gave one and the same answer throughout")
+    return Measure(float(found), bootstrap(count, measure, kinds), count)
 
 
 def kappas(answers: Mapping[str, Mapping[str, Hashable]]) -> list[tuple[str, str, Measure]]:

@@ -6,6 +6,7 @@ Nothing is deleted: the judgements of a paused labeler stay, and no longer count
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import select
@@ -67,11 +68,12 @@ def record_of(session: Session, project: LabelProject, labeler: str) -> Record:
 
 def summarize(
     kind: str,
-    judged: list[Judgement],
-    golds: dict[str, dict[str, object]],
+    judged: Sequence[Judgement],
+    golds: Mapping[str, dict[str, object]],
     training: set[str],
 ) -> Record:
-    """Return the record of one labeler's judgements."""
+    """Return the record of one labeler's judgements; of erased ones nothing is known."""
+    judged = [j for j in judged if j.answer]
     answers = [j for j in judged if j.kind == "answer" and j.task_id not in training]
     with_gold = [j for j in answers if j.task_id in golds]
     choices = [j for j in answers if isinstance(j.answer.get("choice"), int)]
@@ -83,13 +85,14 @@ def summarize(
         gold_right=sum(is_right(kind, j.answer, golds[j.task_id]) for j in with_gold),
         sided=len(choices),
         first=sum(j.answer["choice"] == j.shown_first for j in choices),
-        seconds=[_seconds(j) for j in answers],
+        seconds=[seconds(j.timings) for j in answers],
     )
 
 
-def _seconds(judgement: Judgement) -> float:
-    active = judgement.timings.get("active_ms", judgement.timings.get("total_ms"))
-    return float(judgement.timings.get("served_s", 0)) if active is None else active / 1000
+def seconds(timings: Mapping[str, int]) -> float:
+    """Return how long an answer took: active time where it was told, else since it was served."""
+    active = timings.get("active_ms", timings.get("total_ms"))
+    return float(timings.get("served_s", 0)) if active is None else active / 1000
 
 
 def failed(gates: Gates, record: Record) -> str | None:

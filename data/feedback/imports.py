@@ -17,7 +17,7 @@ import msgspec
 import orjson
 
 from data.errors import DataError, InvalidInput
-from data.feedback.tasks import CandidateSpec, TaskSpec
+from data.feedback.tasks import CandidateSpec, TaskSpec, check_prompt
 from data.jsonl import iter_lines, read_numbered_rows
 from data.rows import Content, Preference, PromptCompletion, Ranking, Row, Unpaired
 from data.validate import validate
@@ -116,6 +116,31 @@ def _candidate(value: Any) -> CandidateSpec:
             f"Unknown field '{min(unknown)}' of a candidate; it has text, model and origin."
         )
     return CandidateSpec(value["text"], value.get("model"), value.get("origin") or {})
+
+
+def read_prompts(path: Path) -> list[Any]:
+    """Return the prompts of a JSONL file, text or messages; other columns do not matter.
+
+    Raises:
+        DataError: A line has none; the message names it.
+    """
+    found = []
+    with path.open("rb") as stream:
+        for number, _, line in iter_lines(stream):
+            if not line.strip():
+                continue
+            try:
+                row = orjson.loads(line)
+                prompt = row.get("prompt") if isinstance(row, dict) else None
+                if prompt is None:
+                    raise InvalidInput("Give an object with 'prompt'.")
+                check_prompt(prompt)
+            except (InvalidInput, orjson.JSONDecodeError) as error:
+                raise DataError(f"line {number}: {error}", code="invalid_file") from error
+            found.append(prompt)
+    if not found:
+        raise DataError(f"{path} has no prompts", code="invalid_file")
+    return found
 
 
 def _as_task(row: Row, as_gold: bool) -> TaskSpec:

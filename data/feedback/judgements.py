@@ -13,6 +13,8 @@ from data.db import Database
 from data.errors import InvalidInput, StateConflict
 from data.feedback import gates, leases
 from data.feedback.label_kinds import read_answer
+from data.feedback.leases import Shown
+from data.feedback.tasks import shown_answer, tell_completed
 from data.tables import new_id, now
 from data.tables_feedback import Assignment, Judgement, LabelTask
 
@@ -88,7 +90,7 @@ def submit(
                 return Submitted(earlier, earlier.counts, was_there=True)
             raise AlreadyJudged(
                 "You have answered this task before, and differently. The first answer stands; "
-                "change it where your finished tasks are listed."
+                "change it on the page of your progress, or by the API with 'amend'."
                 if earlier.kind == "answer"
                 else "You have skipped this task; it is no longer in your hands."
             )
@@ -96,6 +98,8 @@ def submit(
         judgement = _record(session, assignment, "answer", found, timings, counts)
         assignment.state = "done"
         gates.count(task, 1 if counts else 0)
+        if counts and task.status == "done":
+            tell_completed(session, project)
         right = gates.after_answer(session, project, task, judgement)
         return Submitted(judgement, counts, note=note, right=right)
 
@@ -124,6 +128,54 @@ def amend(
         judgement = _record(session, assignment, "answer", found, timings, counts)
         earlier.superseded_by, earlier.counts = judgement.id, False
         return judgement
+
+
+def own(
+    database: Database, project_id: str, assignment_id: str, labeler: str
+) -> tuple[Shown, dict[str, Any]]:
+    """Return a task that a labeler has answered, and the answer by the letters that were shown.
+
+    Raises:
+        NotFound: No such assignment of this labeler.
+        StateConflict: They have not answered it.
+    """
+    with database.read() as session:
+        assignment, project = leases.find(session, project_id, assignment_id, labeler)
+        found = _current(session, assignment)
+        if found is None or found.kind != "answer":
+            raise StateConflict("There is no answer of yours to change; answer the task first.")
+        if not found.answer:
+            raise StateConflict("This task was deleted, and what was said of it.")
+        shown = leases.show(session, project, assignment)
+        return shown, shown_answer(found.answer, assignment.order)
+
+
+@dataclass(frozen=True, slots=True)
+class Recent:
+    """An answer that its labeler may change, by the letters that were shown."""
+
+    assignment_id: str
+    prompt: Any
+    answer: dict[str, Any]
+
+
+def recent(database: Database, label_project_id: str, labeler: str, limit: int) -> list[Recent]:
+    """Return a labeler's newest answers in a project."""
+    query = (
+        select(Judgement.answer, Assignment.id, Assignment.order, LabelTask.prompt)
+        .join(Assignment, Assignment.id == Judgement.assignment_id)
+        .join(LabelTask, LabelTask.id == Judgement.task_id)
+        .where(Judgement.label_project_id == label_project_id, Judgement.labeler == labeler)
+        .where(Judgement.kind == "answer", Judgement.superseded_by.is_(None))
+        .order_by(Judgement.created_at.desc(), Judgement.id)
+        .limit(limit)
+    )
+    with database.read() as session:
+        return [
+            Recent(assignment, prompt, shown_answer(answer, order))
+            for answer, assignment, order, prompt in session.execute(query)
+            if answer  # else it was erased
+        ]
 
 
 def skip(

@@ -86,7 +86,7 @@ def next_task(
             if task is None:
                 return None
             assignment = _lease(session, project, task, labeler)
-        return _show(session, project, assignment)
+        return show(session, project, assignment)
 
 
 def renew(database: Database, project_id: str, assignment_id: str, labeler: str) -> int:
@@ -233,7 +233,8 @@ def _lease(session: Session, project: LabelProject, task: LabelTask, labeler: st
     return assignment
 
 
-def _show(session: Session, project: LabelProject, assignment: Assignment) -> Shown:
+def show(session: Session, project: LabelProject, assignment: Assignment) -> Shown:
+    """Return what the labeler of an assignment sees of its task."""
     task = session.get_one(LabelTask, assignment.task_id)
     candidates = candidates_of(session, [task.id])[task.id]
     return Shown(

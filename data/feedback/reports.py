@@ -16,7 +16,6 @@ from data.feedback import agreement, gates, projects
 from data.feedback.agreement import Measure
 from data.feedback.bradley_terry import Strength, strengths
 from data.feedback.rankings import best_of, comparisons
-from data.feedback.tasks import candidates_of
 from data.intervals import wilson
 from data.tables_feedback import (
     Assignment,
@@ -26,6 +25,8 @@ from data.tables_feedback import (
     LabelProject,
     LabelTask,
 )
+
+Shown = dict[str, list[tuple[str | None, int]]]  # model and length of the answers of a task
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +99,7 @@ def _progress(session: Session, project: LabelProject, labeler: str | None) -> P
     by_status = select(LabelTask.status, func.count()).where(*plain).group_by(LabelTask.status)
     counts: dict[str, int] = dict(session.execute(by_status).all())
     left = select(func.coalesce(func.sum(LabelTask.wanted - LabelTask.judged), 0))
-    judged = select(Judgement).where(
+    judged = select(Judgement.kind, Judgement.counts, Judgement.timings).where(
         Judgement.label_project_id == project.id, Judgement.superseded_by.is_(None)
     )
     held = select(func.count()).where(
@@ -107,9 +108,9 @@ def _progress(session: Session, project: LabelProject, labeler: str | None) -> P
     if labeler is not None:
         judged = judged.where(Judgement.labeler == labeler)
         held = held.where(Assignment.labeler == labeler)
-    rows = list(session.scalars(judged))
+    rows = session.execute(judged).all()
     answers = [row for row in rows if row.kind == "answer"]
-    seconds = gates.summarize(project.kind, answers, {}, set()).seconds
+    seconds = [gates.seconds(row.timings) for row in answers]
     tasks = sum(counts.values()) - counts.get("dropped", 0)
     return Progress(
         tasks=tasks,
@@ -123,44 +124,110 @@ def _progress(session: Session, project: LabelProject, labeler: str | None) -> P
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Overview:
+    """A project in a list of them: its tasks without gold, and a labeler's answers."""
+
+    project: LabelProject
+    tasks: int
+    done: int
+    mine: int
+
+
+def overview(database: Database, project_id: str, labeler: str) -> list[Overview]:
+    """Return the account's projects, newest first, as somebody who labels sees them."""
+    found = projects.list_all(database, project_id)
+    ids = [project.id for project in found]
+    key = LabelTask.label_project_id
+    query = select(key, LabelTask.status, func.count()).where(key.in_(ids))
+    query = query.where(LabelTask.gold.is_(None)).group_by(key, LabelTask.status)
+    with database.read() as session:
+        counts = {(row[0], row[1]): row[2] for row in session.execute(query)}
+        mine = dict(session.execute(_answered(labeler)).all())
+    return [
+        Overview(
+            project,
+            counts.get((project.id, "open"), 0) + counts.get((project.id, "done"), 0),
+            counts.get((project.id, "done"), 0),
+            mine.get(project.id, 0),
+        )
+        for project in found
+    ]
+
+
+def answered(database: Database, label_project_id: str, labeler: str) -> int:
+    """Return how many tasks of a project a labeler has answered."""
+    query = _answered(labeler).where(Judgement.label_project_id == label_project_id)
+    with database.read() as session:
+        return dict(session.execute(query).all()).get(label_project_id, 0)
+
+
+def _answered(labeler: str) -> Any:
+    """Select a labeler's answers by project."""
+    where = (Judgement.labeler == labeler, Judgement.kind == "answer")
+    query = select(Judgement.label_project_id, func.count()).where(*where)
+    return query.where(Judgement.superseded_by.is_(None)).group_by(Judgement.label_project_id)
+
+
 def report(database: Database, project_id: str, label_project_id: str) -> Report:
     """Return everything that is known of a project; raises NotFound."""
     with database.read() as session:
         project = projects.find(session, project_id, label_project_id)
-        query = select(LabelTask).where(LabelTask.label_project_id == project.id)
-        tasks = {task.id: task for task in session.scalars(query)}
-        judged = select(Judgement).where(
-            Judgement.label_project_id == project.id, Judgement.superseded_by.is_(None)
-        )
-        rows = list(session.scalars(judged.order_by(Judgement.created_at, Judgement.id)))
+        query = select(LabelTask.id, LabelTask.gold, LabelTask.is_training)
+        query = query.where(LabelTask.label_project_id == project.id, LabelTask.gold.is_not(None))
+        golds = {row.id: row for row in session.execute(query)}
+        rows = [row for row in session.execute(_judged(project.id)) if row.answer]  # not erased
         paused = select(LabelerState).where(LabelerState.label_project_id == project.id)
         states = {state.labeler: state for state in session.scalars(paused)}
         found = _progress(session, project, None)
-        texts = candidates_of(session, sorted({row.task_id for row in rows}))
-    counted = [row for row in rows if row.counts and tasks[row.task_id].gold is None]
+        shown = _candidates(session, project.id)
+    counted = [row for row in rows if row.counts and row.task_id not in golds]
     counted = [row for row in counted if row.kind == "answer"]
-    people = _labelers(project.kind, rows, tasks, texts, states)
-    golds = sum(person.gold for person in people)
+    people = _labelers(project.kind, rows, golds, shown, states)
+    asked = sum(person.gold for person in people)
     right = sum(round((person.gold_accuracy or 0) * person.gold) for person in people)
     choices = [row for row in counted if "choice" in row.answer]
     sided = [row for row in choices if isinstance(row.answer["choice"], int)]
-    results = list(_results(project.kind, counted, texts))
+    results = list(_results(project.kind, counted, shown))
     models, no_models = strengths(results)
     return Report(
         progress=found,
         alpha=_alphas(project.kind, counted),
         raw_agreement=agreement.raw_agreement(_units(project.kind, counted)),
         kappas=agreement.kappas(_by_labeler(project.kind, counted)),
-        gold_accuracy=right / golds if golds else None,
-        gold_interval=wilson(right, golds) if golds else None,
+        gold_accuracy=right / asked if asked else None,
+        gold_interval=wilson(right, asked) if asked else None,
         first_share=_share(sum(r.answer["choice"] == r.shown_first for r in sided), len(sided)),
-        longer_share=_longer(sided, texts),
+        longer_share=_longer(sided, shown),
         both_bad_share=_share(sum(r.answer["choice"] == "both_bad" for r in choices), len(choices)),
         tie_share=_share(sum(r.answer["choice"] == "tie" for r in choices), len(choices)),
         labelers=people,
         models=models,
         no_models=no_models,
     )
+
+
+def _judged(label_project_id: str) -> Any:
+    """Select what the report needs of the judgements that were not superseded, oldest first."""
+    columns = (Judgement.task_id, Judgement.labeler, Judgement.kind, Judgement.answer)
+    more = (Judgement.shown_first, Judgement.timings, Judgement.counts)
+    query = select(*columns, *more).where(Judgement.label_project_id == label_project_id)
+    query = query.where(Judgement.superseded_by.is_(None))
+    return query.order_by(Judgement.created_at, Judgement.id)
+
+
+def _candidates(session: Session, label_project_id: str) -> Shown:
+    """Return by task the model and the length of each answer, in order of position."""
+    query = (
+        select(Candidate.task_id, Candidate.model, func.length(Candidate.text))
+        .join(LabelTask, LabelTask.id == Candidate.task_id)
+        .where(LabelTask.label_project_id == label_project_id)
+        .order_by(Candidate.task_id, Candidate.position)
+    )
+    found: Shown = defaultdict(list)
+    for task_id, model, length in session.execute(query):
+        found[task_id].append((model, length))
+    return found
 
 
 def _share(part: int, count: int) -> float | None:
@@ -203,22 +270,20 @@ def _by_labeler(kind: str, rows: Sequence[Judgement]) -> dict[str, dict[str, Any
     return found
 
 
-def _longer(sided: Sequence[Judgement], texts: Mapping[str, Sequence[Candidate]]) -> float | None:
+def _longer(sided: Sequence[Judgement], shown: Shown) -> float | None:
     longer = count = 0
     for row in sided:
-        lengths = [len(candidate.text) for candidate in texts[row.task_id]]
+        lengths = [length for _, length in shown[row.task_id]]
         if lengths[0] != lengths[1]:
             count += 1
             longer += lengths[row.answer["choice"]] == max(lengths)
     return _share(longer, count)
 
 
-def _results(
-    kind: str, rows: Sequence[Judgement], texts: Mapping[str, Sequence[Candidate]]
-) -> list[tuple[str, str, float]]:
+def _results(kind: str, rows: Sequence[Judgement], shown: Shown) -> list[tuple[str, str, float]]:
     found = []
     for row in rows:
-        models = [candidate.model for candidate in texts[row.task_id]]
+        models = [model for model, _ in shown[row.task_id]]
         for first, second, wins in comparisons(kind, row.answer):
             one, other = models[first], models[second]
             if one is not None and other is not None:
@@ -229,12 +294,12 @@ def _results(
 def _labelers(
     kind: str,
     rows: Sequence[Judgement],
-    tasks: Mapping[str, LabelTask],
-    texts: Mapping[str, Sequence[Candidate]],
+    gold_tasks: Mapping[str, Any],
+    shown: Shown,
     states: Mapping[str, LabelerState],
 ) -> list[Labeler]:
-    golds = {task.id: task.gold for task in tasks.values() if task.gold is not None}
-    training = {task.id for task in tasks.values() if task.is_training}
+    golds = {task.id: task.gold for task in gold_tasks.values()}
+    training = {task.id for task in gold_tasks.values() if task.is_training}
     votes: dict[str, list[tuple[str, Any]]] = defaultdict(list)
     for row in rows:
         if row.kind == "answer" and row.task_id not in golds:
@@ -258,7 +323,7 @@ def _labelers(
                 gold_interval=wilson(record.gold_right, record.gold) if has_gold else None,
                 first_share=_share(record.first, record.sided),
                 first_interval=wilson(record.first, record.sided) if has_side else None,
-                longer_share=_longer(sided, texts),
+                longer_share=_longer(sided, shown),
                 majority_agreement=_with_majority(name, votes),
                 median_seconds=(
                     round(statistics.median(record.seconds), 1) if record.seconds else None

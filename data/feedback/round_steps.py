@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from sqlalchemy import update
 from sqlalchemy.orm import Session
 
-from data import audit, jobs, registry
+from data import jobs, registry
 from data.db import Database
 from data.errors import NotFound, QuotaExceeded, ToolkitError
 from data.feedback import projects, reports, rounds, tasks
@@ -140,7 +140,7 @@ def _decide(database: Database, found: LabelRound) -> None:
             registry.point_alias(session, version)
         current.status = "promoted" if decision["promote"] else "rejected"
         current.decision, current.changed_at = decision, now()
-        audit.record(session, f"label_round.{current.status}", found.id, found.project_id)
+        rounds.tell(session, found, current.status)
 
 
 def _in_use(session: Session, found: LabelRound) -> str | None:

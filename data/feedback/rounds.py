@@ -20,7 +20,7 @@ from typing import Any
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from data import audit, jobs, registry
+from data import audit, jobs, registry, webhooks
 from data.db import Database
 from data.errors import (
     InvalidInput,
@@ -243,8 +243,15 @@ def move(database: Database, found: LabelRound, status: str, **fields: Any) -> b
         done = session.execute(update(LabelRound).where(*where).values(**values))
         changed = bool(done.rowcount)  # type: ignore[attr-defined]
         if changed and status in FINAL:
-            audit.record(session, f"label_round.{status}", found.id, found.project_id)
+            tell(session, found, status)
     return changed
+
+
+def tell(session: Session, found: LabelRound, status: str) -> None:
+    """Note in the audit log, and tell the account's webhooks, how a round ended."""
+    audit.record(session, f"label_round.{status}", found.id, found.project_id)
+    data = {"id": found.id}
+    webhooks.enqueue(session, found.project_id, f"label_round.{status}", now(), data)
 
 
 def find(session: Session, project_id: str, round_id: str) -> LabelRound:

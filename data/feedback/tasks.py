@@ -11,13 +11,13 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from data import audit
+from data import audit, webhooks
 from data.db import Database
 from data.errors import InvalidInput, NotFound, StateConflict
 from data.feedback import projects
 from data.feedback.label_kinds import LETTERS, check_count, read_answer
 from data.feedback.rankings import best_of
-from data.tables import new_id
+from data.tables import new_id, now
 from data.tables_feedback import Candidate, Judgement, LabelProject, LabelTask
 
 MAX_CANDIDATE = 200_000
@@ -149,6 +149,7 @@ def drop(database: Database, project_id: str, task_id: str) -> None:
         task = find(session, project_id, task_id)
         task.status = "dropped"
         audit.record(session, "label_task.dropped", task.id, project_id)
+        tell_completed(session, session.get_one(LabelProject, task.label_project_id))
 
 
 def find(session: Session, project_id: str, task_id: str) -> LabelTask:
@@ -182,7 +183,7 @@ class Disagreement:
 def disagreements(
     database: Database, project_id: str, label_project_id: str, limit: int = 50
 ) -> list[Disagreement]:
-    """Return the tasks whose labelers name different best answers, not yet settled."""
+    """Return the tasks whose labelers name different best answers or edits, not yet settled."""
     with database.read() as session:
         project = projects.find(session, project_id, label_project_id)
         several = (
@@ -193,12 +194,14 @@ def disagreements(
             .having(func.count() > 1)
         )
         query = select(LabelTask).where(LabelTask.id.in_(several), LabelTask.gold.is_(None))
+        all_votes = _votes(session, Judgement.task_id.in_(several))
         found = []
         for task in session.scalars(query.order_by(LabelTask.number)):
             if task.settled is not None or task.status == "dropped":
                 continue
-            votes = answers_of(session, task.id)
-            if len({str(best_of(project.kind, answer)) for _, answer in votes}) > 1:
+            votes = all_votes[task.id]
+            said = {str(answer.get("text", best_of(project.kind, answer))) for _, answer in votes}
+            if len(said) > 1:
                 found.append(Disagreement(task, [], votes))
             if len(found) == limit:
                 break
@@ -210,9 +213,17 @@ def disagreements(
 
 def answers_of(session: Session, task_id: str) -> list[tuple[str, dict[str, Any]]]:
     """Return who answered what, of the judgements of a task that count."""
-    query = select(Judgement).where(Judgement.task_id == task_id, Judgement.counts)
-    query = query.where(Judgement.kind == "answer").order_by(Judgement.created_at, Judgement.id)
-    return [(judgement.labeler, judgement.answer) for judgement in session.scalars(query)]
+    return _votes(session, Judgement.task_id == task_id)[task_id]
+
+
+def _votes(session: Session, which: Any) -> dict[str, list[tuple[str, dict[str, Any]]]]:
+    """Return by task who answered what."""
+    columns = (Judgement.task_id, Judgement.labeler, Judgement.answer)
+    query = select(*columns).where(which, Judgement.counts, Judgement.kind == "answer")
+    found = defaultdict(list)
+    for row in session.execute(query.order_by(Judgement.created_at, Judgement.id)):
+        found[row.task_id].append((row.labeler, row.answer))
+    return found
 
 
 def settle(
@@ -237,7 +248,50 @@ def settle(
         task.settled = {"answer": answer, "reviewer": reviewer}
         task.status = "done"
         audit.record(session, "label_task.settled", task.id, project_id, reviewer=reviewer)
+        tell_completed(session, project)
     return task
+
+
+def tell_completed(session: Session, project: LabelProject) -> None:
+    """Tell the account's webhooks if no task of a project wants a judgement any more."""
+    session.flush()
+    wanting = select(LabelTask.id).where(
+        LabelTask.label_project_id == project.id,
+        LabelTask.status == "open",
+        LabelTask.gold.is_(None),
+    )
+    if session.scalar(wanting.limit(1)) is None:
+        kind = "label_project.completed"
+        webhooks.enqueue(session, project.project_id, kind, now(), {"id": project.id})
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """A task whose content a labeler flagged, and why."""
+
+    task: LabelTask
+    labeler: str
+    reason: str
+
+
+def flags(
+    database: Database, project_id: str, label_project_id: str, limit: int = 50
+) -> list[Flag]:
+    """Return what was flagged of a project and is not withdrawn, newest first."""
+    with database.read() as session:
+        project = projects.find(session, project_id, label_project_id)
+        query = (
+            select(LabelTask, Judgement.labeler, Judgement.answer)
+            .join(Judgement, Judgement.task_id == LabelTask.id)
+            .where(Judgement.label_project_id == project.id, Judgement.kind == "flag")
+            .where(LabelTask.status != "dropped")
+            .order_by(Judgement.created_at.desc(), Judgement.id)
+            .limit(limit)
+        )
+        return [
+            Flag(task, labeler, answer.get("reason", ""))
+            for task, labeler, answer in session.execute(query)
+        ]
 
 
 def shown_answer(answer: Mapping[str, Any], order: Sequence[int]) -> dict[str, Any]:

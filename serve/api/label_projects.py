@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from pydantic import Field
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
@@ -18,7 +18,9 @@ from data.feedback.projects import Gates, ProjectSpec
 from data.tables_feedback import LabelProject, LabelTask
 from serve.api.deps import Caller, Running, json_response
 from serve.api.files import describe_file
+from serve.api.generation import unless_disconnected
 from serve.api.json_route import StrictJsonRoute
+from serve.api.label_samples import SampleTasks, sample
 from serve.api.schemas import RequestModel
 from serve.runtime import Runtime
 
@@ -138,6 +140,16 @@ async def add_tasks(
     return json_response({"object": "label_project.tasks", "added": count})
 
 
+@router.post("/{label_project_id}/sample")
+async def sample_tasks(
+    label_project_id: str, body: SampleTasks, request: Request, caller: Caller, runtime: Running
+) -> Response:
+    """Have models answer prompts, and add their answers as tasks."""
+    work = sample(runtime, request, caller.id, label_project_id, body)
+    found = await unless_disconnected(request, work)
+    return json_response({"object": "label_project.tasks", **asdict(found)})
+
+
 @router.get("/{label_project_id}/progress")
 async def retrieve_progress(label_project_id: str, caller: Caller, runtime: Running) -> Response:
     """Tell how far the project has come."""
@@ -159,6 +171,14 @@ async def list_disagreements(label_project_id: str, caller: Caller, runtime: Run
         tasks.disagreements, runtime.database, caller.id, label_project_id
     )
     return json_response({"object": "list", "data": [_disagreement(entry) for entry in found]})
+
+
+@router.get("/{label_project_id}/flags")
+async def list_flags(label_project_id: str, caller: Caller, runtime: Running) -> Response:
+    """List tasks whose content labelers flagged, newest first."""
+    found = await run_in_threadpool(tasks.flags, runtime.database, caller.id, label_project_id)
+    told = [{**_task(f.task), "labeler": f.labeler, "reason": f.reason} for f in found]
+    return json_response({"object": "list", "data": told})
 
 
 @router.post("/{label_project_id}/export")

@@ -27,6 +27,7 @@ app.add_typer(rounds.app, name="round")
 
 ProjectId = Annotated[str, typer.Argument(help="Of the labeling project: lproj-...")]
 USERS = "users"
+PROMPTS_AT_ONCE = 16  # of one request
 
 
 @app.command("list")
@@ -104,6 +105,62 @@ def import_tasks(
         print_json({"label_project": into, "added": added})
     else:
         print(f"{added} tasks added to {into}")
+
+
+@app.command("sample")
+def sample_tasks(
+    project_id: ProjectId,
+    file: Annotated[Path, typer.Argument(help='JSONL: {"prompt": text or messages} a line.')],
+    model: Annotated[list[str], typer.Option(help="That answers; may be given several times.")],
+    key: Annotated[str, typer.Option(envvar="HONE_API_KEY", help="API key of the account.")],
+    count: Annotated[int, typer.Option(min=1, help="Answers of each model to a prompt.")] = 2,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 256,
+    temperature: Annotated[float, typer.Option(help="Of sampling.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Draws the same answers again.")] = None,
+    url: Annotated[
+        str | None,
+        typer.Option(
+            envvar="HONE_BASE_URL", help="Of the running server; default: the settings' host, port."
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Have models of a running server answer prompts, and add the answers as tasks."""
+    import httpx
+
+    from data.errors import ToolkitError
+    from data.feedback.imports import read_prompts
+    from data.settings import load_settings
+
+    prompts = read_prompts(file)
+    settings = load_settings()
+    base = (url or f"http://{settings.host}:{settings.port}").rstrip("/").removesuffix("/v1")
+    fields = {"models": model, "count": count, "max_tokens": max_tokens, "seed": seed}
+    told: dict[str, Any] = {"added": 0, "left_out": {"same": 0, "empty": 0}}
+    headers = {"authorization": f"Bearer {key}"}
+    with httpx.Client(base_url=base, headers=headers, timeout=None) as http:
+        for at in range(0, len(prompts), PROMPTS_AT_ONCE):
+            part = prompts[at : at + PROMPTS_AT_ONCE]
+            body = {**fields, "temperature": temperature, "prompts": part}
+            try:
+                answer = http.post(f"/v1/label_projects/{project_id}/sample", json=body)
+            except httpx.TransportError as error:
+                raise ToolkitError(
+                    f"No server answers at {base} ({error}); start `hone serve`, or give --url"
+                ) from error
+            if answer.status_code != 200:
+                why = answer.json()["error"]["message"]
+                raise ToolkitError(f"after {told['added']} tasks, prompt {at + 1} on: {why}")
+            found = answer.json()
+            told["added"] += found["added"]
+            for name, number in found["left_out"].items():
+                told["left_out"][name] += number
+    if as_json:
+        print_json({"label_project": project_id, **told})
+        return
+    missing = ", ".join(f"{number} {what}" for what, number in told["left_out"].items() if number)
+    left = f"; left out: {missing}" if missing else ""
+    print(f"{told['added']} tasks added to {project_id}{left}")
 
 
 @app.command("export")

@@ -9,13 +9,14 @@ from typing import Any
 from starlette.datastructures import UploadFile
 from starlette.responses import Response
 
-from data import people
+from data import people, registry
 from data.errors import InvalidInput, ToolkitError
 from data.feedback import export, gates, imports, projects, reports, rounds, tasks
 from data.feedback.export import FITTING
 from data.feedback.label_kinds import KINDS, LETTERS
 from data.feedback.projects import Gates, ProjectSpec
-from serve.web.labeling import turns
+from data.job_methods import REWARD_MODEL
+from serve.web.labeling import read_answer, said, turns
 from serve.web.view import Visit, go, page, whole_number
 
 
@@ -76,7 +77,7 @@ def import_tasks(visit: Visit) -> Response:
         if not _import(visit, label_project_id):
             raise InvalidInput("Choose a JSONL file.")
     except InvalidInput as error:
-        return _report(visit, 400, error.message)
+        return project_page(visit, 400, error.message)
     return go(f"/web/projects/{label_project_id}", "saved")
 
 
@@ -101,10 +102,11 @@ def _import(visit: Visit, label_project_id: str) -> int:
 @page("reviewer")
 def show_project(visit: Visit) -> Response:
     """Show what a project has come to."""
-    return _report(visit)
+    return project_page(visit)
 
 
-def _report(visit: Visit, status: int = 200, error: str | None = None) -> Response:
+def project_page(visit: Visit, status: int = 200, error: str | None = None) -> Response:
+    """Write a project's page."""
     given = (visit.runtime.database, visit.account, visit.path("label_project_id"))
     project = projects.get(*given)
     version, text = projects.guidelines(*given)
@@ -119,13 +121,25 @@ def _report(visit: Visit, status: int = 200, error: str | None = None) -> Respon
         project=project,
         report=reports.report(*given),
         open_disagreements=len(tasks.disagreements(*given, limit=100)),
+        flags=[
+            (one.task.id, turns(one.task.prompt)[-1]["content"], one.labeler, one.reason)
+            for one in tasks.flags(*given)
+        ],
         guidelines=text,
         version=version,
+        served=[base, *_answering(visit)],
+        typed=visit.text("prompts"),
         models=[base, *rounds.improvable(visit.runtime.database, visit.account)],
         exports=[kind for kind, kinds in FITTING.items() if project.kind in kinds],
         names=names,
         error=error,
     )
+
+
+def _answering(visit: Visit) -> list[str]:
+    """Return the account's versions that answer: not reward models."""
+    found = registry.list_versions(visit.runtime.database, visit.account)
+    return [one.name for one in found if one.lineage.get("kind") != REWARD_MODEL]
 
 
 @page("admin")
@@ -139,6 +153,8 @@ def change_project(visit: Visit) -> Response:
             projects.update_guidelines(*given, visit.text("guidelines").replace("\r\n", "\n"))
         elif action in ("open", "paused", "closed"):
             projects.set_status(*given, action)
+        elif action == "withdraw":
+            tasks.drop(database, visit.account, visit.text("task"))
         elif action == "pause":
             reason = visit.text("reason") or "paused by an admin"
             gates.pause_labeler(*given, labeler, reason)
@@ -153,41 +169,55 @@ def change_project(visit: Visit) -> Response:
         else:
             raise InvalidInput(f"Unknown action '{action}'.")
     except ToolkitError as error:
-        return _report(visit, 400, error.message)
+        return project_page(visit, 400, error.message)
     return go(f"/web/projects/{label_project_id}", "saved")
 
 
 @page("reviewer")
 def disagreements(visit: Visit) -> Response:
     """Show the first task on which labelers differ."""
+    return _disagreements(visit)
+
+
+def _disagreements(visit: Visit, status: int = 200, error: str | None = None) -> Response:
     given = (visit.runtime.database, visit.account, visit.path("label_project_id"))
     found = tasks.disagreements(*given, limit=100)
     first = found[0] if found else None
     votes = (
         []
         if first is None
-        else [tasks.shown_answer(answer, range(len(first.candidates))) for _, answer in first.votes]
+        else [
+            said(tasks.shown_answer(answer, range(len(first.candidates))))
+            for _, answer in first.votes
+        ]
     )
     return visit.render(
         "disagreements.html",
+        status,
         project=projects.get(*given),
         count=len(found),
         first=first,
         turns=turns(first.task.prompt) if first else [],
         options=list(zip(LETTERS, first.candidates, strict=False)) if first else [],
         votes=votes,
+        typed=visit.text("text"),
+        error=error,
     )
 
 
 @page("reviewer")
 def settle(visit: Visit) -> Response:
     """Decide the task."""
-    project, task = visit.path("label_project_id"), visit.path("task_id")
-    answer = {"choice": visit.text("choice")}
-    if visit.text("ranking"):
-        answer = {"ranking": _ranks(visit.text("ranking"))}  # type: ignore[dict-item]
-    tasks.settle(visit.runtime.database, visit.account, task, visit.person.id, answer)
-    return go(f"/web/projects/{project}/disagreements", "saved")
+    given = (visit.runtime.database, visit.account)
+    project = projects.get(*given, visit.path("label_project_id"))
+    answer = read_answer(visit, project.kind).fields()
+    if project.kind == "ranking":
+        answer = {"ranking": _ranks(visit.text("ranking"))}
+    try:
+        tasks.settle(*given, visit.path("task_id"), visit.person.id, answer)
+    except InvalidInput as error:
+        return _disagreements(visit, 400, error.message)
+    return go(f"/web/projects/{project.id}/disagreements", "saved")
 
 
 def _ranks(text: str) -> dict[str, int]:

@@ -9,19 +9,18 @@ from starlette.responses import Response
 from data.errors import InvalidInput, NotFound, StateConflict
 from data.feedback import judgements, leases, projects, reports
 from data.feedback.judgements import TIMINGS, AlreadyJudged, Answer
+from data.feedback.label_kinds import STRENGTHS
 from serve.web.view import Visit, go, page, whole_number
+
+RECENT = 20  # own answers that are listed, to be changed
 
 
 @page("labeler")
 def home(visit: Visit) -> Response:
     """List the labeling projects, with what is left of each."""
-    found = projects.list_all(visit.runtime.database, visit.account)
+    rows = reports.overview(visit.runtime.database, visit.account, visit.person.id)
     if visit.person.role == "labeler":
-        found = [project for project in found if project.status == "open"]
-    rows = []
-    for project in found:
-        given = (visit.runtime.database, visit.account, project.id)
-        rows.append((project, reports.progress(*given), reports.progress(*given, visit.person.id)))
+        rows = [row for row in rows if row.project.status == "open"]
     return visit.render("home.html", rows=rows)
 
 
@@ -41,8 +40,16 @@ def task(visit: Visit) -> Response:
 
 
 def _show(
-    visit: Visit, project: Any, shown: leases.Shown, status: int = 200, error: str | None = None
+    visit: Visit,
+    project: Any,
+    shown: leases.Shown,
+    status: int = 200,
+    error: str | None = None,
+    earlier: dict[str, Any] | None = None,
 ) -> Response:
+    """Show a task: to be judged, or with the answer that was given earlier, to be changed."""
+    database = visit.runtime.database
+    last = judgements.recent(database, project.id, visit.person.id, 1)
     given = (visit.runtime.database, visit.account, project.id)
     return visit.render(
         "task.html",
@@ -50,7 +57,10 @@ def _show(
         project=project,
         task=shown,
         turns=turns(shown.prompt),
-        mine=reports.progress(*given, visit.person.id),
+        answered=reports.answered(database, project.id, visit.person.id),
+        earlier=earlier,
+        said=said(earlier) if earlier else None,
+        last=last[0] if last else None,
         guidelines=projects.guidelines(*given, shown.guidelines_version)[1],
         error=error,
         typed=visit.text("text") or None,
@@ -62,6 +72,22 @@ def turns(prompt: Any) -> list[dict[str, str]]:
     if isinstance(prompt, str):
         return [{"role": "", "content": prompt}]
     return [{"role": turn["role"], "content": turn["content"]} for turn in prompt]
+
+
+def said(answer: dict[str, Any]) -> str:
+    """Return an answer by letters in few words."""
+    if "ranking" in answer:
+        ranks = sorted(set(answer["ranking"].values()))
+        same = (sorted(k for k, v in answer["ranking"].items() if v == rank) for rank in ranks)
+        return ", ".join(" = ".join(letters) for letters in same)
+    if "axes" in answer:
+        return ", ".join(f"{axis} {value}" for axis, value in answer["axes"].items())
+    if "thumb" in answer:
+        return "good" if answer["thumb"] else "bad"
+    if "text" in answer:
+        return str(answer["text"])
+    strength = f" ({answer['strength']} of {STRENGTHS})" if "strength" in answer else ""
+    return str(answer["choice"]).replace("_", " ") + strength
 
 
 @page("labeler")
@@ -79,7 +105,7 @@ def submit(visit: Visit) -> Response:
         if action == "flag":
             judgements.flag(*given, visit.text("reason"))
             return go(back, "flagged")
-        told = judgements.submit(*given, _answer(visit, project.kind))
+        told = judgements.submit(*given, read_answer(visit, project.kind))
     except AlreadyJudged:
         return go(back, "other")
     except NotFound:
@@ -96,13 +122,16 @@ def submit(visit: Visit) -> Response:
     return go(back, "twice" if told.was_there else None)
 
 
-def _answer(visit: Visit, kind: str) -> Answer:
+def read_answer(visit: Visit, kind: str) -> Answer:
     """Read the answer out of the form."""
     form = visit.form
     timings = {name: value for name in TIMINGS if (value := whole_number(form, name)) is not None}
     if kind == "pairwise":
         choice, _, strength = visit.text("choice").partition(":")
-        return Answer(choice=choice, strength=int(strength) if strength else None, timings=timings)
+        found = whole_number({"strength": strength}, "strength")
+        if strength and found is None:
+            raise InvalidInput(f"'{strength[:20]}' is no strength.", param="answer")
+        return Answer(choice=choice, strength=found, timings=timings)
     if kind == "ranking":
         names = [name for name in form if name.startswith("rank-")]
         ranking = {name.removeprefix("rank-"): whole_number(form, name) or 0 for name in names}
@@ -116,6 +145,28 @@ def _answer(visit: Visit, kind: str) -> Answer:
         return Answer(thumb=thumb, timings=timings)
     text = visit.text("text").replace("\r\n", "\n")  # browsers send lines ended so
     return Answer(text=text, timings=timings)
+
+
+@page("labeler")
+def own_answer(visit: Visit) -> Response:
+    """Show a task that the person has answered, to change the answer."""
+    project, assignment = _project(visit), visit.path("assignment_id")
+    given = (visit.runtime.database, visit.account, assignment, visit.person.id)
+    shown, earlier = judgements.own(*given)
+    return _show(visit, project, shown, earlier=earlier)
+
+
+@page("labeler")
+def amend(visit: Visit) -> Response:
+    """Put an answer in the place of an earlier one."""
+    project, assignment = _project(visit), visit.path("assignment_id")
+    given = (visit.runtime.database, visit.account, assignment, visit.person.id)
+    try:
+        judgements.amend(*given, read_answer(visit, project.kind))
+    except InvalidInput as error:
+        shown, earlier = judgements.own(*given)
+        return _show(visit, project, shown, 400, error.message, earlier)
+    return go(f"/web/label/{project.id}", "changed")
 
 
 @page("labeler")
@@ -136,6 +187,12 @@ def own_progress(visit: Visit) -> Response:
         project=project,
         mine=reports.progress(*given, visit.person.id),
         everybody=reports.progress(*given),
+        recent=[
+            (one.assignment_id, turns(one.prompt)[-1]["content"], said(one.answer))
+            for one in judgements.recent(
+                visit.runtime.database, project.id, visit.person.id, RECENT
+            )
+        ],
     )
 
 

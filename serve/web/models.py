@@ -137,10 +137,7 @@ async def ask(visit: Visit) -> Response:
 async def _complete(visit: Visit, model: str) -> dict[str, Any]:
     """Run one completion by the API's own route, as a key of the account would."""
     request = visit.request
-    project = await run_in_threadpool(_slug, visit)
-    request.state.principal = accounts.Principal(
-        visit.account, project, visit.person.id, "project", role="member"
-    )
+    project = await act_for_account(visit)
     body = CompletionRequest(
         model=model,
         prompt=visit.text("prompt").replace("\r\n", "\n"),
@@ -152,6 +149,14 @@ async def _complete(visit: Visit, model: str) -> dict[str, Any]:
     response = await completions.create_completion(body, request, account, visit.runtime)
     told = json.loads(bytes(response.body))
     return {"id": told["id"], "model": told["model"], "text": told["choices"][0]["text"]}
+
+
+async def act_for_account(visit: Visit) -> str:
+    """Let the request act as a key of the person's account would; returns the account's slug."""
+    slug = await run_in_threadpool(_slug, visit)
+    principal = accounts.Principal(visit.account, slug, visit.person.id, "project", role="member")
+    visit.request.state.principal = principal
+    return slug
 
 
 def _slug(visit: Visit) -> str:

@@ -12,7 +12,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from serve.runtime import Runtime
-from serve.web import admin, labeling, models, rounds, session_pages
+from serve.web import admin, labeling, models, rounds, samples, session_pages
 from serve.web.view import HERE, render
 
 PROJECT = "/projects/{label_project_id}"
@@ -34,12 +34,15 @@ def make_site(runtime: Callable[[], Runtime]) -> Starlette:
             Route(TASK, labeling.task),
             Route(TASK + "/guidelines", labeling.guidelines),
             Route(TASK + "/progress", labeling.own_progress),
+            Route(TASK + "/{assignment_id}", labeling.own_answer),
             Route(TASK + "/{assignment_id}", labeling.submit, methods=["POST"]),
+            Route(TASK + "/{assignment_id}/amend", labeling.amend, methods=["POST"]),
             Route("/projects/new", admin.new_project),
             Route("/projects/new", admin.create_project, methods=["POST"]),
             Route(PROJECT, admin.show_project),
             Route(PROJECT, admin.change_project, methods=["POST"]),
             Route(PROJECT + "/tasks", admin.import_tasks, methods=["POST"]),
+            Route(PROJECT + "/sample", samples.sample_tasks, methods=["POST"]),
             Route(PROJECT + "/disagreements", admin.disagreements),
             Route(PROJECT + "/disagreements/{task_id}", admin.settle, methods=["POST"]),
             Route(PROJECT + "/rounds", rounds.start_round, methods=["POST"]),

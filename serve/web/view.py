@@ -45,7 +45,9 @@ NOTES = {  # what a redirect may tell, by name: a link cannot put words into a p
     "does not count.",
     "withdrawn": "That task was withdrawn meanwhile. Your answer is kept but not used.",
     "twice": "You had sent that answer already; it counts once.",
-    "other": "You had answered that task before, and differently. The first answer stands.",
+    "other": "You had answered that task before, and differently. The first answer stands; change "
+    'it below "Your progress".',
+    "changed": "Your answer was changed; the earlier one is kept and no longer counts.",
     "gone": "That task is no longer in your hands. Here is what is next.",
     "right": "Right: that is the answer of the guidelines.",
     "wrong": "The guidelines ask for the other answer. Read them again, then go on.",

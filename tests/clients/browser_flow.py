@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from selenium import webdriver
+from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
@@ -149,10 +150,46 @@ def label(given: dict[str, Any]) -> dict[str, Any]:
     me.press("2")
     me.look("likert")
     me.answer(Keys.ENTER)
+    me.answer("z")  # the last answer again, to change it
+    me.until(lambda: "You have answered this: tone 4, facts 2" in me.text())
+    me.look("change")
+    me.press("5")
+    me.answer(Keys.ENTER)
+    told["changed"] = "Your answer was changed" in me.text()
     me.open(f"/web/label/{given['projects']['script']}")
     told["script_ran"] = me.driver.execute_script("return window.stolen === true")
     told["script_text"] = "<script>" in me.text()
     me.look("script")
+    return finish(me, told)
+
+
+def trouble(given: dict[str, Any]) -> dict[str, Any]:
+    """Work in two tabs, click twice, and edit a long text of strange characters."""
+    me, told = Person(given), {}
+    me.sign_in("labeler")
+    me.open(f"/web/label/{given['projects']['tabs']}")
+    first, task = me.driver.current_window_handle, me.task()
+    me.driver.switch_to.new_window("tab")
+    me.open(f"/web/label/{given['projects']['tabs']}")
+    told["same_task"] = me.task() == task
+    me.answer("t")
+    me.driver.switch_to.window(first)
+    me.answer("x")
+    told["other_tab"] = "The first answer stands" in me.text()
+    before = me.task()
+    button = me.driver.find_element(By.CSS_SELECTOR, '[data-press="t"]')
+    ActionChains(me.driver).double_click(button).perform()
+    me.until(lambda: me.task() != before)
+    time.sleep(0.5)  # a second answer would have come by now
+    me.open(f"/web/label/{given['projects']['tabs']}")
+    told["after_two_clicks"] = me.text()
+    me.open(f"/web/label/{given['projects']['strange']}")
+    wide = "return document.documentElement.scrollWidth - window.innerWidth"
+    told["too_wide"] = me.driver.execute_script(wide)
+    me.look("strange")
+    me.focused().send_keys(Keys.CONTROL, Keys.END)
+    me.focused().send_keys("!")
+    me.answer(Keys.CONTROL + Keys.ENTER)
     return finish(me, told)
 
 
@@ -166,6 +203,9 @@ def manage(given: dict[str, Any]) -> dict[str, Any]:
         ("project", f"projects/{given['projects']['pairs']}"),
         ("new-project", "projects/new"),
         ("disagreements", f"projects/{given['projects']['pairs']}/disagreements"),
+        ("disagreements-edit", f"projects/{given['projects']['edited']}/disagreements"),
+        ("disagreements-likert", f"projects/{given['projects']['rated']}/disagreements"),
+        ("rounds", "rounds"),
         ("models", "models"),
         ("jobs", "jobs"),
         ("job", f"jobs/{given['job']}"),
@@ -173,6 +213,19 @@ def manage(given: dict[str, Any]) -> dict[str, Any]:
     ):
         me.open(f"/web/{path}")
         me.look(name)
+    me.open(f"/web/projects/{given['projects']['rated']}/disagreements")
+    me.press("3")
+    me.press("4")
+    me.press(Keys.ENTER)
+    me.until(lambda: "None: where several people" in me.text())
+    me.open(f"/web/projects/{given['projects']['pairs']}")
+    me.driver.find_element(By.NAME, "prompts").send_keys("The cat")
+    field = me.driver.find_element(By.NAME, "max_tokens")
+    field.clear()
+    field.send_keys("16", Keys.ENTER)
+    me.until(lambda: "Saved." in me.text())
+    told["drawn"] = me.text()
+    me.open("/web/playground")
     me.driver.find_element(By.NAME, "prompt").send_keys("The cat")
     me.driver.find_element(By.CSS_SELECTOR, "button.main").click()
     me.until(lambda: "This one is better" in me.text())
@@ -202,4 +255,4 @@ def finish(me: Person, told: dict[str, Any]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     said = json.loads(sys.argv[1])
-    print(json.dumps({f.__name__: f(said) for f in (label, manage, phone)}))
+    print(json.dumps({f.__name__: f(said) for f in (label, trouble, manage, phone)}))

@@ -47,6 +47,7 @@
     notice();
     const form = task(), keys = document.getElementById("keys"), here = document.activeElement;
     if (event.altKey || event.metaKey || (keys && keys.open)) return;
+    if (event.repeat && !typing(here)) return;  // a key that is held answers one task
     if (event.key === "Enter" && form && (event.ctrlKey || form.dataset.kind === "ranking" || form.dataset.kind === "likert")) {
       if (here && here.matches("button, summary, a")) return;
       const send = form.querySelector('[data-press="Enter"]');
@@ -64,7 +65,7 @@
       if (box) { event.preventDefault(); box.open = true; box.querySelector("input").focus(); }
       return;
     }
-    const button = form && form.querySelector(`[data-press="${CSS.escape(key)}"]`);
+    const button = form && document.querySelector(`[data-press="${CSS.escape(key)}"]`);
     if (button) { event.preventDefault(); button.click(); }
   });
   document.addEventListener("pointerdown", notice);
