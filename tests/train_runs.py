@@ -58,12 +58,12 @@ class Workplace:
 
     def run(self, name: str, *flags: str, **settings: Any) -> tuple[int, Path]:
         """Train in this process; returns the exit status and the run's folder."""
-        with _signals_restored():
+        with signals_restored():
             return sft.main([*flags, *self.words(name, **settings)]), self.folder / name
 
 
 @contextmanager
-def _signals_restored() -> Iterator[None]:
+def signals_restored() -> Iterator[None]:
     numbers = (signal.SIGTERM, signal.SIGINT)
     handlers = [signal.getsignal(number) for number in numbers]
     try:
