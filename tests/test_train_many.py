@@ -126,3 +126,172 @@ def test_without_joint_products_it_is_the_same_bit_for_bit(
     assert status == 0
     for name, run in runs.items():
         assert_same_run(run, alone[name], exactly=True)
+
+
+def test_a_run_that_fails_harms_no_other(
+    place: Workplace, alone: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    members = {
+        "short": MEMBERS["short"],
+        "diverges": {"learning_rate": 1e30, "num_epochs": 4},
+        "long": MEMBERS["long"],
+        "no-rows": {"train_file": place.folder / "absent.jsonl"},
+    }
+    capsys.readouterr()
+    status, runs = together_runs(place, "fails", members, "--json")
+    assert status == 1  # of the first that failed
+    errors = {name: run / "error.json" for name, run in runs.items()}
+    assert read_json(errors["diverges"])["code"] == "loss_not_finite"
+    assert read_json(errors["no-rows"])["code"] == "file_not_found"
+    for name in ("short", "long"):
+        assert not errors[name].exists()
+        assert_same_run(runs[name], alone[name], exactly=False)
+    told = json.loads(capsys.readouterr().out)
+    assert [one["status"] for one in told] == ["succeeded", "failed", "succeeded", "failed"]
+    assert told[0]["steps"] == 5
+    assert told[1]["code"] == "loss_not_finite"
+
+
+def test_a_joint_pass_without_memory_is_computed_one_by_one(
+    place: Workplace, alone: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = together.run_layer
+
+    def scarce(segments: Any) -> Any:
+        if len(segments) > 1 and segments[0].layer.self_attn.layer_idx == 1:
+            raise RuntimeError("not enough memory")
+        return plain(segments)
+
+    monkeypatch.setattr(together, "run_layer", scarce)
+    members = {name: MEMBERS[name] for name in ("long", "short")}
+    status, runs = together_runs(place, "scarce", members)
+    assert status == 0
+    for name, run in runs.items():
+        assert_same_run(run, alone[name], exactly=True)
+
+
+def start(place: Workplace, prefix: str, members: dict[str, dict[str, Any]]) -> Any:
+    paths = [str(config(place, f"{prefix}-{name}", **given)) for name, given in members.items()]
+    return subprocess.Popen(
+        [sys.executable, "-m", "train.many", "--config", *paths],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def wait_for_step(run: Path, step: int, process: Any) -> None:
+    deadline = time.monotonic() + WAIT_S
+    metrics = run / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_bytes().count(b"train_loss") >= step):
+        assert process.poll() is None, "the trainer ended by itself"
+        assert time.monotonic() < deadline, "the trainer does not get on"
+        time.sleep(0.005)
+
+
+LONGER = {
+    "one": {"num_epochs": 50, "n_checkpoints": 25, "validation_fraction": 0.25, "n_evals": 5},
+    "two": {"num_epochs": 40, "n_checkpoints": 20, "lora__dropout": 0.2, "micro_batch_size": 3},
+}
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
+def test_killed_or_stopped_all_go_on_from_their_checkpoints(
+    place: Workplace, number: signal.Signals, status: int
+) -> None:
+    prefix = number.name.lower()
+    process = start(place, prefix, LONGER)
+    folders = {name: place.folder / f"{prefix}-{name}" for name in LONGER}
+    wait_for_step(folders["two"], 17, process)
+    process.send_signal(number)
+    assert process.wait(timeout=WAIT_S) == status
+    for folder in folders.values():
+        assert not (folder / "result.json").exists()
+        assert list(folder.glob(f"checkpoints/*/{COMPLETE}"))
+    assert together_runs(place, prefix, LONGER)[0] == 0
+    for name, settings in LONGER.items():
+        done, other = place.run(f"{prefix}-alone-{name}", **settings)
+        assert done == 0
+        assert_same_run(folders[name], other, exactly=False)
+        steps = [step for step, _ in losses(folders[name])]
+        assert steps == sorted(steps)
+
+
+def test_finished_runs_are_left_as_they_are(place: Workplace, alone: dict[str, Path]) -> None:
+    for name in ("long", "short"):
+        shutil.copytree(alone[name], place.folder / f"again-{name}")
+    (place.folder / "again-short/result.json").unlink()
+    before = (place.folder / "again-long/result.json").stat().st_mtime_ns
+    path = place.folder / "again-short/resolved_config.json"
+    path.write_text(path.read_text("utf-8").replace("alone-short", "again-short"), "utf-8")
+    members = {name: MEMBERS[name] for name in ("long", "short")}
+    status, runs = together_runs(place, "again", members)
+    assert status == 0
+    assert (runs["long"] / "result.json").stat().st_mtime_ns == before
+    assert_same_run(runs["short"], alone["short"], exactly=True)
+
+
+def test_what_cannot_be_trained_at_once_is_told_together(
+    place: Workplace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = config(place, "bad-1")
+    second = config(place, "bad-2", dtype="bfloat16", lora__use_dora=True, wandb__project="p")
+    same = config(place, "bad-3", output_dir=place.folder / "bad-1")
+    assert many.main(["--config", str(first), str(second), str(same)]) == 2
+    told = capsys.readouterr().err
+    assert "dtype of run 2 is bfloat16, but auto of run 1" in told
+    assert "runs 1 and 3 have the same output_dir" in told
+    assert "run 2 asks lora.use_dora" in told
+    assert "run 2 names wandb.project" in told
+    assert not (place.folder / "bad-1").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["learning_rat=1"], "learning_rate"),
+        (["base_model=absent-model"], "absent-model"),
+    ],
+)
+def test_wrong_settings_start_nothing(
+    place: Workplace, capsys: pytest.CaptureFixture[str], words: list[str], told: str
+) -> None:
+    path = config(place, "wrong")
+    with signals_restored():
+        assert many.main(["--config", str(path), "--", *words]) == 2
+    assert told in capsys.readouterr().err
+    assert not (place.folder / "wrong").exists()
+
+
+def test_a_runs_folder_stands_for_its_configuration(place: Workplace) -> None:
+    folder = place.folder / "as-folder"
+    folder.mkdir()
+    config(place, "as-folder", num_epochs=1).rename(folder / "config.yaml")
+    with signals_restored():
+        assert many.main(["--config", str(folder)]) == 0
+    assert read_json(folder / "result.json")["status"] == "succeeded"
+
+
+def test_more_processes_than_one_are_refused(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert many.main(["--config", str(config(place, "two-processes"))]) == 2
+    assert "2 processes were launched" in capsys.readouterr().err
+
+
+def test_rows_of_several_kinds_and_lengths(place: Workplace) -> None:
+    """Each run has its own file; a shared base keeps the weights that it was loaded with."""
+    before = (place.base / "model.safetensors").read_bytes()
+    members = {}
+    for name, count in (("few", 11), ("more", 40)):
+        path = write_rows(place.folder / f"{name}.jsonl", count)
+        members[name] = {"train_file": path, "num_epochs": 2, "lora__target_modules": "[q_proj]"}
+    members["more"]["lora__target_modules"] = "all-linear"
+    status, runs = together_runs(place, "files", members)
+    assert status == 0
+    for name, settings in members.items():
+        assert place.run(f"files-alone-{name}", **settings)[0] == 0
+        assert_same_run(runs[name], place.folder / f"files-alone-{name}", exactly=False)
+    assert (place.base / "model.safetensors").read_bytes() == before

@@ -234,7 +234,7 @@ def resolve(
         ConfigError: The processes cannot share a step's rows evenly.
     """
     batch = _by_size(num_rows, ((20_000, 8), (100_000, 16)), 32)
-    rate = _by_size(num_parameters, ((300_000_000, 1e-3), (1_500_000_000, 5e-4)), 2e-4)
+    rate = auto_learning_rate(num_parameters)
     tokens = GPU_MICRO_BATCH_TOKENS if on_gpu else CPU_MICRO_BATCH_TOKENS
     num_epochs = _number(config.num_epochs, auto_epochs(num_rows))
     batch_size = _number(config.batch_size, max(batch, num_processes))
@@ -257,6 +257,11 @@ def resolve(
         steps_per_epoch=steps,
         total_steps=steps * num_epochs,
     )
+
+
+def auto_learning_rate(num_parameters: int) -> float:
+    """Return the learning rate that `auto` takes for a base of that size."""
+    return _by_size(num_parameters, ((300_000_000, 1e-3), (1_500_000_000, 5e-4)), 2e-4)
 
 
 def _number(asked: Number | Auto, by_rule: Number) -> Number:

@@ -80,6 +80,7 @@ def prepare(config: SftConfig, base: Base | None = None) -> TrainingJob:
             "name": base.name,
             "fingerprint": base.fingerprint,
             "dtype": str(base.model.dtype),
+            "parameters": base.num_parameters,
         },
         "train_data": _describe(train),
         "validation_data": _describe(valid) if valid else None,
