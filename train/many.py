@@ -130,6 +130,7 @@ def run_many(configs: Sequence[SftConfig], max_tokens: int | None = None) -> lis
     ]
     for index, status in zip(todo, Together(max_tokens).run(seats), strict=True):
         statuses[index] = status
+    stopper.settle()
     return statuses
 
 

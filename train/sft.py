@@ -43,7 +43,10 @@ def _run(config: SftConfig, run: RunFolder, options: argparse.Namespace) -> int:
     from train import prepare, trainer  # torch, transformers and TRL take seconds to import
 
     if not (options.show_tokens or options.dry_run):
-        return run_one(config, run, trainer.take_signals())
+        stopper = trainer.take_signals()
+        status = run_one(config, run, stopper)
+        stopper.settle()
+        return status
     trainer.take_signals()
     job = prepare.prepare(config)
     if options.show_tokens:

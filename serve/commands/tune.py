@@ -68,9 +68,8 @@ def tune(
         *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ACCELERATE)),
         *("-m", "train.tune", *asked),
         *(["--trials", str(trials)] if trials else []),
-        *(["--json"] if as_json else []),
     ]
-    done = subprocess.run(command, stdout=subprocess.PIPE if as_json else None, check=False)
+    done = subprocess.run(command, stdout=subprocess.DEVNULL if as_json else None, check=False)
     if done.returncode:
         raise typer.Exit(done.returncode)
     model = None
@@ -79,6 +78,6 @@ def tune(
 
         model = publish_folder(folder / "adapter", project.id, suffix)
     if as_json:
-        print_json({**json.loads(done.stdout), "model": model})
+        print_json({**json.loads((folder / "tune.json").read_text("utf-8")), "model": model})
     elif model:
         print(f"published: {model}")
