@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
+from train import short_attention
 from train.fused_projections import (
     Adapter,
     AddMlp,
@@ -217,20 +218,26 @@ def _attend(
         query, key = attn.q_norm(query), attn.k_norm(key)
     cos, sin = (part.unsqueeze(2) for part in position_embeddings)
     query, key = Rotation.apply(query, cos, sin), Rotation.apply(key, cos, sin)
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-        attn.config._attn_implementation, eager_attention_forward
-    )
+    query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+    mixed = _attention(attn, query, key, value, attention_mask, **kwargs)
+    return mixed.reshape(rows, -1)
+
+
+def _attention(
+    attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+) -> Tensor:
+    """Return the mixed values [B, T, H, D] of heads [B, H, T, D]."""
+    implementation = attn.config._attn_implementation
+    dropout = attn.attention_dropout if attn.training else 0.0
+    if short_attention.suits(query, implementation, dropout):
+        return short_attention.attend(query, key, value, mask, attn.scaling)
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
     if hasattr(attn, "sliding_window"):
         kwargs["sliding_window"] = attn.sliding_window
-    mixed, _ = attend(
-        attn,
-        *(part.transpose(1, 2) for part in (query, key, value)),
-        attention_mask,
-        dropout=attn.attention_dropout if attn.training else 0.0,
-        scaling=attn.scaling,
-        **kwargs,
-    )
-    return mixed.reshape(rows, -1)
+    mixed: Tensor = attend(
+        attn, query, key, value, mask, dropout=dropout, scaling=attn.scaling, **kwargs
+    )[0]
+    return mixed
 
 
 def _stack(parts: Sequence[Tensor]) -> Tensor:

@@ -14,6 +14,7 @@ and for n = x r w with r = 1 / sqrt(mean(x^2) + eps), h = g w (Zhang & Sennrich 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -48,6 +49,105 @@ def spread(weights: Sequence[Weights]) -> list[Any]:
     ]
 
 
+class _Stack:
+    """One segment's adapters of projections of one input: A [R, K] is one, and cast once."""
+
+    def __init__(self, adapters: Sequence[Adapter], dtype: torch.dtype):
+        self.adapters = adapters
+        matrices = [one.a for one in adapters if one.a is not None]
+        self.a = torch.cat(matrices).to(dtype) if matrices else None
+        self.scaled_b = [
+            None if one.b is None else (one.b * one.scale).to(dtype) for one in adapters
+        ]
+        ends = list(itertools.accumulate(0 if one.a is None else len(one.a) for one in adapters))
+        self.columns = [slice(*ends) for ends in itertools.pairwise([0, *ends])]
+
+    def forward(self, x: Tensor, outs: Sequence[Tensor]) -> Tensor | None:
+        """Add s (x A') B' of each projection to its output; returns x A' [T, R]."""
+        if self.a is None:
+            return None
+        low = x @ self.a.t()
+        for y, b, columns in zip(outs, self.scaled_b, self.columns, strict=True):
+            if b is not None:
+                y.addmm_(low[:, columns], b.t())
+        return low
+
+    def backward(
+        self, gradients: Sequence[Tensor], x: Tensor, low: Tensor | None, grad_x: Tensor
+    ) -> list[tuple[Tensor | None, ...]]:
+        """Add to the gradient of x; returns those of A, B and scale of each projection."""
+        learned: list[tuple[Tensor | None, ...]] = [(None, None, None)] * len(self.adapters)
+        if self.a is None or low is None:
+            return learned
+        g_low = torch.cat(
+            [g @ b for g, b in zip(gradients, self.scaled_b, strict=True) if b is not None], 1
+        )
+        grad_x.addmm_(g_low, self.a)
+        grad_a = None
+        for index, (g, (a, b, scale)) in enumerate(zip(gradients, self.adapters, strict=True)):
+            if a is None or b is None or not a.requires_grad:
+                continue
+            if grad_a is None:
+                grad_a = (g_low.t() @ x).to(a.dtype)
+            columns = self.columns[index]
+            grad_b = (g.t() @ low[:, columns]).to(b.dtype).mul_(scale)
+            learned[index] = (grad_a[columns], grad_b, None)
+        return learned
+
+
+class _Projections:
+    """Projections of one input [T, K], whose rows belong to segments with adapters of their own."""
+
+    def __init__(self, flat: Sequence[Any], rows: Sequence[int], dtype: torch.dtype):
+        self.rows = list(rows)
+        self.weights = _gather(flat, len(rows))
+        adapters = zip(*(w.adapters for w in self.weights), strict=True)
+        self.stacks = [_Stack(of_segment, dtype) for of_segment in adapters]
+
+    def forward(
+        self, x: Tensor, out: Tensor | None = None
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Return x W' + bias + s (x A') B' [T, N] of each, and x A' [T, R] of each segment.
+
+        Args:
+            out: What the projections are added to.
+        """
+        found = []
+        for w in self.weights:
+            y = x @ w.base.t() if out is None else torch.addmm(out, x, w.base.t())
+            if w.bias is not None:
+                y += w.bias
+            found.append(y)
+        parts = zip(*(y.split(self.rows) for y in found), strict=True)
+        inputs = x.split(self.rows)
+        lows = [
+            stack.forward(part, outs)
+            for stack, part, outs in zip(self.stacks, inputs, parts, strict=True)
+        ]
+        return found, lows
+
+    def backward(
+        self, gradients: Sequence[Tensor], x: Tensor, lows: Sequence[Tensor | None]
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """Return the gradient of x, and those of the fields of all weights, flat."""
+        grad_x: Tensor | None = None
+        for g, w in zip(gradients, self.weights, strict=True):
+            grad_x = g @ w.base if grad_x is None else grad_x.addmm_(g, w.base)
+        assert grad_x is not None
+        parts = zip(*(g.split(self.rows) for g in gradients), strict=True)
+        found = [
+            stack.backward(of_segment, *rest)
+            for stack, of_segment, *rest in zip(
+                *(self.stacks, parts, x.split(self.rows), lows, grad_x.split(self.rows)),
+                strict=True,
+            )
+        ]
+        learned: list[Tensor | None] = []
+        for of_weight in zip(*found, strict=True):
+            learned += [None, None, *itertools.chain(*of_weight)]
+        return grad_x, learned
+
+
 def _gather(flat: Sequence[Any], num_segments: int) -> list[Weights]:
     size, step = 2 + num_segments * len(Adapter._fields), len(Adapter._fields)
     found = []
@@ -56,53 +156,6 @@ def _gather(flat: Sequence[Any], num_segments: int) -> list[Weights]:
         adapters = (Adapter(*fields[at : at + step]) for at in range(0, len(fields), step))
         found.append(Weights(base, bias, tuple(adapters)))
     return found
-
-
-def _project(
-    x: Tensor, w: Weights, rows: Sequence[int], out: Tensor | None = None
-) -> tuple[Tensor, list[Tensor | None]]:
-    """Return x W' + bias + s (x A') B' [T, N], added to `out` if given; and x A' by segment."""
-    if out is not None:
-        y = torch.addmm(out, x, w.base.t())
-        if w.bias is not None:
-            y += w.bias
-    elif w.bias is not None:
-        y = torch.addmm(w.bias, x, w.base.t())
-    else:
-        y = x @ w.base.t()
-    lows: list[Tensor | None] = []
-    for x_part, y_part, (a, b, scale) in zip(x.split(rows), y.split(rows), w.adapters, strict=True):
-        if a is None or b is None:
-            lows.append(None)
-        else:
-            low = x_part @ a.t().to(x.dtype)
-            y_part.addmm_(low, b.t().to(x.dtype), alpha=scale)
-            lows.append(low)
-    return y, lows
-
-
-def _project_back(
-    g: Tensor,
-    x: Tensor,
-    w: Weights,
-    rows: Sequence[int],
-    lows: Sequence[Tensor | None],
-    into: Tensor | None,
-) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """Return the gradient of x, added to `into` if given, and those of `w`, flat."""
-    grad_x = g @ w.base if into is None else into.addmm_(g, w.base)
-    learned: list[Tensor | None] = [None, None]
-    parts = (part.split(rows) for part in (g, x, grad_x))
-    for g_part, x_part, grad_part, low, (a, b, scale) in zip(*parts, lows, w.adapters, strict=True):
-        grad_a = grad_b = None
-        if a is not None and b is not None and low is not None:
-            g_low = g_part @ b.to(g.dtype)
-            grad_part.addmm_(g_low, a.to(g.dtype), alpha=scale)
-            if a.requires_grad:
-                grad_a = (g_low.t() @ x_part).to(a.dtype).mul_(scale)
-                grad_b = (g_part.t() @ low).to(b.dtype).mul_(scale)
-        learned += [grad_a, grad_b, None]
-    return grad_x, tuple(learned)
 
 
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:
@@ -131,24 +184,17 @@ class NormedProjections(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, norm: Tensor, eps: float, rows: Sequence[int], *flat: Any
     ) -> tuple[Tensor, ...]:
-        weights = _gather(flat, len(rows))
+        ctx.projections = _Projections(flat, rows, x.dtype)
         inverse = _inverse_rms(x, eps)
-        normed = _normed(x, norm, inverse)
-        found, lows = zip(*(_project(normed, w, rows) for w in weights), strict=True)
-        ctx.weights, ctx.rows = weights, rows
-        ctx.save_for_backward(x, norm, inverse, *(low for of_one in lows for low in of_one))
+        found, lows = ctx.projections.forward(_normed(x, norm, inverse))
+        ctx.save_for_backward(x, norm, inverse, *lows)
         return tuple(found)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         x, norm, inverse, *lows = ctx.saved_tensors
-        normed = _normed(x, norm, inverse)
-        grad, learned = None, ()
-        for index, (g, w) in enumerate(zip(gradients, ctx.weights, strict=True)):
-            of_one = lows[index * len(ctx.rows) : (index + 1) * len(ctx.rows)]
-            grad, found = _project_back(g, normed, w, ctx.rows, of_one, grad)
-            learned += found
+        grad, learned = ctx.projections.backward(gradients, _normed(x, norm, inverse), lows)
         grad_x = _normed_back(grad, x, norm, inverse).to(x.dtype)
         return grad_x, None, None, None, *learned
 
@@ -158,9 +204,8 @@ class AddProjection(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, residual: Tensor, x: Tensor, rows: Sequence[int], *flat: Any) -> Tensor:
-        (w,) = _gather(flat, len(rows))
-        y, lows = _project(x, w, rows, residual)
-        ctx.w, ctx.rows = w, rows
+        ctx.projections = _Projections(flat, rows, x.dtype)
+        (y,), lows = ctx.projections.forward(x, residual)
         ctx.save_for_backward(x, *lows)
         return y
 
@@ -168,9 +213,8 @@ class AddProjection(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         x, *lows = ctx.saved_tensors
-        (g,) = gradients
-        grad_x, learned = _project_back(g, x, ctx.w, ctx.rows, lows, None)
-        return g, grad_x, None, *learned
+        grad_x, learned = ctx.projections.backward(gradients, x, lows)
+        return gradients[0], grad_x, None, *learned
 
 
 class AddMlp(torch.autograd.Function):
@@ -180,32 +224,28 @@ class AddMlp(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, norm: Tensor, eps: float, rows: Sequence[int], *flat: Any
     ) -> Tensor:
-        gate, up, down = ctx.weights = _gather(flat, len(rows))
-        ctx.rows = rows
+        size = len(flat) // 3
+        ctx.inner = _Projections(flat[: 2 * size], rows, x.dtype)
+        ctx.down = _Projections(flat[2 * size :], rows, x.dtype)
         inverse = _inverse_rms(x, eps)
-        normed = _normed(x, norm, inverse)
-        g, of_gate = _project(normed, gate, rows)
-        u, of_up = _project(normed, up, rows)
-        y, of_down = _project(functional.silu(g).mul_(u), down, rows, x)
-        ctx.save_for_backward(x, norm, inverse, g, u, *of_gate, *of_up, *of_down)
+        (g, u), lows = ctx.inner.forward(_normed(x, norm, inverse))
+        (y,), lows_down = ctx.down.forward(functional.silu(g).mul_(u), x)
+        ctx.save_for_backward(x, norm, inverse, g, u, *lows, *lows_down)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         x, norm, inverse, g, u, *lows = ctx.saved_tensors
-        (gradient,) = gradients
-        gate, up, down = ctx.weights
-        rows, count = ctx.rows, len(ctx.rows)
+        lows, lows_down = lows[: len(lows) // 2], lows[len(lows) // 2 :]
         active = functional.silu(g)
-        inner, of_down = _project_back(gradient, active * u, down, rows, lows[2 * count :], None)
+        inner, of_down = ctx.down.backward(gradients, active * u, lows_down)
         grad_up = active.mul_(inner)
         grad_gate = torch.ops.aten.silu_backward(inner.mul_(u), g)
         normed = _normed(x, norm, inverse)
-        grad, of_gate = _project_back(grad_gate, normed, gate, rows, lows[:count], None)
-        grad, of_up = _project_back(grad_up, normed, up, rows, lows[count : 2 * count], grad)
-        grad_x = _normed_back(grad, x, norm, inverse).to(x.dtype).add_(gradient)
-        return grad_x, None, None, None, *of_gate, *of_up, *of_down
+        grad, of_inner = ctx.inner.backward([grad_gate, grad_up], normed, lows)
+        grad_x = _normed_back(grad, x, norm, inverse).to(x.dtype).add_(gradients[0])
+        return grad_x, None, None, None, *of_inner, *of_down
 
 
 class Rotation(torch.autograd.Function):
