@@ -240,7 +240,7 @@ def test_what_cannot_be_trained_at_once_is_told_together(
     same = config(place, "bad-3", output_dir=place.folder / "bad-1")
     assert many.main(["--config", str(first), str(second), str(same)]) == 2
     told = capsys.readouterr().err
-    assert "dtype of run 2 is bfloat16, but auto of run 1" in told
+    assert "dtype of run 2 is bfloat16, but float32 of run 1" in told
     assert "runs 1 and 3 have the same output_dir" in told
     assert "run 2 asks lora.use_dora" in told
     assert "run 2 names wandb.project" in told

@@ -50,6 +50,7 @@ class Workplace:
             "train_file": self.rows,
             "output_dir": self.folder / name,
             "threads": 1,
+            "dtype": "float32",  # what tests compare with
             "batch_size": 8,
             "num_epochs": 2,
             **settings,

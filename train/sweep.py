@@ -185,6 +185,8 @@ def _job(config: SftConfig, run: RunFolder, axes: Sequence[str]) -> dict[str, An
     by_rule = auto_learning_rate(resolved["base"]["parameters"])
     hyperparameters["learning_rate_multiplier"] = round(rate / by_rule, 6)
     lora = config.lora.model_dump(exclude_unset=True)
+    if resolved["plan"]["lora_r"] is not None:
+        lora["r"] = resolved["plan"]["lora_r"]
     more: dict[str, Any] = {}
     if config.prompt_loss_weight:
         more["prompt_loss_weight"] = config.prompt_loss_weight
