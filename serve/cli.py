@@ -24,6 +24,7 @@ from serve.commands import (
     models,
     people,
     serve,
+    tune,
     usage,
 )
 
@@ -37,6 +38,7 @@ app = typer.Typer(
 app.command("serve")(serve.serve)
 app.command("demo")(demo.demo)
 app.command("doctor")(doctor.doctor)
+app.command("tune")(tune.tune)
 app.command("usage")(usage.usage)
 app.add_typer(accounts.accounts_app, name="accounts")
 app.add_typer(access.app, name="access")

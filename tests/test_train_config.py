@@ -99,7 +99,13 @@ def test_auto_rate_falls_with_the_models_size() -> None:
     assert rates == [1e-3, 5e-4, 2e-4]
 
 
+def test_auto_rank_grows_with_the_rows() -> None:
+    assert [plan(n).lora_r for n in (10, 19_999, 20_000, 100_000)] == [16, 16, 32, 64]
+    assert plan(200_000, "start_adapter=a").lora_r is None
+
+
 def test_what_is_given_is_kept() -> None:
+    assert plan(200_000, "lora.r=4").lora_r == 4
     found = plan(100, "num_epochs=1", "batch_size=4", "learning_rate=0.5", "micro_batch_size=2")
     assert (found.num_epochs, found.batch_size, found.learning_rate) == (1, 4, 0.5)
     assert found.micro_batch_size == 2

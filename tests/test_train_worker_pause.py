@@ -251,7 +251,9 @@ def test_the_plan_is_told_with_time_and_cost(
         if event.message == "Training on 12 examples, 3000 tokens in all"
     ]
     seconds = round(3000 / first.tokens_per_s, 1)
+    plan = {"num_epochs": 3, "batch_size": 4, "learning_rate_multiplier": 1.0}  # the trainer's
+    cost = 3000 * 5.0 / 1e6
     assert told == [
-        {"examples": 12, "tokens": 3000, "est_seconds": seconds, "est_cost": 3000 * 5.0 / 1e6}
+        {"examples": 12, "tokens": 3000, "est_seconds": seconds, "est_cost": cost, "plan": plan}
     ]
     shop.database.close()

@@ -50,6 +50,7 @@ class Workplace:
             "train_file": self.rows,
             "output_dir": self.folder / name,
             "threads": 1,
+            "dtype": "float32",  # what tests compare with
             "batch_size": 8,
             "num_epochs": 2,
             **settings,
@@ -58,12 +59,12 @@ class Workplace:
 
     def run(self, name: str, *flags: str, **settings: Any) -> tuple[int, Path]:
         """Train in this process; returns the exit status and the run's folder."""
-        with _signals_restored():
+        with signals_restored():
             return sft.main([*flags, *self.words(name, **settings)]), self.folder / name
 
 
 @contextmanager
-def _signals_restored() -> Iterator[None]:
+def signals_restored() -> Iterator[None]:
     numbers = (signal.SIGTERM, signal.SIGINT)
     handlers = [signal.getsignal(number) for number in numbers]
     try:

@@ -58,6 +58,10 @@ class Stopper(TrainerCallback):
         signal.signal(signal.SIGALRM, lambda *_: os._exit(STOPPED))
         signal.setitimer(signal.ITIMER_REAL, GRACE_S)
 
+    def settle(self) -> None:
+        """Call the alarm off: training has ended in order, and no step is to be given up."""
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         self.training = True
 

@@ -57,7 +57,7 @@ def run_command(
             return 0
         return execute(config, run, options)
     except Exception as error:  # noqa: BLE001 - the one place that turns any failure into a status
-        return _report(module, error, run)
+        return report_failure(module, error, run)
 
 
 def refuse_other_settings(
@@ -140,8 +140,12 @@ def _git_commit() -> str | None:
     return done.stdout.strip() or None
 
 
-def _report(module: str, error: Exception, run: RunFolder) -> int:
-    """Tell what stopped the run, in the folder where possible and on stderr always."""
+def report_failure(module: str, error: Exception, run: RunFolder) -> int:
+    """Tell what stopped a run, in its folder where possible and on stderr always.
+
+    Returns:
+        The exit status.
+    """
     if is_disk_full(error, _existing(run.path)):
         code, status = "disk_full", DISK_FULL
         message = f"The disk of {run.path} is full ({error}); free some space and start again"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Literal, Self, TypeVar
+from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -40,6 +40,9 @@ class LoraSettings(StrictModel):
 class SftLora(LoraSettings):
     """What supervised fine-tuning adds to it."""
 
+    r: Annotated[int, Field(ge=1, le=256)] | Auto = Field(  # type: ignore[assignment]
+        "auto", description="Rank."
+    )
     lr_ratio: float = Field(
         1.0, ge=1, le=64, description="Learning rate of B over A's; LoRA+ uses 16 (2402.12354)."
     )
@@ -184,6 +187,7 @@ class Plan(StrictModel):
     learning_rate: float
     learning_rate_multiplier: float
     max_length: int
+    lora_r: int | None = None  # of a fresh adapter
     steps_per_epoch: int
     total_steps: int
 
@@ -222,7 +226,8 @@ def resolve(
     20,000, then 1); 8 rows a step under 20,000 rows, 16 under 100,000, then 32; the learning rate
     falls with the model's size (1e-3 to 0.3 billion parameters, 5e-4 to 1.5, then 2e-4: what LoRA
     at alpha = 2 r bears); a device takes a step's rows in parts of up to 1,024 tokens on a CPU,
-    8,192 on a GPU.
+    8,192 on a GPU. The adapter's rank grows with the rows that it has to hold: 16 under 20,000, 32
+    under 100,000, then 64; one to go on from keeps its own.
 
     Args:
         num_rows: Training rows.
@@ -234,7 +239,8 @@ def resolve(
         ConfigError: The processes cannot share a step's rows evenly.
     """
     batch = _by_size(num_rows, ((20_000, 8), (100_000, 16)), 32)
-    rate = _by_size(num_parameters, ((300_000_000, 1e-3), (1_500_000_000, 5e-4)), 2e-4)
+    rate = auto_learning_rate(num_parameters)
+    rank = _by_size(num_rows, ((20_000, 16), (100_000, 32)), 64)
     tokens = GPU_MICRO_BATCH_TOKENS if on_gpu else CPU_MICRO_BATCH_TOKENS
     num_epochs = _number(config.num_epochs, auto_epochs(num_rows))
     batch_size = _number(config.batch_size, max(batch, num_processes))
@@ -254,9 +260,15 @@ def resolve(
         learning_rate=_number(config.learning_rate, rate),
         learning_rate_multiplier=_number(config.learning_rate_multiplier, 1.0),
         max_length=max_length,
+        lora_r=None if config.start_adapter else _number(config.lora.r, rank),
         steps_per_epoch=steps,
         total_steps=steps * num_epochs,
     )
+
+
+def auto_learning_rate(num_parameters: int) -> float:
+    """Return the learning rate that `auto` takes for a base of that size."""
+    return _by_size(num_parameters, ((300_000_000, 1e-3), (1_500_000_000, 5e-4)), 2e-4)
 
 
 def _number(asked: Number | Auto, by_rule: Number) -> Number:

@@ -8,41 +8,67 @@ too, and what is cheap (the norm, the SwiGLU) is computed again in the backward 
 mathematics is PEFT's and transformers'; only the order of some sums differs.
 The ideas are those of LoRA kernels in Unsloth and Liger; there is no device-specific code here.
 
-With y = x W' + s (x A') B' (' transposes) and g the gradient of y:
-
-    grad x = g W + s (g B) A    grad A = s (g B)' x    grad B = s g' (x A')
-
-and for n = x r w with r = 1 / sqrt(mean(x^2) + eps), h = g w (Zhang & Sennrich 2019):
-
-    grad x = r (h - x r^2 mean(h x))
+Several models that share one frozen base may go through a layer together (`meeting`, `run_layer`):
+their rows lie one below the other, so the base's products are one each, and every segment of rows
+has its own adapter's. Nothing of a row reaches the rows of another model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
+
+from train import short_attention
+from train.fused_projections import (
+    Adapter,
+    AddMlp,
+    AddProjection,
+    NormedProjections,
+    Rotation,
+    Weights,
+    spread,
+)
 
 LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
 
 
-class Weights(NamedTuple):
-    """Of one projection: the frozen base [N, K] and [N], an adapter's A [r, K] and B [N, r]."""
+class Segment(NamedTuple):
+    """What one model brings to a layer: hidden states [B, T, D] and the call's other arguments."""
 
-    base: Tensor
-    bias: Tensor | None
-    a: Tensor | None
-    b: Tensor | None
-    scale: float
+    layer: Any
+    hidden: Tensor
+    weights: list[Weights]
+    kwargs: dict[str, Any]
+
+
+Meet = Callable[[Segment], Tensor]
+
+
+class _Local(threading.local):
+    meet: Meet | None = None
+
+
+_local = _Local()
+
+
+@contextmanager
+def meeting(meet: Meet) -> Iterator[None]:
+    """Have the layers that this thread calls computed by `meet`, which ends up in `run_layer`."""
+    _local.meet = meet
+    try:
+        yield
+    finally:
+        _local.meet = None
 
 
 def fuse_layers(model: PreTrainedModel) -> int:
@@ -71,6 +97,18 @@ def fuse_layers(model: PreTrainedModel) -> int:
     return count
 
 
+def can_join(model: PreTrainedModel) -> bool:
+    """Tell whether the model's layers, all of them, can be computed together with another's."""
+    layers = [m for m in model.modules() if type(m).__name__ in LAYERS]
+    return bool(layers) and all(
+        hasattr(layer, "is_written_out")
+        and not layer.gradient_checkpointing
+        and not layer.self_attn.attention_dropout
+        and _layer_weights(layer, layer.self_attn.q_proj.weight.dtype) is not None
+        for layer in layers
+    )
+
+
 def _norms_are_known(layer: Any) -> bool:
     norms = (layer.input_layernorm, layer.post_attention_layernorm)
     return all(type(norm).__name__ in NORMS for norm in norms)
@@ -85,8 +123,10 @@ def _written_out(kind: type[nn.Module]) -> type[nn.Module]:
             found = _layer_weights(self, hidden_states.dtype)
         if found is None:
             return kind.forward(self, hidden_states, *args, **kwargs)
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            return _layer(self, hidden_states, found, **kwargs)
+        segment = Segment(self, hidden_states, found, kwargs)
+        if _local.meet is not None:
+            return _local.meet(segment)
+        return run_layer([segment])[0]
 
     fields = {"forward": forward, "is_written_out": True, "__module__": kind.__module__}
     return type(kind.__name__, (kind,), fields)
@@ -113,7 +153,7 @@ def _weights(module: Any, dtype: torch.dtype) -> Weights | None:
     base = module.base_layer if isinstance(module, LoraLinear) else module
     if type(base) is not nn.Linear or base.weight.dtype != dtype or base.weight.requires_grad:
         return None
-    plain = Weights(base.weight, base.bias, None, None, 0.0)
+    plain = Weights(base.weight, base.bias, (Adapter(),))
     if base is module or module.disable_adapters or module.merged:
         return None if base is not module and module.merged else plain
     names = [name for name in module.active_adapters if name in module.lora_A]
@@ -126,205 +166,83 @@ def _weights(module: Any, dtype: torch.dtype) -> Weights | None:
     if isinstance(dropout, nn.Dropout) and dropout.p and dropout.training:
         return None
     a, b = module.lora_A[name].weight, module.lora_B[name].weight
-    return plain._replace(a=a, b=b, scale=module.scaling[name])
+    return plain._replace(adapters=(Adapter(a, b, module.scaling[name]),))
 
 
-def _layer(
-    layer: Any,
-    hidden: Tensor,
-    weights: list[Weights],
+def run_layer(segments: Sequence[Segment]) -> list[Tensor]:
+    """Compute one decoder layer for segments of models that share its base: [B, T, D] each."""
+    with torch.autocast(segments[0].hidden.device.type, enabled=False):
+        return _layer(segments)
+
+
+def _layer(segments: Sequence[Segment]) -> list[Tensor]:
+    rows = tuple(part.hidden.shape[0] * part.hidden.shape[1] for part in segments)
+    q, k, v, o, gate, up, down = map(_together, zip(*(s.weights for s in segments), strict=True))
+    layer = segments[0].layer  # what is frozen is the same in all
+    width = segments[0].hidden.shape[-1]
+    flat = _stack([part.hidden.reshape(-1, width) for part in segments])
+    norm = layer.input_layernorm
+    found = NormedProjections.apply(
+        flat, norm.weight, norm.variance_epsilon, rows, *spread([q, k, v])
+    )
+    apart = zip(*(part.split(rows) for part in found), strict=True)
+    mixed = [
+        _attend(part.layer.self_attn, part.hidden.shape[1], *of_part, **part.kwargs)
+        for part, of_part in zip(segments, apart, strict=True)
+    ]
+    flat = AddProjection.apply(flat, _stack(mixed), rows, *spread([o]))
+    norm = layer.post_attention_layernorm
+    flat = AddMlp.apply(flat, norm.weight, norm.variance_epsilon, rows, *spread([gate, up, down]))
+    return [
+        part.view(segment.hidden.shape)
+        for part, segment in zip(flat.split(rows), segments, strict=True)
+    ]
+
+
+def _attend(
+    attn: Any,
+    length: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
     position_embeddings: tuple[Tensor, Tensor],
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    q, k, v, o, gate, up, down = weights
-    attn, norm = layer.self_attn, layer.input_layernorm
-    batch, length, width = hidden.shape
-    flat = hidden.reshape(-1, width)
+    """Return the attention of one model's rows, [B T, heads x head_dim]."""
+    rows = len(query)
     query, key, value = (
-        part.view(batch, length, -1, attn.head_dim)
-        for part in _NormedProjections.apply(
-            flat, norm.weight, norm.variance_epsilon, *_spread([q, k, v])
-        )
+        part.view(rows // length, length, -1, attn.head_dim) for part in (query, key, value)
     )
     if hasattr(attn, "q_norm"):
         query, key = attn.q_norm(query), attn.k_norm(key)
     cos, sin = (part.unsqueeze(2) for part in position_embeddings)
-    query, key = _Rotation.apply(query, cos, sin), _Rotation.apply(key, cos, sin)
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-        attn.config._attn_implementation, eager_attention_forward
-    )
+    query, key = Rotation.apply(query, cos, sin), Rotation.apply(key, cos, sin)
+    query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+    mixed = _attention(attn, query, key, value, attention_mask, **kwargs)
+    return mixed.reshape(rows, -1)
+
+
+def _attention(
+    attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+) -> Tensor:
+    """Return the mixed values [B, T, H, D] of heads [B, H, T, D]."""
+    implementation = attn.config._attn_implementation
+    dropout = attn.attention_dropout if attn.training else 0.0
+    if short_attention.suits(query, implementation, dropout):
+        return short_attention.attend(query, key, value, mask, attn.scaling)
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
     if hasattr(attn, "sliding_window"):
         kwargs["sliding_window"] = attn.sliding_window
-    mixed, _ = attend(
-        attn,
-        *(part.transpose(1, 2) for part in (query, key, value)),
-        attention_mask,
-        dropout=attn.attention_dropout if attn.training else 0.0,
-        scaling=attn.scaling,
-        **kwargs,
-    )
-    flat = _AddProjection.apply(flat, mixed.reshape(batch * length, -1), *_spread([o]))
-    norm = layer.post_attention_layernorm
-    flat = _AddMlp.apply(flat, norm.weight, norm.variance_epsilon, *_spread([gate, up, down]))
-    return flat.view(batch, length, width)
+    mixed: Tensor = attend(
+        attn, query, key, value, mask, dropout=dropout, scaling=attn.scaling, **kwargs
+    )[0]
+    return mixed
 
 
-def _spread(weights: Sequence[Weights]) -> list[Any]:
-    return [part for one in weights for part in one]
+def _stack(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
-def _gather(flat: Sequence[Any]) -> list[Weights]:
-    size = len(Weights._fields)
-    return [Weights(*flat[start : start + size]) for start in range(0, len(flat), size)]
-
-
-def _project(x: Tensor, w: Weights, out: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """Return x W' + bias + s (x A') B' [T, N], and x A' [T, r]; added to `out` if given."""
-    if out is not None:
-        y = torch.addmm(out, x, w.base.t())
-        if w.bias is not None:
-            y += w.bias
-    elif w.bias is not None:
-        y = torch.addmm(w.bias, x, w.base.t())
-    else:
-        y = x @ w.base.t()
-    if w.a is None or w.b is None:
-        return y, None
-    low = x @ w.a.t().to(x.dtype)
-    return y.addmm_(low, w.b.t().to(x.dtype), alpha=w.scale), low
-
-
-def _project_back(
-    g: Tensor, x: Tensor, w: Weights, low: Tensor | None, into: Tensor | None
-) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """Return the gradient of x, added to `into` if given, and those of `w`'s fields."""
-    grad_x = g @ w.base if into is None else into.addmm_(g, w.base)
-    if w.a is None or w.b is None or low is None:
-        return grad_x, (None,) * len(Weights._fields)
-    g_low = g @ w.b.to(g.dtype)
-    grad_x.addmm_(g_low, w.a.to(g.dtype), alpha=w.scale)
-    grad_a = grad_b = None
-    if w.a.requires_grad:
-        grad_a = (g_low.t() @ x).to(w.a.dtype).mul_(w.scale)
-        grad_b = (g.t() @ low).to(w.b.dtype).mul_(w.scale)
-    return grad_x, (None, None, grad_a, grad_b, None)
-
-
-def _inverse_rms(x: Tensor, eps: float) -> Tensor:
-    """Return 1 / sqrt(mean(x^2) + eps) in float32: [T, 1]."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-
-
-def _normed(x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
-    if x.dtype == torch.float32:
-        return (x * inverse).mul_(weight)
-    return weight * (x.float() * inverse).to(x.dtype)
-
-
-def _normed_back(g: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
-    """Return the gradient of x [T, D], overwriting g where it is float32."""
-    g, x = (g * weight).float() if g.dtype != torch.float32 else g.mul_(weight), x.float()
-    mean = torch.linalg.vecdot(g, x).div_(x.shape[-1])[:, None]
-    return g.addcmul_(x, mean.mul_(inverse.square()), value=-1).mul_(inverse)
-
-
-class _NormedProjections(torch.autograd.Function):
-    """Several projections of one normalised input: x [T, D] -> [T, N] each."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, norm: Tensor, eps: float, *flat: Any) -> tuple[Tensor, ...]:
-        weights = _gather(flat)
-        inverse = _inverse_rms(x, eps)
-        normed = _normed(x, norm, inverse)
-        found, lows = zip(*(_project(normed, w) for w in weights), strict=True)
-        ctx.weights = weights
-        ctx.save_for_backward(x, norm, inverse, *lows)
-        return tuple(found)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        x, norm, inverse, *lows = ctx.saved_tensors
-        normed = _normed(x, norm, inverse)
-        grad, learned = _project_back(gradients[0], normed, ctx.weights[0], lows[0], None)
-        for g, w, low in zip(gradients[1:], ctx.weights[1:], lows[1:], strict=True):
-            grad, found = _project_back(g, normed, w, low, grad)
-            learned += found
-        grad_x = _normed_back(grad, x, norm, inverse).to(x.dtype)
-        return grad_x, None, None, *learned
-
-
-class _AddProjection(torch.autograd.Function):
-    """A residual [T, N] and the projection of x [T, K]."""
-
-    @staticmethod
-    def forward(ctx: Any, residual: Tensor, x: Tensor, *flat: Any) -> Tensor:
-        (w,) = _gather(flat)
-        y, low = _project(x, w, residual)
-        ctx.w = w
-        ctx.save_for_backward(x, low)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        x, low = ctx.saved_tensors
-        (g,) = gradients
-        grad_x, learned = _project_back(g, x, ctx.w, low, None)
-        return g, grad_x, *learned
-
-
-class _AddMlp(torch.autograd.Function):
-    """x + down(silu(gate(n)) * up(n)) with n the normalised x: [T, D]."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, norm: Tensor, eps: float, *flat: Any) -> Tensor:
-        gate, up, down = ctx.weights = _gather(flat)
-        inverse = _inverse_rms(x, eps)
-        normed = _normed(x, norm, inverse)
-        g, low_gate = _project(normed, gate)
-        u, low_up = _project(normed, up)
-        y, low_down = _project(functional.silu(g).mul_(u), down, x)
-        ctx.save_for_backward(x, norm, inverse, g, u, low_gate, low_up, low_down)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        x, norm, inverse, g, u, low_gate, low_up, low_down = ctx.saved_tensors
-        (gradient,) = gradients
-        gate, up, down = ctx.weights
-        active = functional.silu(g)
-        inner, of_down = _project_back(gradient, active * u, down, low_down, None)
-        grad_up = active.mul_(inner)
-        grad_gate = torch.ops.aten.silu_backward(inner.mul_(u), g)
-        normed = _normed(x, norm, inverse)
-        grad, of_gate = _project_back(grad_gate, normed, gate, low_gate, None)
-        grad, of_up = _project_back(grad_up, normed, up, low_up, grad)
-        grad_x = _normed_back(grad, x, norm, inverse).to(x.dtype).add_(gradient)
-        return grad_x, None, None, *of_gate, *of_up, *of_down
-
-
-class _Rotation(torch.autograd.Function):
-    """Rotary positions (Su et al. 2021), halves as transformers pairs them: x [..., D]."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _rotate(x, cos, sin, 1.0)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        cos, sin = ctx.saved_tensors
-        return _rotate(gradients[0], cos, sin, -1.0), None, None
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
-    half = x.shape[-1] // 2
-    y = x * cos
-    y[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-direction)
-    y[..., half:].addcmul_(x[..., :half], sin[..., half:], value=direction)
-    return y
+def _together(weights: Sequence[Weights]) -> Weights:
+    return weights[0]._replace(adapters=tuple(w.adapters[0] for w in weights))

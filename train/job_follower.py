@@ -144,6 +144,7 @@ class Follower:
             "tokens": total,
             "est_seconds": round(total / speed, 1) if speed else None,
             "est_cost": total * price / 1e6,
+            "plan": (self._resolved or {}).get("plan"),
         }
         message = f"Training on {examples} examples, {total} tokens in all"
         return EventLine(0.0, message, "info", "message", data, "plan")

@@ -37,15 +37,18 @@ class TrainingJob:
     facts: dict[str, Any]
 
 
-def prepare(config: SftConfig) -> TrainingJob:
+def prepare(config: SftConfig, base: Base | None = None) -> TrainingJob:
     """Load the base, check and render the data, and resolve the plan.
+
+    Args:
+        base: What `load_base` would load, where it is there already.
 
     Raises:
         ToolkitError: The base is unavailable, the data unusable, or the settings do not fit them.
     """
     _require_files(config)
     set_seed(config.seed)
-    base = load_base(config)
+    base = base or load_base(config)
     train = load_file(config.train_file, base.tokenizer, config.min_examples)
     if config.prompt_loss_weight and train.kind != Format.PROMPT_COMPLETION:
         raise ConfigError(
@@ -77,6 +80,7 @@ def prepare(config: SftConfig) -> TrainingJob:
             "name": base.name,
             "fingerprint": base.fingerprint,
             "dtype": str(base.model.dtype),
+            "parameters": base.num_parameters,
         },
         "train_data": _describe(train),
         "validation_data": _describe(valid) if valid else None,

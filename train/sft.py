@@ -16,10 +16,16 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from train.command import STOPPED, as_yaml, provenance, refuse_other_settings, run_command
 from train.config import SftConfig
 from train.run import RunFolder, step_of, write_json
+
+if TYPE_CHECKING:
+    from train.base_model import Base
+    from train.callbacks import Stopper
+    from train.together import Seat
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,16 +43,38 @@ def _run(config: SftConfig, run: RunFolder, options: argparse.Namespace) -> int:
     from train import prepare, trainer  # torch, transformers and TRL take seconds to import
 
     if not (options.show_tokens or options.dry_run):
-        refuse_other_settings(config, run)
-    stopper = trainer.take_signals()
+        stopper = trainer.take_signals()
+        status = run_one(config, run, stopper)
+        stopper.settle()
+        return status
+    trainer.take_signals()
     job = prepare.prepare(config)
     if options.show_tokens:
         prepare.show_tokens(job, options.show_tokens)
         return 0
     resolved = provenance(config, job.plan, **job.facts)
-    if options.dry_run:
-        print(as_yaml({**resolved, "estimate": trainer.estimate(job)}))
-        return 0
+    print(as_yaml({**resolved, "estimate": trainer.estimate(job)}))
+    return 0
+
+
+def run_one(
+    config: SftConfig,
+    run: RunFolder,
+    stopper: Stopper,
+    base: Base | None = None,
+    seat: Seat | None = None,
+) -> int:
+    """Train from the start or the newest checkpoint to the end; returns the exit status.
+
+    Args:
+        base: The base model of the settings, where it is loaded already.
+        seat: Where the run takes its turns with others on the same base, if it does.
+    """
+    from train import prepare, trainer
+
+    refuse_other_settings(config, run)
+    job = prepare.prepare(config, base)
+    resolved = provenance(config, job.plan, **job.facts)
     run.prepare()
     checkpoint = run.newest_checkpoint()
     run.trim_logs(step_of(checkpoint) if checkpoint else -1)
@@ -55,7 +83,7 @@ def _run(config: SftConfig, run: RunFolder, options: argparse.Namespace) -> int:
         for message in job.warnings:
             run.tell(message, level="warn")
     started = time.monotonic()
-    outcome = trainer.train(job, run, stopper, checkpoint)
+    outcome = trainer.train(job, run, stopper, checkpoint, seat)
     if outcome is None:
         print(f"stopped; the same command resumes from {run.newest_checkpoint()}", file=sys.stderr)
         return STOPPED

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from data.render import IGNORED
 from train.batches import LengthGroupedSampler, name_lines
 from train.fused_layers import fuse_layers
 from train.loss_head import use_compact_head
+from train.together import Seat
 
 Batch = dict[str, torch.Tensor]
 
@@ -39,6 +41,7 @@ class LoraTrainer(SFTTrainer):
             is the weighted mean, `sum(w nll) / sum(w)`.
         lr_ratio: Learning rate of the matrices B over that of the others (LoRA+, arXiv:2402.12354).
         lines: Of each training row, for messages about it.
+        seat: Where the run takes its turns with others on the same base, if it does.
         kwargs: Of SFTTrainer.
     """
 
@@ -50,16 +53,20 @@ class LoraTrainer(SFTTrainer):
         prompt_loss_weight: float = 0.0,
         lr_ratio: float = 1.0,
         lines: Sequence[int] = (),
+        seat: Seat | None = None,
         **kwargs: Any,
     ) -> None:
         self._order = order
         self._lr_ratio = lr_ratio
         self._lines = lines
+        self._seat = seat
         self._prompt_loss_weight = prompt_loss_weight
         self._max_rows = max_rows
         self._max_tokens = max_tokens
         super().__init__(**kwargs)
         fuse_layers(self.model.get_base_model())
+        if seat is not None:
+            seat.take(self)
         is_compact = use_compact_head(self.model.get_base_model())
         if prompt_loss_weight and not is_compact:
             raise ConfigError(
@@ -83,7 +90,7 @@ class LoraTrainer(SFTTrainer):
         for index, part in enumerate(parts):
             is_last = index == len(parts) - 1
             with nullcontext() if is_last else self.accelerator.no_sync(model):
-                losses.append(super().training_step(model, part, num_items_in_batch))
+                losses.append(self._part(model, part, num_items_in_batch))
         loss = torch.stack(losses).sum()
         if not torch.isfinite(loss):
             raise TrainingFailed(
@@ -93,6 +100,12 @@ class LoraTrainer(SFTTrainer):
                 code="loss_not_finite",
             )
         return loss
+
+    def _part(self, model: torch.nn.Module, part: Batch, num_items: Any) -> torch.Tensor:
+        if self._seat is None:
+            return super().training_step(model, part, num_items)
+        work = partial(super().training_step, model, part, num_items)
+        return self._seat.compute(part["input_ids"].numel(), work)
 
     def compute_loss(self, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
         """Return TRL's loss, with prompts at their weight in training."""

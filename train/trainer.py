@@ -32,6 +32,7 @@ from train.report import write_report
 from train.run import RunFolder
 from train.sft_trainer import LoraTrainer
 from train.start import read_shape, set_weights
+from train.together import Seat
 
 LOG_RECORDS = 200  # about so many metrics records a run
 DEFAULT_EVALS = 4
@@ -47,14 +48,21 @@ def take_signals() -> Stopper:
 
 
 def train(
-    job: TrainingJob, run: RunFolder, stopper: Stopper, checkpoint: Path | None
+    job: TrainingJob,
+    run: RunFolder,
+    stopper: Stopper,
+    checkpoint: Path | None,
+    seat: Seat | None = None,
 ) -> dict[str, Any] | None:
     """Train, save the adapter, and return the outcome; None when told to stop.
+
+    Args:
+        seat: Where the run takes its turns with others on the same base, if it does.
 
     Raises:
         TrainingFailed: The loss is not finite, or the adapter does not serve as trained.
     """
-    trainer = _make_trainer(job, run, stopper)
+    trainer = _make_trainer(job, run, stopper, seat)
     started = time.monotonic()
     outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.monotonic() - started
@@ -120,11 +128,13 @@ def estimate(job: TrainingJob) -> dict[str, float]:
     return {"tokens_per_s": round(speed, 1), "training_s": round(total / speed, 1)}
 
 
-def _make_trainer(job: TrainingJob, run: RunFolder, stopper: Stopper) -> LoraTrainer:
+def _make_trainer(
+    job: TrainingJob, run: RunFolder, stopper: Stopper, seat: Seat | None = None
+) -> LoraTrainer:
     config, plan, base = job.config, job.plan, job.base
     set_seed(config.seed)  # so that the adapter starts the same however the data were read
     if config.start_adapter is None:
-        peft_config = lora_config(config.lora)
+        peft_config = lora_config(config.lora.model_copy(update={"r": plan.lora_r}))
     else:
         peft_config = read_shape(config.start_adapter, base, config.lora.dropout)
     steps = checkpoint_steps(config, plan)
@@ -136,6 +146,7 @@ def _make_trainer(job: TrainingJob, run: RunFolder, stopper: Stopper) -> LoraTra
         prompt_loss_weight=config.prompt_loss_weight,
         lr_ratio=config.lora.lr_ratio,
         lines=job.train.lines,
+        seat=seat,
         model=base.model,
         args=_training_arguments(job, run),
         train_dataset=as_dataset(job.train.examples),
@@ -148,7 +159,7 @@ def _make_trainer(job: TrainingJob, run: RunFolder, stopper: Stopper) -> LoraTra
         set_weights(trainer.model, config.start_adapter)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    if sys.stderr.isatty() and trainer.is_world_process_zero():
+    if seat is None and sys.stderr.isatty() and trainer.is_world_process_zero():
         trainer.add_callback(ProgressBar(Console(stderr=True)))
     if config.early_stopping.enabled:
         trainer.add_callback(EarlyStop(config.early_stopping))

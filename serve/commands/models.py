@@ -74,6 +74,16 @@ def import_adapter(
     suffix: Annotated[str | None, typer.Option(help="Part of the model's name.")] = None,
 ) -> None:
     """Publish an adapter that was trained elsewhere, after the checks of `POST /v1/adapters`."""
+    print(publish_folder(folder, account, suffix))
+
+
+def publish_folder(folder: Path, account: str | None, suffix: str | None) -> str:
+    """Check and publish a PEFT folder for an account; returns the version's name.
+
+    Raises:
+        InvalidInput: It lacks a file, or there is no such account.
+        AdapterRefused: It is no adapter of the base that is served.
+    """
     from contextlib import ExitStack
 
     from data.adapter_checks import CONFIG, ORIGIN, WEIGHTS, check_adapter
@@ -101,7 +111,7 @@ def import_adapter(
         files = {n: stack.enter_context((folder / n).open("rb")) for n in (CONFIG, WEIGHTS)}
         base = (spec.name, fingerprint)
         version = publish_files(database, settings, project.id, files, base, engine, suffix)
-    print(version.name)
+    return str(version.name)
 
 
 @app.command("promote")
