@@ -104,7 +104,7 @@ class Metered(Generator):
         admit: Callable[[Sequence[GenerationRequest]], Tally],
         screen: Screen | None = None,
     ):
-        self._screen = screen
+        self._screen = screen if screen is not None and screen.sees_output else None
         super().__init__(generator.engine)
         self._generator = generator
         self._admit = admit
