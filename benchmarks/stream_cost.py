@@ -1,4 +1,4 @@
-"""What a streamed token costs the server beside the engine: CPU microseconds, without a model's noise.
+"""What a streamed token costs the server beside the engine: CPU microseconds, without a model.
 
 The engine's place is taken by a thread that says a token for every running request at each step, so
 that all that is measured is the way from `on_delta` to the socket. The clients are another process.
@@ -99,7 +99,8 @@ def measure(arguments: argparse.Namespace, home: Path) -> dict[str, Any]:
         client = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
         )
-        assert client.stdin is not None and client.stdout is not None
+        assert client.stdin is not None
+        assert client.stdout is not None
         here, costs, spans = psutil.Process(), [], []
         alone = engine_alone(engine, arguments)
         for number in range(arguments.rounds + 1):

@@ -43,7 +43,7 @@ async def create_chat_completion(
     ranking = await ranking_of(runtime, request, caller.id, body.reward_model, served)
     screening = Screening(runtime, request, caller.id, body, served.name)
     await screening.admit([message.content for message in body.messages], "messages")
-    generator = metered(runtime, request, body, served, [plan.prompt], screening)
+    generator = metered(runtime, request, body.user, served, [plan.prompt], screening)
     if body.stream:
         frames = _frames(plan, generator, screening, runtime, caller.id)
         return await EventStream.begin(request, frames)

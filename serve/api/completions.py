@@ -52,7 +52,7 @@ async def create_completion(
     screening = Screening(runtime, request, caller.id, body, served.name)
     texts = [prompt.text for prompt in plan.prompts] + ([body.suffix] if body.suffix else [])
     await screening.admit(texts, "prompt")
-    generator = metered(runtime, request, body, served, plan.prompts, screening)
+    generator = metered(runtime, request, body.user, served, plan.prompts, screening)
     if body.stream:
         return await EventStream.begin(request, _frames(plan, generator, screening))
     answer = _answer(plan, generator, ranking, runtime, caller.id)
