@@ -26,7 +26,7 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from data.adapter_checks import ORIGIN, AdapterFacts, check_adapter, digest_of, files_of
+from data.adapter_checks import CONFIG, ORIGIN, AdapterFacts, check_adapter, digest_of, files_of
 from data.db import Database
 from data.errors import AdapterRefused, InvalidInput, ModelNotFound, StateConflict
 from data.files import sync_folder
@@ -36,6 +36,7 @@ from data.tables_jobs import CheckpointPermission
 STAGING = ".staging-"
 VERSION = "advr_"
 DEFAULT_SUFFIX = "default"
+SCORES = "SEQ_CLS"  # what PEFT calls a model with a score head
 ORPHAN_AGE_S = 3600.0
 GRACE_S = 300  # for requests that were admitted before a version was deleted
 CHECKPOINT = re.compile(r":ckpt-step-\d+$")
@@ -171,7 +172,15 @@ def publish_imported(
     (source / ORIGIN).write_text(json.dumps(origin), encoding="utf-8")
     with database.read() as session:
         project = session.get_one(Project, project_id)
-    try_out(check_adapter(source, fingerprint).digest)
+    digest = check_adapter(source, fingerprint).digest
+    if json.loads((source / CONFIG).read_bytes()).get("task_type") == SCORES:
+        raise AdapterRefused(
+            f"{source / CONFIG}: task_type is {SCORES!r}, a model that scores; only those "
+            "that write (CAUSAL_LM) can be brought. Train a reward model here, from comparisons: a "
+            "fine-tuning job of the method 'reward_model'.",
+            code="adapter_unsupported",
+        )
+    try_out(digest)
     lineage = {"imported": True}
     return publish(
         database, adapters_dir, project, source, name, fingerprint, suffix=suffix, lineage=lineage

@@ -120,19 +120,27 @@ class Gate:
             self._meter.record(usage)
 
     def admit(
-        self, project_id: str, model: str, prompt_tokens: int, tokens: int
+        self,
+        project_id: str,
+        model: str,
+        prompt_tokens: int,
+        tokens: int,
+        *,
+        is_free: bool = False,
     ) -> tuple[Reservation, dict[str, str]]:
         """Let a request begin; returns what it took and the headers that tell what is left.
 
         Args:
             prompt_tokens: Of its prompts.
             tokens: The most it can use, prompts included.
+            is_free: It costs nothing, so that it may begin when all money is spent.
 
         Raises:
             QuotaExceeded: The account has spent what it may.
             RateLimited: It has used up what it may use in this time.
         """
-        self.check_money(project_id)
+        if not is_free:
+            self.check_money(project_id)
         rates = self._rates_of(project_id, model)
         return self._limiter.take(rates, prompt_tokens, tokens), self._limiter.headers(rates)
 

@@ -81,11 +81,11 @@ def test_a_connection_that_takes_nothing_is_cut(monkeypatch: pytest.MonkeyPatch)
     sent: list[Any] = []
     closed = False
 
-    async def frames() -> AsyncGenerator[dict[str, Any] | None, None]:
+    async def frames() -> AsyncGenerator[list[dict[str, Any]], None]:
         nonlocal closed
         try:
             while True:
-                yield {"n": 1}
+                yield [{"n": 1}]
         finally:
             closed = True
 
@@ -98,7 +98,7 @@ def test_a_connection_that_takes_nothing_is_cut(monkeypatch: pytest.MonkeyPatch)
         await asyncio.sleep(60)
 
     scope = {"type": "http", "state": {"request_id": "req_1"}}
-    asyncio.run(stream.EventStream({"n": 0}, frames())(scope, receive, send))
+    asyncio.run(stream.EventStream([{"n": 0}], frames())(scope, receive, send))
     assert closed
     assert sent[-1].get("more_body")  # no end was sent: the server cuts the connection
 

@@ -9,7 +9,10 @@ import openai
 import pytest
 from api_server import MODEL, Server, running, tiny_settings
 from openai.types.fine_tuning.alpha import GraderRunResponse
+from sqlalchemy import select
 
+from data.settings import Prices
+from data.tables_metering import UsageRecord
 from serve.api.generation import Answer, Generator
 from serve.api.grading import FLAGS, read_score
 
@@ -41,7 +44,8 @@ ITEM = {"answer": "forty two"}
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with running(tiny_settings(tmp_path_factory.mktemp("graders"))) as found:
+    prices = Prices(prompt=1, completion=2)
+    with running(tiny_settings(tmp_path_factory.mktemp("graders"), prices=prices)) as found:
         yield found
 
 
@@ -141,11 +145,20 @@ def test_a_model_grades(server: Server, graders: Any, monkeypatch: pytest.Monkey
     assert graders.run(grader=ranged, model_sample="x").reward == 7.0
 
 
-def test_a_real_answer_of_the_tiny_model_is_read_or_flagged(graders: Any) -> None:
+def test_a_real_answer_of_the_tiny_model_is_read_or_flagged(graders: Any, server: Server) -> None:
     sampling = {"max_completions_tokens": 8, "temperature": 1.0, "seed": 3}
     found = graders.run(grader=JUDGE | {"sampling_params": sampling}, model_sample="x")
     assert raised(found) in ([], ["model_grader_parse_error"])
     assert found.metadata.token_usage > 8
+    server.runtime.meter.flush()
+    with server.runtime.database.read() as session:
+        rows = session.scalars(select(UsageRecord).order_by(UsageRecord.seq.desc()))
+        used = rows.first()
+        assert used is not None
+    assert (used.kind, used.model, used.status) == ("completions", MODEL, "complete")
+    assert used.project_id == server.project.id
+    assert used.prompt_tokens + used.completion_tokens == found.metadata.token_usage
+    assert used.prompt_cost + used.completion_cost > 0
 
 
 @pytest.mark.parametrize(

@@ -255,6 +255,19 @@ def test_reading_the_candidates_is_in_the_ledger(server: Server, judge: str) -> 
     assert kinds["completions"].completion_tokens == expected - 4 * len("say")
 
 
+def test_grading_is_in_the_ledger(server: Server, judge: str) -> None:
+    grader = {"type": "score_model", "name": "good", "model": judge}
+    run = server.client().fine_tuning.alpha.graders.run
+    found = run(grader=grader, model_sample="aaa", item={"prompt": "say"})
+    server.runtime.meter.flush()
+    with server.runtime.database.read() as session:
+        query = select(UsageRecord).where(UsageRecord.kind == "scoring")
+        record = session.scalars(query.order_by(UsageRecord.seq.desc())).first()
+        assert record is not None
+    assert (record.model, record.project_id) == (judge, server.project.id)
+    assert record.prompt_tokens == found.metadata.token_usage == len("say") + len("aaa") + 1
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [

@@ -147,8 +147,8 @@ def test_a_client_that_leaves_cancels_its_request() -> None:
 
 
 async def frames_of(generator: Generator, count: int, idle_s: float = 5.0) -> Any:
-    async for event in generator.start(requests(count)).events(idle_s):
-        yield None if event is None else {"index": event[0], "text": event[1].text}
+    async for told in generator.start(requests(count)).events(idle_s=idle_s):
+        yield [{"index": index, "text": delta.text} for index, delta in told]
 
 
 def test_a_stream_ends_with_done() -> None:
@@ -167,7 +167,8 @@ def test_a_stream_ends_with_done() -> None:
         assert text_of(sent) == (
             'data: {"index":0,"text":"é\\n"}\n\ndata: {"index":0,"text":"!"}\n\ndata: [DONE]\n\n'
         )
-        assert sent[-1] == {"type": "http.response.body", "body": b"", "more_body": False}
+        assert [message.get("more_body") for message in sent] == [None, True, False]
+        assert sent[-1]["body"] == b"data: [DONE]\n\n"
 
     run(work())
 
@@ -232,7 +233,7 @@ def test_a_bug_mid_stream_names_the_request_and_hides_the_rest(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     async def frames() -> Any:
-        yield {"a": 1}
+        yield [{"a": 1}]
         raise ZeroDivisionError("secret")
 
     async def work() -> None:

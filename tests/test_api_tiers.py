@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -43,6 +44,11 @@ def imported(server: Server, folder: Path) -> dict[str, Any]:
 def send(http: httpx.Client, folder: Path, **fields: str) -> httpx.Response:
     files = {field: (folder / name).read_bytes() for field, name in FILES.items()}
     return http.post("/v1/adapters", files=files, data=fields)
+
+
+def say_task(folder: Path, task: str) -> None:
+    config = json.loads((folder / FILES["config"]).read_text())
+    (folder / FILES["config"]).write_text(json.dumps(config | {"task_type": task}))
 
 
 def complete(server: Server, model: str, **fields: Any) -> Any:
@@ -161,6 +167,7 @@ def test_of_another_account_nothing_is_known(server: Server, imported: dict[str,
     [
         (lambda f: (f / FILES["weights"]).write_bytes(b"not safetensors"), "adapter_truncated"),
         (lambda f: (f / FILES["config"]).write_text("{}"), None),
+        (lambda f: say_task(f, "SEQ_CLS"), "adapter_unsupported"),
         (lambda f: random_adapter(tiny_model("gpt2"), f, targets=["c_attn"]), "adapter_wrong_base"),
     ],
 )

@@ -158,6 +158,14 @@ def test_spend_limit_stops_and_alert_tells_once(
     assert admin.spend_limit.retrieve(project.id).enforcement.status == "enforcing"
     with pytest.raises(RateLimitError):
         client.fine_tuning.jobs.create(model=MODEL, training_file="file-x")
+    assert client.moderations.create(input="hello").results  # what is free goes on
+    grader = {"type": "string_check", "name": "same", "input": "a", "reference": "a"}
+    run = client.fine_tuning.alpha.graders.run
+    assert run(grader=grader | {"operation": "eq"}, model_sample="a").reward == 1
+    asking = {"type": "score_model", "name": "judge", "model": MODEL}
+    asking |= {"input": [{"role": "user", "content": "a"}]}
+    with pytest.raises(RateLimitError):
+        run(grader=asking, model_sample="a")
     assert admin.spend_limit.delete(project.id).deleted
     ask(client)
     with pytest.raises(NotFoundError):

@@ -43,7 +43,7 @@ async def create_chat_completion(
     ranking = await ranking_of(runtime, request, caller.id, body.reward_model, served)
     screening = Screening(runtime, request, caller.id, body, served.name)
     await screening.admit([message.content for message in body.messages], "messages")
-    generator = metered(runtime, request, body, served, [plan.prompt], screening)
+    generator = metered(runtime, request, body.user, served, [plan.prompt], screening)
     if body.stream:
         frames = _frames(plan, generator, screening, runtime, caller.id)
         return await EventStream.begin(request, frames)
@@ -168,27 +168,26 @@ async def _frames(
     begun: set[int] = set()
     answers = [Answer() for _ in plan.requests]
     generation = generator.start(plan.requests)
-    async with aclosing(generation.events(KEEP_ALIVE_S)) as events:
-        async for event in events:
-            if event is None:
-                yield None
-                continue
-            index, delta = event
-            answers[index].add(delta)
-            if index not in begun:
-                begun.add(index)
-                yield {**head, "choices": [_piece(index, {"role": "assistant", "content": ""})]}
-            if delta.text or delta.logprobs or plan.body.return_token_ids:
-                yield {**head, "choices": [_content(plan, index, delta)]}
-            if delta.finish_reason is not None:
-                last = _piece(index, {}) | {"finish_reason": delta.finish_reason}
-                yield {**head, "choices": [last]}
+    async with aclosing(generation.events(idle_s=KEEP_ALIVE_S)) as events:
+        async for told in events:
+            pieces = []
+            for index, delta in told:
+                answers[index].add(delta)
+                if index not in begun:
+                    begun.add(index)
+                    pieces.append(_piece(index, {"role": "assistant", "content": ""}))
+                if delta.text or delta.logprobs or plan.body.return_token_ids:
+                    pieces.append(_content(plan, index, delta))
+                if delta.finish_reason is not None:
+                    pieces.append(_piece(index, {}) | {"finish_reason": delta.finish_reason})
+            if pieces or not told:
+                yield [{**head, "choices": [piece]} for piece in pieces]
     whole = _whole(plan, answers)
     await _store(plan, whole, answers, runtime, account_id)
     if screening.results():
-        yield {**head, "choices": [], **screening.results()}
+        yield [{**head, "choices": [], **screening.results()}]
     if with_usage:
-        yield {**head, "choices": [], "usage": whole["usage"]}
+        yield [{**head, "choices": [], "usage": whole["usage"]}]
 
 
 def _content(plan: _Plan, index: int, delta: Delta) -> dict[str, Any]:

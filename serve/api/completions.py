@@ -52,7 +52,7 @@ async def create_completion(
     screening = Screening(runtime, request, caller.id, body, served.name)
     texts = [prompt.text for prompt in plan.prompts] + ([body.suffix] if body.suffix else [])
     await screening.admit(texts, "prompt")
-    generator = metered(runtime, request, body, served, plan.prompts, screening)
+    generator = metered(runtime, request, body.user, served, plan.prompts, screening)
     if body.stream:
         return await EventStream.begin(request, _frames(plan, generator, screening))
     answer = _answer(plan, generator, ranking, runtime, caller.id)
@@ -177,24 +177,22 @@ async def _frames(plan: _Plan, generator: Generator, screening: Screening) -> Fr
     ]
     options = plan.body.stream_options
     with_usage = options is not None and options.include_usage
+    head, tail = plan.head(), {"usage": None} if with_usage else {}
     total, cached = 0, [0] * len(plan.requests)
-    async with aclosing(generator.start(plan.requests).events(KEEP_ALIVE_S)) as events:
-        async for event in events:
-            if event is None:
-                yield None
-                continue
-            index, delta = event
-            total += delta.num_tokens
-            cached[index] = delta.num_cached
-            if not writers[index].has_news(delta):
-                continue
-            chunk = {**plan.head(), "choices": [writers[index].write(delta)]}
-            yield chunk | {"usage": None} if with_usage else chunk
+    async with aclosing(generator.start(plan.requests).events(idle_s=KEEP_ALIVE_S)) as events:
+        async for told in events:
+            chunks = []
+            for index, delta in told:
+                total += delta.num_tokens
+                cached[index] = delta.num_cached
+                if writers[index].has_news(delta):
+                    chunks.append({**head, "choices": [writers[index].write(delta)], **tail})
+            if chunks or not told:
+                yield chunks
     if screening.results():
-        last = {**plan.head(), "choices": [], **screening.results()}
-        yield last | {"usage": None} if with_usage else last
+        yield [{**head, "choices": [], **screening.results(), **tail}]
     if with_usage:
-        yield {**plan.head(), "choices": [], "usage": usage(plan.prompts, total, cached)}
+        yield [{**head, "choices": [], "usage": usage(plan.prompts, total, cached)}]
 
 
 class _ChoiceWriter:

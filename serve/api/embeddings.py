@@ -53,7 +53,7 @@ async def create_embeddings(
     prompts = await run_in_threadpool(_read, body.input, served, runtime.engine.max_context)
     screening = Screening(runtime, request, caller.id, body, served.name)
     await screening.admit([prompt.text for prompt in prompts], "input")
-    generator = metered(runtime, request, body, served, prompts, kind="embeddings")
+    generator = metered(runtime, request, body.user, served, prompts, kind="embeddings")
     answer = _embed(body, served, prompts, generator, caller.id)
     return json_response(await unless_disconnected(request, answer))
 

@@ -231,11 +231,10 @@ async def job_frames(runtime: Runtime, account: str, job_id: str, after: str | N
         found, ended = await run_in_threadpool(
             job_events.events_since, runtime.database, account, job_id, seq
         )
-        for event in found:
-            seq = event.seq
-            yield _describe_event(event)
-        if not found and silent_s >= KEEP_ALIVE_S:
-            yield None
+        if found or silent_s >= KEEP_ALIVE_S:
+            yield [_describe_event(event) for event in found]
+        if found:
+            seq = found[-1].seq
         if ended:
             return
         silent_s = 0.0 if found or silent_s >= KEEP_ALIVE_S else silent_s + STREAM_POLL_S

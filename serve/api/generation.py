@@ -21,12 +21,12 @@ from weakref import WeakSet
 from starlette.requests import ClientDisconnect, Request
 
 from data.errors import EngineFailure, Overloaded, ToolkitError
+from serve.api.inbox import Event, Inbox, LazyTimer, Mailbox
 from serve.engine.base import Delta, Engine, GenerationRequest, TokenLogprob
 
 IN_FLIGHT = 32  # sequences of one API request that wait or run in the engine at a time
 
 T = TypeVar("T")
-Event = tuple[int, Delta]  # which of the request's sequences, and what happened to it
 
 
 class Watcher(Protocol):
@@ -47,6 +47,10 @@ class Watcher(Protocol):
 
 class Screen(Protocol):
     """Decides what may leave of each sequence; see `serve.api.screening.Screening`."""
+
+    @property
+    def sees_output(self) -> bool:
+        """Whether it decides anything."""
 
     async def take(self, generation: Generation, index: int, delta: Delta) -> Sequence[Delta]:
         """Return what may leave, now that the engine tells more."""
@@ -76,28 +80,6 @@ class Answer:
         self.finish_reason = delta.finish_reason or ""
         self.num_cached = delta.num_cached
         self.embedding = delta.embedding or ()
-
-
-class Mailbox:
-    """Carries events to queues of an event loop, which is woken once for all that wait."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._waiting: deque[tuple[asyncio.Queue[Event], Event]] = deque()
-        self._is_called = False
-
-    def post(self, queue: asyncio.Queue[Event], event: Event) -> None:
-        """Put an event into a queue soon; called from any thread."""
-        self._waiting.append((queue, event))
-        if not self._is_called:
-            self._is_called = True
-            self._loop.call_soon_threadsafe(self._deliver)
-
-    def _deliver(self) -> None:
-        self._is_called = False  # what comes from here on calls again
-        while self._waiting:
-            queue, event = self._waiting.popleft()
-            queue.put_nowait(event)
 
 
 class Generator:
@@ -175,10 +157,9 @@ class Generator:
     async def answer(self, requests: Sequence[GenerationRequest]) -> list[Answer]:
         """Run the requests to their end and return their answers in order."""
         answers = [Answer() for _ in requests]
-        async with aclosing(self.start(requests).events()) as events:
-            async for event in events:
-                if event is not None:
-                    index, delta = event
+        async with aclosing(self.start(requests).events(ends_only=True)) as events:
+            async for told in events:
+                for index, delta in told:
                     answers[index].add(delta)
         return answers
 
@@ -201,8 +182,7 @@ class Generation:
         self._watcher = watcher
         self._waiting = deque(enumerate(requests))
         self._running: dict[int, str] = {}
-        self._events: asyncio.Queue[Event] = asyncio.Queue()
-        self._mailbox = generator.mailbox
+        self._inbox = Inbox(generator.mailbox)
 
     def fill(self) -> None:
         """Hand waiting sequences to the engine while it takes them."""
@@ -222,50 +202,71 @@ class Generation:
             self._waiting.popleft()
             self._running[index] = request.id
 
-    async def events(self, idle_s: float | None = None) -> AsyncGenerator[Event | None, None]:
-        """Yield what happens until every sequence has ended; None after `idle_s` of silence.
+    async def events(
+        self, *, idle_s: float | None = None, ends_only: bool = False
+    ) -> AsyncGenerator[list[Event], None]:
+        """Yield what happens until every sequence has ended; nothing after `idle_s` of silence.
+
+        Args:
+            ends_only: Yield only when a sequence ends, with all that came before. Without effect
+                if a screen has to see the text while it comes.
 
         Raises:
             ToolkitError: The engine could not go on with one of them; the others are cancelled.
         """
+        self._inbox.ends_only = ends_only and self._screen is None
+        silence = None if idle_s is None else LazyTimer(idle_s, self._inbox.wake)
         status: Literal["complete", "aborted", "error"] = "aborted"
         try:
             while self._running or self._waiting:
-                try:
-                    async with asyncio.timeout(idle_s):
-                        index, delta = await self._events.get()
-                        if self._ended_by is not None:
-                            raise self._ended_by
-                except TimeoutError:
-                    yield None
-                    continue
-                self._generator.note(delta)
-                if delta.finish_reason is not None:
-                    del self._running[index]
-                    cancelled = delta.finish_reason == "cancelled" and index not in self._stopped
-                    if delta.finish_reason == "error" or cancelled:
-                        raise delta.error or EngineFailure(
-                            "The server stopped before the answer was complete; ask again."
-                        )
-                    self.fill()
-                if self._screen is None:
-                    yield index, delta
-                    continue
-                for shown in await self._screen.take(self, index, delta):
-                    yield index, shown
+                told = await self._inbox.take()
+                if self._ended_by is not None:
+                    raise self._ended_by
+                shown: list[Event] = []
+                failure: ToolkitError | None = None
+                for index, delta in told:
+                    failure = self._failure(index, delta)
+                    if failure is not None:
+                        break
+                    if self._screen is None:
+                        shown.append((index, delta))
+                    else:
+                        passed = await self._screen.take(self, index, delta)
+                        shown += [(index, one) for one in passed]
+                if shown or not told:
+                    yield shown
+                    if silence is not None:
+                        silence.renew()
+                if failure is not None:
+                    raise failure
             status = "complete"
         except ToolkitError:
             status = "error"
             raise
         finally:
+            if silence is not None:
+                silence.cancel()
             self.cancel()
             if self._watcher:
                 self._watcher.ended(status)
 
+    def _failure(self, index: int, delta: Delta) -> ToolkitError | None:
+        """Look whether a sequence has ended, and return why if it should not have."""
+        if delta.finish_reason is None:
+            return None
+        del self._running[index]
+        cancelled = delta.finish_reason == "cancelled" and index not in self._stopped
+        if delta.finish_reason == "error" or cancelled:
+            return delta.error or EngineFailure(
+                "The server stopped before the answer was complete; ask again."
+            )
+        self.fill()
+        return None
+
     def end(self, error: ToolkitError) -> None:
         """Make `events` raise an error as soon as it looks; what runs is cancelled then."""
         self._ended_by = error
-        self._events.put_nowait((-1, Delta("")))
+        self._inbox.wake()
 
     def stop(self, index: int) -> None:
         """End one sequence; its last delta, with what was produced meanwhile, still comes."""
@@ -284,7 +285,8 @@ class Generation:
         def on_delta(delta: Delta) -> None:  # on the engine's thread
             if self._watcher:
                 self._watcher.saw(index, delta)
-            self._mailbox.post(self._events, (index, delta))
+            self._generator.note(delta)
+            self._inbox.put(index, delta)
 
         return on_delta
 

@@ -20,7 +20,7 @@ router = APIRouter(prefix="/v1/fine_tuning/alpha/graders", route_class=StrictJso
 @router.post("/run")
 async def run(body: RunRequest, request: Request, caller: Caller, runtime: Running) -> Response:
     """Score what a model said about one row."""
-    work = run_grader(body, runtime, caller.id)
+    work = run_grader(body, request, runtime, caller.id)
     return json_response(await unless_disconnected(request, work))
 
 

@@ -10,15 +10,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
 
 from data.errors import EngineFailure, InvalidInput
 from data.grader_text import MissingVariable, SampleNotJson, fill
 from data.similarity import MAX_CHARS, MEASURES, compare
 from data.tables import new_id
-from serve.api.adapters import ServedModel
+from serve.api.adapters import RewardModel, ServedModel
 from serve.api.grader_schemas import Multi, RunRequest, ScoreModel, StringCheck, TextSimilarity
+from serve.api.metered import metered
 from serve.api.prompts import read_messages, room_for
-from serve.api.rewards import row_of, score_rows
+from serve.api.rewards import Row, record_scoring, row_of, score_rows
 from serve.api.schemas import ChatMessage
 from serve.engine.base import GenerationRequest, SamplingParams
 from serve.runtime import Runtime
@@ -42,6 +44,7 @@ class _Run:
     """One sample under one grader."""
 
     runtime: Runtime
+    request: Request
     account: str
     sample: str
     item: dict[str, Any]
@@ -88,9 +91,21 @@ class _Run:
         check_reward_grader(grader)
         tokenizer = self.runtime.models.base_tokens.tokenizer
         row = await run_in_threadpool(row_of, tokenizer, self.item, self.sample)
-        [score] = await score_rows(self.runtime, model, [row], self.account)
+        [score] = await self._scored(model, row)
         self.tokens[grader.model] = self.tokens.get(grader.model, 0) + len(row)
         return score
+
+    async def _scored(self, model: RewardModel, row: Row) -> list[float]:
+        """Score a row within the account's limits, and tell the ledger what was read."""
+        reservation, _ = self.runtime.gate.admit(self.account, model.name, len(row), len(row))
+        read = 0
+        try:
+            scores = await score_rows(self.runtime, model, [row], self.account)
+            read = len(row)
+        finally:
+            reservation.settle(read)
+        record_scoring(self.runtime, self.request, self.account, model.name, read)
+        return scores
 
     async def _ask(self, grader: ScoreModel, served: ServedModel) -> float:
         if not grader.input:
@@ -115,7 +130,8 @@ class _Run:
         request = GenerationRequest(
             new_id("grade-"), prompt.ids, params, served.adapter, self.account
         )
-        [answer] = await self.runtime.generator.answer([request])
+        generator = metered(self.runtime, self.request, None, served, [prompt])
+        [answer] = await generator.answer([request])
         used = len(prompt.ids) + len(answer.token_ids)
         self.tokens[grader.model] = self.tokens.get(grader.model, 0) + used
         score = read_score(answer.text)
@@ -125,15 +141,20 @@ class _Run:
         return score
 
 
-async def run_grader(request: RunRequest, runtime: Runtime, account: str) -> dict[str, Any]:
-    """Return the API's answer for one sample.
+async def run_grader(
+    body: RunRequest, request: Request, runtime: Runtime, account: str
+) -> dict[str, Any]:
+    """Return the API's answer for one sample; what models read and wrote is the account's usage.
 
     Raises:
+        RateLimited: A model grades, and the account has used up what it may use in this time.
+        QuotaExceeded: A model grades, and the account has spent what it may.
         ModelNotFound: The account has no such model to grade with.
         InvalidInput: The texts are too long, or the model has no chat template.
     """
     started = time.monotonic()
-    grader, run = request.grader, _Run(runtime, account, request.model_sample, request.item)
+    grader = body.grader
+    run = _Run(runtime, request, account, body.model_sample, body.item)
     parts = grader.graders if isinstance(grader, Multi) else {grader.name: grader}
     scores = {name: await run.score(part) for name, part in parts.items()}
     reward = 0.0

@@ -169,8 +169,8 @@ async def list_fine_tune_events(
 
 
 async def _frames(events: Frames) -> Frames:
-    async for event in events:
-        yield None if event is None else _former(event)
+    async for found in events:
+        yield [_former(event) for event in found]
 
 
 def _check_model(engine: str, model: str) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 from starlette.requests import Request
 
@@ -104,7 +103,7 @@ class Metered(Generator):
         admit: Callable[[Sequence[GenerationRequest]], Tally],
         screen: Screen | None = None,
     ):
-        self._screen = screen
+        self._screen = screen if screen is not None and screen.sees_output else None
         super().__init__(generator.engine)
         self._generator = generator
         self._admit = admit
@@ -132,16 +131,10 @@ class Metered(Generator):
             raise
 
 
-class HasUser(Protocol):
-    """A request that may name its end user."""
-
-    user: str | None
-
-
 def metered(
     runtime: Runtime,
     request: Request,
-    body: HasUser,
+    end_user: str | None,
     served: ServedModel,
     prompts: Sequence[Prompt],
     screen: Screen | None = None,
@@ -150,6 +143,7 @@ def metered(
     """Return the engine for this request, whose usage goes to its account.
 
     Args:
+        end_user: Whom the request names as its end user.
         screen: Decides what of the answer is told.
         kind: What the ledger calls it.
     """
@@ -179,7 +173,7 @@ def metered(
                 prompt_tokens=prompt,
                 cached_tokens=cached,
                 completion_tokens=completion,
-                end_user=body.user,
+                end_user=end_user,
                 status=status,
             )
             runtime.gate.record(used)

@@ -57,7 +57,7 @@ def meter(runtime: Runtime, request: Request, account: str, texts: list[str]) ->
         RateLimited: The account calls too often.
     """
     principal: Principal = request.state.principal
-    reservation, left = runtime.gate.admit(account, runtime.models.base_model, 0, 0)
+    reservation, left = runtime.gate.admit(account, runtime.models.base_model, 0, 0, is_free=True)
     reservation.settle(0)
     request.state.rate_headers = left
     counted = sum(map(runtime.models.count_tokens, texts))

@@ -73,7 +73,8 @@ class Ranking:
             for index, answer in enumerate(answers)
         ]
         scores = await score_rows(self.runtime, self.model, rows, self.account)
-        self._record(sum(map(len, rows)))
+        num_tokens = sum(map(len, rows))
+        record_scoring(self.runtime, self.request, self.account, self.model.name, num_tokens)
         return scores
 
     def _tokens(self, answer: Answer) -> Row:
@@ -83,18 +84,21 @@ class Ranking:
         plain = self.served.tokens.tokenizer.encode(answer.text, add_special_tokens=False)
         return [*plain, self.served.tokens.tokenizer.eos_token_id]
 
-    def _record(self, num_tokens: int) -> None:
-        """Tell the ledger what was read; the request itself is counted where it was generated."""
-        state = self.request.state
-        used = Usage(
-            project_id=self.account,
-            key_id=state.principal.key_id,
-            model=self.model.name,
-            request_id=state.request_id,
+
+def record_scoring(
+    runtime: Runtime, request: Request, account: str, model: str, num_tokens: int
+) -> None:
+    """Tell the ledger what a reward model read."""
+    runtime.gate.record(
+        Usage(
+            project_id=account,
+            key_id=request.state.principal.key_id,
+            model=model,
+            request_id=request.state.request_id,
             kind="scoring",
             prompt_tokens=num_tokens,
         )
-        self.runtime.gate.record(used)
+    )
 
 
 def best(

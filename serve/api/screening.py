@@ -86,6 +86,11 @@ class Screening:
         self._seen: dict[Side, list[Verdict]] = {"input": [], "output": []}
         self._held: defaultdict[int, _Held] = defaultdict(_Held)
 
+    @property
+    def sees_output(self) -> bool:
+        """Whether it has to see what is generated."""
+        return self.policy.output != "off"
+
     async def admit(self, texts: Sequence[str], param: str) -> None:
         """Judge what goes in.
 

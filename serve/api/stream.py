@@ -8,9 +8,8 @@ the frames' iterator is closed, and with it the generation behind it.
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Any, Self
 
 import anyio
@@ -22,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 from data.errors import ToolkitError
 from serve.api.errors import envelope, internal_error
 from serve.api.generation import unless_disconnected
+from serve.api.inbox import LazyTimer
 
 KEEP_ALIVE_S = 10.0
 SEND_LIMIT_S = 60.0  # a client that takes nothing for this long is gone
@@ -31,8 +31,8 @@ DONE = b"data: [DONE]\n\n"
 log = logging.getLogger("hone.requests")
 
 
-Frame = dict[str, Any] | None  # None stands for silence and becomes a comment
-Frames = AsyncGenerator[Frame, None]
+# What is sent together, an event each; an empty list stands for silence and becomes a comment.
+Frames = AsyncGenerator[list[dict[str, Any]], None]
 
 
 class EventStream(Response):
@@ -40,7 +40,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, first: Frame, rest: Frames):
+    def __init__(self, first: list[dict[str, Any]], rest: Frames):
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self.first = first
@@ -48,12 +48,14 @@ class EventStream(Response):
 
     @classmethod
     async def begin(cls, request: Request, frames: Frames) -> Self:
-        """Wait for the first frame, so that an early failure is an ordinary error response."""
+        """Wait for the first frames, so that an early failure is an ordinary error response."""
         return cls(await unless_disconnected(request, anext(frames)), frames)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        request_id = scope["state"]["request_id"]
         async with anyio.create_task_group() as group:
+            sender = _Sender(send, request_id, group.cancel_scope.cancel)
 
             async def watch() -> None:
                 while (await receive())["type"] != "http.disconnect":
@@ -62,43 +64,57 @@ class EventStream(Response):
 
             group.start_soon(watch)
             try:
-                await self._send_frames(scope, send)
+                await self._send_frames(sender, request_id)
             finally:
+                sender.close()
                 with anyio.CancelScope(shield=True):
                     await self.rest.aclose()
             group.cancel_scope.cancel()
 
-    async def _send_frames(self, scope: Scope, send: Send) -> None:
+    async def _send_frames(self, sender: _Sender, request_id: str) -> None:
         try:
-            try:
-                await _send_body(send, _event(self.first))
-                async for frame in self.rest:
-                    await _send_body(send, _event(frame))
-                await _send_body(send, DONE)
-            except ToolkitError as error:
-                await _send_body(send, _event(envelope(error)))
-            except _ReadsNothing:
-                raise
-            except Exception:
-                request_id = scope["state"]["request_id"]
-                log.exception("%s while streaming", request_id)
-                await _send_body(send, _event(envelope(internal_error(request_id))))
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-        except _ReadsNothing:  # leave without an end, so that the connection is cut
-            log.warning("%s: the client reads nothing", scope["state"]["request_id"])
+            await sender.send(_events(self.first))
+            async for frames in self.rest:
+                await sender.send(_events(frames))
+            last = DONE
+        except ToolkitError as error:
+            last = _events([envelope(error)])
+        except Exception:
+            log.exception("%s while streaming", request_id)
+            last = _events([envelope(internal_error(request_id))])
+        await sender.send(last, more=False)
 
 
-class _ReadsNothing(Exception):
-    """The connection has taken nothing for SEND_LIMIT_S."""
+class _Sender:
+    """Sends, and gives up on a client that takes nothing for SEND_LIMIT_S.
+
+    Args:
+        give_up: Ends the stream without an end, so that the connection is cut.
+    """
+
+    def __init__(self, send: Send, request_id: str, give_up: Callable[[], None]):
+        self._send = send
+        self._request_id = request_id
+        self._give_up = give_up
+        self._is_sending = False
+        self._timer = LazyTimer(SEND_LIMIT_S, self._check)
+
+    async def send(self, body: bytes, *, more: bool = True) -> None:
+        """Send one piece of the body."""
+        self._timer.renew()
+        self._is_sending = True
+        await self._send({"type": "http.response.body", "body": body, "more_body": more})
+        self._is_sending = False
+
+    def close(self) -> None:
+        """Watch no longer."""
+        self._timer.cancel()
+
+    def _check(self) -> None:
+        if self._is_sending:
+            log.warning("%s: the client reads nothing", self._request_id)
+            self._give_up()
 
 
-def _event(frame: Frame) -> bytes:
-    return PING if frame is None else b"data: " + orjson.dumps(frame) + b"\n\n"
-
-
-async def _send_body(send: Send, body: bytes) -> None:
-    try:
-        async with asyncio.timeout(SEND_LIMIT_S):
-            await send({"type": "http.response.body", "body": body, "more_body": True})
-    except TimeoutError:
-        raise _ReadsNothing from None
+def _events(frames: list[dict[str, Any]]) -> bytes:
+    return b"".join([b"data: " + orjson.dumps(frame) + b"\n\n" for frame in frames]) or PING
