@@ -27,7 +27,13 @@ from train.run import ORIGIN, RunFolder, write_json
 LOSSES = (("train_loss", "training"), ("valid_loss", "validation"))
 PROBE_ROWS = 3
 PROBE_TOKENS = 192
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}  # of a log-probability
+# Of a log-probability, the worst and the mean over tokens. Two right computations in bfloat16 are
+# 0.03 to 0.07 apart on average (SmolLM2-135M), and 0.5 where a token is improbable.
+TOLERANCE = {
+    torch.float32: (1e-3, 1e-3),
+    torch.bfloat16: (2.0, 0.15),
+    torch.float16: (0.25, 0.02),
+}
 
 
 def write_adapter(
@@ -67,7 +73,7 @@ def write_adapter(
     rows = [list(row[:PROBE_TOKENS]) for row in rows[:PROBE_ROWS]]
     probe = {"token_ids": rows, "logprobs": _score(model, rows)}
     tolerance = TOLERANCE[base.model.dtype]
-    write_json(folder / "probe.json", {**probe, "tolerance": tolerance})
+    write_json(folder / "probe.json", {**probe, "tolerance": tolerance[0]})
     if serves:
         _check_served(folder, base, config, probe, tolerance)
     shutil.rmtree(run.adapter, ignore_errors=True)
@@ -146,7 +152,11 @@ def _score(model: PeftModel, rows: Sequence[Sequence[int]]) -> list[list[float]]
 
 
 def _check_served(
-    folder: Path, base: Base, config: RunConfig, probe: Mapping[str, Any], tolerance: float
+    folder: Path,
+    base: Base,
+    config: RunConfig,
+    probe: Mapping[str, Any],
+    tolerance: tuple[float, float],
 ) -> None:
     dtype = str(base.model.dtype).removeprefix("torch.")
     fresh, tokenizer = base_model.load(base.folder, dtype, config.device)
@@ -163,13 +173,18 @@ def _check_served(
     ]
     with LocalEngine(fresh, tokenizer, engine_config, base.fingerprint) as engine:
         completions = engine.generate(requests)
-    worst = 0.0
-    for completion, wanted in zip(completions, probe["logprobs"], strict=True):
-        served = [entry.logprob for entry in (completion.prompt_logprobs or ()) if entry]
-        worst = max(worst, *(abs(a - b) for a, b in zip(served, wanted, strict=True)))
-    if not worst <= tolerance:  # NaN fails too
+    differences = [
+        abs(entry.logprob - log_prob)
+        for completion, wanted in zip(completions, probe["logprobs"], strict=True)
+        for entry, log_prob in zip(
+            [entry for entry in (completion.prompt_logprobs or ()) if entry], wanted, strict=True
+        )
+    ]
+    found = (max(differences), sum(differences) / len(differences))
+    if not (found[0] <= tolerance[0] and found[1] <= tolerance[1]):  # NaN fails too
         raise TrainingFailed(
-            f"The serving engine's log-probabilities differ from the trainer's by {worst:.2g} "
-            f"(allowed {tolerance}): the adapter would answer differently from what was trained",
+            f"The serving engine's log-probabilities differ from the trainer's by {found[1]:.2g} "
+            f"on average, {found[0]:.2g} at most (allowed {tolerance[1]} and {tolerance[0]}): the "
+            "adapter would answer differently from what was trained",
             code="probe_mismatch",
         )

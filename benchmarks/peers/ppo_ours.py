@@ -7,6 +7,7 @@ import json
 import statistics
 import sys
 import tempfile
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     for name in ("batch", "prompt", "response", "updates", "threads"):
         parser.add_argument(f"--{name}", type=int, required=True)
+    parser.add_argument("--dtype", required=True)
     parser.add_argument("--trunk", choices=["separate", "shared"], default="separate")
     parser.add_argument("--models-dir", type=Path, required=True)
     given = parser.parse_args()
@@ -37,7 +39,10 @@ def main() -> None:
 
 
 def measure(given: argparse.Namespace, folder: Path) -> dict[str, object]:
-    reward = make_reward(folder / "reward", given.models_dir)
+    reward = folder / "reward"
+    process = get_context("spawn").Process(target=make_reward, args=(reward, given.models_dir))
+    process.start()  # of its own, so that its memory is not counted
+    process.join()
     prompts = folder / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"p {i}"}) + "\n" for i in range(8)))
     config = PpoConfig.model_validate(
@@ -55,7 +60,7 @@ def measure(given: argparse.Namespace, folder: Path) -> dict[str, object]:
             "total_episodes": given.batch * given.updates,
             "num_epochs": 4,
             "save_every": 10_000,
-            "dtype": "float32",
+            "dtype": given.dtype,
             "threads": given.threads,
             "reward": {"model": reward, "clip": None},
             "value": {"trunk": given.trunk, "warmup_updates": 0},
@@ -91,7 +96,7 @@ def measure(given: argparse.Namespace, folder: Path) -> dict[str, object]:
     }
 
 
-def make_reward(folder: Path, models_dir: Path) -> Path:
+def make_reward(folder: Path, models_dir: Path) -> None:
     """Save a reward model with a random head; what it says does not matter here."""
     spec = base_model.find_spec(MODEL)
     base = base_model.fetch(spec, models_dir)
@@ -100,7 +105,6 @@ def make_reward(folder: Path, models_dir: Path) -> Path:
     get_peft_model(model, config).save_pretrained(str(folder), save_embedding_layers=False)
     torch.manual_seed(1)
     save_head(folder, torch.randn(model.config.hidden_size) / 24, Normalizer(0.0, 1.0, 256))
-    return folder
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     for name in ("batch", "prompt", "response", "updates", "threads"):
         parser.add_argument(f"--{name}", type=int, required=True)
+    parser.add_argument("--dtype", required=True)
     parser.add_argument("--value", choices=["full", "lora"], default="full")
     parser.add_argument("--trainer", choices=["ppo", "rloo"], default="ppo")
     parser.add_argument("--model", required=True, help="folder of the base")
@@ -62,7 +63,7 @@ def lora(task: str) -> LoraConfig:
 def load(given: argparse.Namespace) -> tuple[Any, Any, Dataset]:
     tokenizer = AutoTokenizer.from_pretrained(given.model, padding_side="left")
     tokenizer.pad_token = "<|endoftext|>"  # not EOS: this trainer infers masks from ids
-    policy = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32)
+    policy = AutoModelForCausalLM.from_pretrained(given.model, dtype=getattr(torch, given.dtype))
     draw = torch.Generator().manual_seed(0)
     count = given.batch * (given.updates + 2)
     rows = torch.randint(10, 49152, (count, given.prompt), generator=draw).tolist()
@@ -72,7 +73,7 @@ def load(given: argparse.Namespace) -> tuple[Any, Any, Dataset]:
 def scorer(given: argparse.Namespace, pad: int) -> Any:
     torch.manual_seed(1)
     model = AutoModelForSequenceClassification.from_pretrained(
-        given.model, num_labels=1, dtype=torch.float32
+        given.model, num_labels=1, dtype=getattr(torch, given.dtype)
     )
     model.config.pad_token_id = pad
     return model
