@@ -27,6 +27,12 @@ import psutil
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 WORK = ("batch", "prompt", "response", "updates", "threads", "dtype")
+MEASURED = {
+    "seconds": "seconds_per_update",
+    "cpu_seconds": "cpu_seconds_per_update",  # of all threads: less moved by other programs
+    "peak_bytes": "peak_bytes",
+}
+TRUNKS = ("separate", "shared")
 PEERS = {
     "trl_ppo_full": ["--trainer", "ppo", "--value", "full"],
     "trl_ppo_lora": ["--trainer", "ppo", "--value", "lora"],
@@ -42,6 +48,7 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=4, help="the first is not counted")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--trunks", nargs="*", choices=TRUNKS, default=list(TRUNKS), help="ours")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     parser.add_argument("--models-dir", type=Path, default=Path(".hone/models"))
     parser.add_argument("--json", action="store_true", help="print the result only")
@@ -54,7 +61,7 @@ def main() -> None:
         trunk: run(
             HERE / "peers/ppo_ours.py", [*words, f"--trunk={trunk}", f"--models-dir={models}"]
         )
-        for trunk in ("separate", "shared")
+        for trunk in given.trunks
     }
     peers = {}
     for name in given.peers:
@@ -65,7 +72,7 @@ def main() -> None:
         f"{what}_{trunk}_vs_{name}": round(ours[trunk][key] / peer[key], 3)
         for trunk in ours
         for name, peer in peers.items()
-        for what, key in (("seconds", "seconds_per_update"), ("peak_bytes", "peak_bytes"))
+        for what, key in MEASURED.items()
     }
     result = {
         "work": work | {"epochs": 4, "model": "smollm2-135m-instruct"},
@@ -89,8 +96,8 @@ def run(script: Path, words: list[str], path: Sequence[Path] = ()) -> dict[str, 
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
-    print(f"{script.name} {' '.join(words)} done", file=sys.stderr)
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    print(f"{script.name} {' '.join(words)}: {json.dumps(found)}", file=sys.stderr, flush=True)
     return found
 
 

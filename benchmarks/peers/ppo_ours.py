@@ -7,6 +7,7 @@ import json
 import statistics
 import sys
 import tempfile
+import time
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -80,15 +81,18 @@ def measure(given: argparse.Namespace, folder: Path) -> dict[str, object]:
     run = RunFolder(config.output_dir)
     run.prepare()
     trainer = PpoTrainer(job, run, Stopper())
+    started = time.process_time()
     try:
         trainer.train(None)
     finally:
         job.close()
+    cpu = (time.process_time() - started) / given.updates
     records = [json.loads(line) for line in run.metrics.read_text().splitlines()][1:]
     names = ("time/step", "time/rollout", "time/score", "time/train")
     found = {name: statistics.median(record[name] for record in records) for name in names}
     return {
         "seconds_per_update": found["time/step"],
+        "cpu_seconds_per_update": round(cpu, 2),
         "phases": {name.partition("/")[2]: value for name, value in found.items()},
         "peak_bytes": max(record["mem/peak"] for record in records),
         "loaded_bytes": loaded,

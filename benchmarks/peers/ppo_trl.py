@@ -121,10 +121,11 @@ def ppo(given: argparse.Namespace, folder: str) -> dict[str, Any]:
         peft_config=lora("CAUSAL_LM"),
         callbacks=[clock],
     )
-    loaded = peak()
+    loaded, started = peak(), time.process_time()
     trainer.train()
+    cpu = (time.process_time() - started) / given.updates
     steps = {int(state["step"]) for state in trainer.optimizer.optimizer.state.values()}
-    return report(clock, loaded) | {"optimizer_steps": max(steps)}
+    return report(clock, loaded, cpu) | {"optimizer_steps": max(steps)}
 
 
 def rloo(given: argparse.Namespace, folder: str) -> dict[str, Any]:
@@ -132,7 +133,7 @@ def rloo(given: argparse.Namespace, folder: str) -> dict[str, Any]:
 
     tokenizer, policy, data = load(given)
     reward = scorer(given, tokenizer.pad_token_id)
-    texts = tokenizer.batch_decode(data["input_ids"])
+    texts = [tokenizer.decode(row["input_ids"]) for row in data]
     policy.generation_config.eos_token_id = None  # every response has full length
     clock = Clock()
     trainer = RLOOTrainer(
@@ -162,17 +163,23 @@ def rloo(given: argparse.Namespace, folder: str) -> dict[str, Any]:
         peft_config=lora("CAUSAL_LM"),
         callbacks=[clock],
     )
-    loaded = peak()
+    loaded, started = peak(), time.process_time()
     trainer.train()
+    cpu = (time.process_time() - started) / given.updates
     clock.times = clock.times[::4]  # an update has four passes
-    return report(clock, loaded) | {"optimizer_steps": 4 * given.updates}
+    return report(clock, loaded, cpu) | {"optimizer_steps": 4 * given.updates}
 
 
-def report(clock: Clock, loaded: int) -> dict[str, Any]:
+def report(clock: Clock, loaded: int, cpu: float) -> dict[str, Any]:
     pairs = zip(clock.times[:-1], clock.times[1:], strict=True)
     seconds = [after - before for before, after in pairs]
     steady = statistics.median(seconds[1:] or seconds)
-    return {"seconds_per_update": steady, "peak_bytes": peak(), "loaded_bytes": loaded}
+    return {
+        "seconds_per_update": steady,
+        "cpu_seconds_per_update": round(cpu, 2),
+        "peak_bytes": peak(),
+        "loaded_bytes": loaded,
+    }
 
 
 def peak() -> int:
