@@ -26,13 +26,14 @@ from rlhf.ppo_math import Reduce
 from rlhf.prompts import Prompt, load_prompts
 from rlhf.reward_model import RewardHead, read_head
 from rlhf.rewards import RewardSource, make_source
-from rlhf.rollout import Sampler
+from rlhf.rollout import Sampler, twin
 from train.base_model import Base, load_base
 from train.batches import name_lines
-from train.config import CPU_MICRO_BATCH_TOKENS, GPU_MICRO_BATCH_TOKENS
+from train.config import GPU_MICRO_BATCH_TOKENS
 from train.lora import lora_config
 from train.start import read_shape, set_weights
 
+CPU_TOKENS = 512  # that go through the model at once: half of the activations of SFT's 1,024
 FEWEST_HELD_OUT = 4  # the prompts must be so many times those held out for evaluation
 
 
@@ -124,6 +125,7 @@ def set_up(config: PpoConfig) -> PpoRun:
     room = min(config.max_prompt_length, base.context_length - config.max_new_tokens)
     prompts, eval_prompts, warnings = read_prompts(config, base, room)
     head = read_head(config.reward.model, base.fingerprint) if config.reward.model else None
+    shared = twin(base.model)
     roles = build_roles(config, base, head)
     longest = max(len(prompt.ids) for prompt in (*prompts, *eval_prompts))
     sampler = Sampler(
@@ -132,8 +134,9 @@ def set_up(config: PpoConfig) -> PpoRun:
         longest + config.max_new_tokens,
         config.batch_size // team.size,
         config.stop_at_eos,
+        shared,
     )
-    by_device = CPU_MICRO_BATCH_TOKENS
+    by_device = CPU_TOKENS
     if base.model.device.type != "cpu":
         by_device = GPU_MICRO_BATCH_TOKENS
     max_tokens = config.micro_batch_tokens if config.micro_batch_tokens != "auto" else by_device

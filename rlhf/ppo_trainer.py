@@ -36,6 +36,7 @@ from rlhf.wandb_log import WandbLog
 from rlhf.watch import Bar, alarms, measure
 from train.base_model import Base
 from train.callbacks import Stopper
+from train.memory import give_back_freed
 from train.publish import write_adapter
 from train.run import RunFolder
 
@@ -115,6 +116,7 @@ class PpoTrainer:
         )
         with self._timing("train"):
             stats = self._learner.update(experience, number)
+            give_back_freed()
         progress.update += 1
         progress.optimizer_steps += stats.steps
         read = sum(len(s.prompt.ids) + len(s.response) for s in experience.samples)
@@ -248,11 +250,12 @@ class PpoTrainer:
         prompts: Sequence[Any] = job.eval_prompts
         seeds = [seed_of(config.seed, -1 - update, index) for index in range(len(prompts))]
         samples: list[Sample] = []
-        for at in range(0, len(prompts), config.batch_size):
-            part = slice(at, at + config.batch_size)
-            samples += job.sampler.sample(
-                policy, prompts[part], seeds[part], config.max_new_tokens, GREEDY_ENOUGH
-            )
+        with job.sampler.awake():
+            for at in range(0, len(prompts), config.batch_size):
+                part = slice(at, at + config.batch_size)
+                samples += job.sampler.sample(
+                    policy, prompts[part], seeds[part], config.max_new_tokens, GREEDY_ENOUGH
+                )
         scores = job.source.score(samples)
         if kind is not None:
             for sample, score in zip(samples, scores, strict=True):

@@ -39,6 +39,7 @@ from train.base_model import Base, load_base
 from train.batches import name_lines
 from train.callbacks import ProgressBar, RunLog, SaveAt, Stopper
 from train.config import CPU_MICRO_BATCH_TOKENS, GPU_MICRO_BATCH_TOKENS
+from train.fused_layers import fuse_layers
 from train.lora import lora_config
 from train.publish import write_adapter
 from train.run import RunFolder, replace_text, write_json
@@ -245,6 +246,7 @@ def _reload(job: RewardRun, folder: Path, rows: Sequence[Sequence[int]]) -> list
 
     dtype = str(job.base.model.dtype).removeprefix("torch.")
     fresh, _ = base_model.load(job.base.folder, dtype, job.config.device)
+    fuse_layers(fresh)  # as trained: other roundings differ by more in bfloat16
     model = PeftModel.from_pretrained(fresh, str(folder), adapter_name=REWARD)
     roles = ActorCritic(model, 1.0)
     roles.add_head(REWARD, read_head(folder, job.base.fingerprint).weight)

@@ -198,9 +198,22 @@ def read_scores(value: Any, samples: Sequence[Sample], source: str) -> list[floa
 
 def by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Put indices of rows of similar length together, up to `max_tokens` with padding; one at
-    least."""
+    least. Of all cuts into so few parts it is the one whose largest part is smallest."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    parts = _cut(order, lengths, max_tokens)
+    low, high = 0, max_tokens  # too little, enough
+    while high - low > 1:
+        middle = (low + high) // 2
+        if len(_cut(order, lengths, middle)) == len(parts):
+            high = middle
+        else:
+            low = middle
+    return _cut(order, lengths, high)
+
+
+def _cut(order: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     parts: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+    for index in order:
         if parts and (len(parts[-1]) + 1) * lengths[index] <= max_tokens:
             parts[-1].append(index)
         else:

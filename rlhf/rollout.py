@@ -1,21 +1,28 @@
 """Responses of the policy, sampled by the engine that serves customers.
 
-The engine has a base of its own and gets the policy's adapter in memory. Every response has a seed
-of its own, made of the run's seed, the update and its place in the batch, so the same policy gives
-the same responses in a resumed run, and with any number of processes.
+The engine has a base of its own, or shares the trainer's weights with it (`twin`): while it is
+awake they are its, packed as it multiplies them, and asleep it has nothing. It gets the policy's
+adapter in memory. Every response has a seed of its own, made of the run's seed, the update and its
+place in the batch, so the same policy gives the same responses in a resumed run, and with any
+number of processes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
+
+from transformers import PreTrainedModel
 
 from data.errors import InvalidInput
 from rlhf.prompts import Prompt
 from serve.engine.base import GenerationRequest, MemoryAdapter, SamplingParams
 from serve.engine.local import EngineConfig, LocalEngine
 from train.base_model import Base
+from train.memory import give_back_freed
 
 MAX_BATCH = 64  # sequences that run together
 GREEDY_ENOUGH = 0.01  # temperature of evaluations, as in Stiennon et al. 2020
@@ -38,29 +45,83 @@ class Sample:
     log_probs: tuple[float, ...]
 
 
+def twin(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the same model in modules of its own, on the very same parameters.
+
+    What is hooked into one's modules does not reach the other's. To be made before anything is.
+    """
+    shared = {id(parameter): parameter for parameter in model.parameters()}
+    return copy.deepcopy(model, shared)
+
+
 class Sampler:
-    """An engine on a base of its own."""
+    """An engine on a base of its own, or on a twin of the trainer's.
+
+    Args:
+        max_context: Tokens of prompt and response.
+        batch_size: Responses asked for at once.
+        stop_at_eos: False: every response has all its tokens.
+        shared: A twin of the trainer's model, which computes nothing while the engine is awake;
+            None loads another copy, on which the engine stays awake.
+
+    Raises:
+        InvalidInput: The base does not read so many tokens.
+    """
 
     def __init__(
-        self, base: Base, device: str, max_context: int, batch_size: int, stop_at_eos: bool
+        self,
+        base: Base,
+        device: str,
+        max_context: int,
+        batch_size: int,
+        stop_at_eos: bool,
+        shared: PreTrainedModel | None = None,
     ):
-        dtype = str(base.model.dtype).removeprefix("torch.")
+        self._base = base
         batch = min(batch_size, MAX_BATCH)
-        config = EngineConfig(max_batch=batch, max_context=max_context, queue_size=batch_size)
-        engine = LocalEngine.open(base.folder, dtype, device, config, base.fingerprint)
-        self._engine = engine.start()
+        self._config = EngineConfig(max_batch=batch, max_context=max_context, queue_size=batch_size)
         self._stops = stop_at_eos
-        if self._engine.max_context < max_context:
-            raise InvalidInput(
-                f"prompt and response may have {max_context} tokens together, but "
-                f"{base.name} reads at most {self._engine.max_context}; lower max_prompt_length or "
-                "max_new_tokens",
-                param="max_prompt_length",
-            )
+        self._shared = shared
+        self._engine: LocalEngine | None = None
+        if shared is None:
+            dtype = str(base.model.dtype).removeprefix("torch.")
+            own = LocalEngine.open(base.folder, dtype, device, self._config, base.fingerprint)
+            self._engine = self._start(own)
 
     def close(self) -> None:
         """Give back the engine's thread and memory."""
-        self._engine.close()
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+
+    @contextmanager
+    def awake(self) -> Iterator[LocalEngine]:
+        """Have the engine for a block; shared weights are the trainer's again after it."""
+        if self._engine is not None:
+            yield self._engine
+            return
+        if self._shared is None:
+            raise RuntimeError("the sampler is closed")
+        base = self._base
+        self._engine = self._start(
+            LocalEngine(self._shared, base.tokenizer, self._config, base.fingerprint)
+        )
+        try:
+            yield self._engine
+        finally:
+            self.close()
+            give_back_freed()
+
+    def _start(self, engine: LocalEngine) -> LocalEngine:
+        wanted = self._config.max_context
+        if wanted is not None and engine.max_context < wanted:
+            engine.close()
+            raise InvalidInput(
+                f"prompt and response may have {wanted} tokens together, but {self._base.name} "
+                f"reads at most {engine.max_context}; lower max_prompt_length or max_new_tokens",
+                param="max_prompt_length",
+            )
+        return engine.start()
 
     def sample(
         self,
@@ -71,8 +132,6 @@ class Sampler:
         temperature: float,
     ) -> list[Sample]:
         """Return one response to each prompt; None as policy is the base."""
-        if policy is not None:
-            self._engine.load_adapter(policy)
         requests = [
             GenerationRequest(
                 id=f"rollout-{index}",
@@ -88,9 +147,12 @@ class Sampler:
             )
             for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
         ]
-        completions = self._engine.generate(requests)
-        if policy is not None:
-            self._engine.unload_adapter(policy.digest)
+        with self.awake() as engine:
+            if policy is not None:
+                engine.load_adapter(policy)
+            completions = engine.generate(requests)
+            if policy is not None:
+                engine.unload_adapter(policy.digest)
         return [
             Sample(
                 prompt,

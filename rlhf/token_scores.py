@@ -17,7 +17,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-CHUNK_BYTES = 64 << 20  # of float32 logits at a time
+CHUNK_BYTES = 16 << 20  # of float32 logits at a time
 Logits = Callable[[Tensor], Tensor]
 
 

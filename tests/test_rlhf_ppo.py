@@ -23,7 +23,8 @@ from train.command import STOPPED
 
 ROOT = Path(__file__).resolve().parent.parent
 REWARDS = """
-import time
+import itertools, os, time
+COUNT = itertools.count()
 def share(text):
     return 10 * sum(c in "aeiou" for c in text) / max(len(text), 1)
 def vowels(prompts, completions, **columns):
@@ -43,6 +44,12 @@ def raises(prompts, completions, **columns):
     raise RuntimeError("no luck")
 def hangs(prompts, completions, **columns):
     time.sleep(60)
+def moody(prompts, completions, **columns):
+    if os.path.exists(os.environ["HONE_TEST_MOOD"]):
+        raise RuntimeError("not today")
+    if len(columns["letter"]) and next(COUNT) == 3:
+        open(os.environ["HONE_TEST_MOOD"], "w").close()
+    return [share(text) for text in completions]
 def letters(prompts, completions, letter, **columns):
     return [text.count(one) for text, one in zip(completions, letter)]
 """
@@ -254,9 +261,43 @@ def test_a_kl_that_explodes_ends_the_run_with_the_best_policy(place):
     assert run(place, "explodes", **{"reward.function": "my_rewards:vowels"}, **values) == 0
     result = json.loads((place / "explodes" / "result.json").read_text())
     assert result["updates"] < 40
+    assert result["kl"] <= 3.0
+    assert (place / "explodes" / "adapter" / "adapter_model.safetensors").is_file()
     events = [event["message"] for event in lines(place / "explodes" / "events.jsonl")]
     assert any("beyond kl.stop" in message for message in events)
     assert any("The adapter is the policy of update" in message for message in events)
+
+
+def test_after_a_failing_function_the_run_goes_on_where_it_was(place, monkeypatch):
+    mood = place / "mood"
+    monkeypatch.setenv("HONE_TEST_MOOD", str(mood))
+    values = {"reward.function": "my_rewards:moody", "eval_prompts": 0}
+    assert run(place, "moody", **values) == 1
+    assert "RuntimeError: not today" in error_of(place, "moody")
+    done = len(lines(place / "moody" / "metrics.jsonl"))
+    assert 0 < done < 4
+    mood.unlink()
+    assert run(place, "moody", **values | {"seed": 0}) == 0
+    assert len(lines(place / "moody" / "metrics.jsonl")) == 4
+
+
+def test_some_prompts_over_the_context_are_dropped_and_counted(place):
+    rows = [{"prompt": "x" * (4000 if i < 3 else 5 + i)} for i in range(12)]
+    path = place / "some-long.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = {"reward.function": "my_rewards:vowels", "prompts_file": path, "total_episodes": 16}
+    assert run(place, "some-long", **values) == 0
+    events = [event["message"] for event in lines(place / "some-long" / "events.jsonl")]
+    assert any("3 prompts dropped" in m and "lines 1, 2, 3" in m for m in events)
+
+
+def test_prompts_of_wrong_roles_are_refused(place, capsys):
+    path = place / "roles.jsonl"
+    row = {"messages": [{"role": "bot", "content": "hello"}]}
+    path.write_text(12 * (json.dumps(row) + "\n"))
+    values = {"reward.function": "my_rewards:vowels", "prompts_file": path}
+    assert run(place, "roles", **values) == 2
+    assert "expected system, developer, user, assistant or tool" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -294,6 +335,15 @@ def test_a_url_as_reward_is_asked_again_when_it_fails(place, reward_server):
     assert run(place, "url", **{"reward.url": url, "total_episodes": 32}) == 0
     assert len(calls) >= 4
     assert set(calls[1]) >= {"prompts", "completions", "letter"}
+
+
+def test_a_url_that_stays_away_ends_the_run_and_names_the_prompts(place):
+    values = {"reward.url": "http://127.0.0.1:9", "reward.retries": 1, "eval_prompts": 0}
+    assert run(place, "away", **values) == 1
+    message = error_of(place, "away")
+    assert "failed 2 times" in message
+    assert "lines" in message
+    assert "say" in message
 
 
 def test_a_grader_of_the_api_as_reward(place):

@@ -197,6 +197,27 @@ def test_ppo_takes_the_reward_model_and_its_value_starts_as_it(trained, place):
     assert json.loads(lines[0])["grad_norm/policy"] > 0  # no warm-up: the value knows already
 
 
+def test_a_reward_model_and_ppo_in_bfloat16_pass_their_own_trials(place):
+    assert reward.main(words(place, "half", dtype="bfloat16", num_epochs=1)) == 0
+    prompts = write(place / "prompts.jsonl", [{"prompt": f"say {i}: "} for i in range(20)])
+    given = {
+        "base_model": place / "tiny-base",
+        "models_dir": place / "models",
+        "prompts_file": prompts,
+        "output_dir": place / "ppo-half",
+        "reward.model": place / "half" / "adapter",
+        "total_episodes": 32,
+        "batch_size": 16,
+        "max_new_tokens": 10,
+        "eval_prompts": 4,
+        "dtype": "bfloat16",
+        "device": "cpu",
+        "threads": 1,
+    }
+    assert ppo.main([f"{name}={value}" for name, value in given.items()]) == 0
+    assert json.loads((place / "ppo-half" / "result.json").read_text())["updates"] == 2
+
+
 def test_a_reward_model_of_another_base_is_refused(trained, place, capsys):
     save_tiny_base(place / "other-base", "llama", seed=7)
     prompts = write(place / "prompts.jsonl", [{"prompt": f"say {i}: "} for i in range(20)])

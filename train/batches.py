@@ -10,10 +10,9 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset
 from torch.utils.data import Sampler
 
 from data.errors import DataError
@@ -21,6 +20,9 @@ from data.jsonl import read_numbered_rows
 from data.render import Example, render, truncate
 from data.rows import Format
 from data.validate import validate
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 POOL_BATCHES = 50  # batches that are sorted by length together
 LISTED = 20  # lines named in a message
@@ -119,6 +121,8 @@ def split(rendered: Rendered, fraction: float, seed: int) -> tuple[Rendered, Ren
 
 def as_dataset(examples: Sequence[Example]) -> Dataset:
     """Return the columns that TRL takes as already prepared."""
+    from datasets import Dataset  # takes 90 MB, and PPO needs none of it
+
     return Dataset.from_dict(
         {
             "input_ids": [list(example.input_ids) for example in examples],

@@ -7,6 +7,8 @@ import json
 import statistics
 import sys
 import tempfile
+import time
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -29,6 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     for name in ("batch", "prompt", "response", "updates", "threads"):
         parser.add_argument(f"--{name}", type=int, required=True)
+    parser.add_argument("--dtype", required=True)
     parser.add_argument("--trunk", choices=["separate", "shared"], default="separate")
     parser.add_argument("--models-dir", type=Path, required=True)
     given = parser.parse_args()
@@ -37,7 +40,10 @@ def main() -> None:
 
 
 def measure(given: argparse.Namespace, folder: Path) -> dict[str, object]:
-    reward = make_reward(folder / "reward", given.models_dir)
+    reward = folder / "reward"
+    process = get_context("spawn").Process(target=make_reward, args=(reward, given.models_dir))
+    process.start()  # of its own, so that its memory is not counted
+    process.join()
     prompts = folder / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"p {i}"}) + "\n" for i in range(8)))
     config = PpoConfig.model_validate(
@@ -55,7 +61,7 @@ def measure(given: argparse.Namespace, folder: Path) -> dict[str, object]:
             "total_episodes": given.batch * given.updates,
             "num_epochs": 4,
             "save_every": 10_000,
-            "dtype": "float32",
+            "dtype": given.dtype,
             "threads": given.threads,
             "reward": {"model": reward, "clip": None},
             "value": {"trunk": given.trunk, "warmup_updates": 0},
@@ -75,15 +81,18 @@ def measure(given: argparse.Namespace, folder: Path) -> dict[str, object]:
     run = RunFolder(config.output_dir)
     run.prepare()
     trainer = PpoTrainer(job, run, Stopper())
+    started = time.process_time()
     try:
         trainer.train(None)
     finally:
         job.close()
+    cpu = (time.process_time() - started) / given.updates
     records = [json.loads(line) for line in run.metrics.read_text().splitlines()][1:]
     names = ("time/step", "time/rollout", "time/score", "time/train")
     found = {name: statistics.median(record[name] for record in records) for name in names}
     return {
         "seconds_per_update": found["time/step"],
+        "cpu_seconds_per_update": round(cpu, 2),
         "phases": {name.partition("/")[2]: value for name, value in found.items()},
         "peak_bytes": max(record["mem/peak"] for record in records),
         "loaded_bytes": loaded,
@@ -91,7 +100,7 @@ def measure(given: argparse.Namespace, folder: Path) -> dict[str, object]:
     }
 
 
-def make_reward(folder: Path, models_dir: Path) -> Path:
+def make_reward(folder: Path, models_dir: Path) -> None:
     """Save a reward model with a random head; what it says does not matter here."""
     spec = base_model.find_spec(MODEL)
     base = base_model.fetch(spec, models_dir)
@@ -100,7 +109,6 @@ def make_reward(folder: Path, models_dir: Path) -> Path:
     get_peft_model(model, config).save_pretrained(str(folder), save_embedding_layers=False)
     torch.manual_seed(1)
     save_head(folder, torch.randn(model.config.hidden_size) / 24, Normalizer(0.0, 1.0, 256))
-    return folder
 
 
 if __name__ == "__main__":

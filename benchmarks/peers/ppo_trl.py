@@ -45,6 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     for name in ("batch", "prompt", "response", "updates", "threads"):
         parser.add_argument(f"--{name}", type=int, required=True)
+    parser.add_argument("--dtype", required=True)
     parser.add_argument("--value", choices=["full", "lora"], default="full")
     parser.add_argument("--trainer", choices=["ppo", "rloo"], default="ppo")
     parser.add_argument("--model", required=True, help="folder of the base")
@@ -62,7 +63,7 @@ def lora(task: str) -> LoraConfig:
 def load(given: argparse.Namespace) -> tuple[Any, Any, Dataset]:
     tokenizer = AutoTokenizer.from_pretrained(given.model, padding_side="left")
     tokenizer.pad_token = "<|endoftext|>"  # not EOS: this trainer infers masks from ids
-    policy = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32)
+    policy = AutoModelForCausalLM.from_pretrained(given.model, dtype=getattr(torch, given.dtype))
     draw = torch.Generator().manual_seed(0)
     count = given.batch * (given.updates + 2)
     rows = torch.randint(10, 49152, (count, given.prompt), generator=draw).tolist()
@@ -72,7 +73,7 @@ def load(given: argparse.Namespace) -> tuple[Any, Any, Dataset]:
 def scorer(given: argparse.Namespace, pad: int) -> Any:
     torch.manual_seed(1)
     model = AutoModelForSequenceClassification.from_pretrained(
-        given.model, num_labels=1, dtype=torch.float32
+        given.model, num_labels=1, dtype=getattr(torch, given.dtype)
     )
     model.config.pad_token_id = pad
     return model
@@ -120,10 +121,11 @@ def ppo(given: argparse.Namespace, folder: str) -> dict[str, Any]:
         peft_config=lora("CAUSAL_LM"),
         callbacks=[clock],
     )
-    loaded = peak()
+    loaded, started = peak(), time.process_time()
     trainer.train()
+    cpu = (time.process_time() - started) / given.updates
     steps = {int(state["step"]) for state in trainer.optimizer.optimizer.state.values()}
-    return report(clock, loaded) | {"optimizer_steps": max(steps)}
+    return report(clock, loaded, cpu) | {"optimizer_steps": max(steps)}
 
 
 def rloo(given: argparse.Namespace, folder: str) -> dict[str, Any]:
@@ -131,7 +133,7 @@ def rloo(given: argparse.Namespace, folder: str) -> dict[str, Any]:
 
     tokenizer, policy, data = load(given)
     reward = scorer(given, tokenizer.pad_token_id)
-    texts = tokenizer.batch_decode(data["input_ids"])
+    texts = [tokenizer.decode(row["input_ids"]) for row in data]
     policy.generation_config.eos_token_id = None  # every response has full length
     clock = Clock()
     trainer = RLOOTrainer(
@@ -161,17 +163,23 @@ def rloo(given: argparse.Namespace, folder: str) -> dict[str, Any]:
         peft_config=lora("CAUSAL_LM"),
         callbacks=[clock],
     )
-    loaded = peak()
+    loaded, started = peak(), time.process_time()
     trainer.train()
+    cpu = (time.process_time() - started) / given.updates
     clock.times = clock.times[::4]  # an update has four passes
-    return report(clock, loaded) | {"optimizer_steps": 4 * given.updates}
+    return report(clock, loaded, cpu) | {"optimizer_steps": 4 * given.updates}
 
 
-def report(clock: Clock, loaded: int) -> dict[str, Any]:
+def report(clock: Clock, loaded: int, cpu: float) -> dict[str, Any]:
     pairs = zip(clock.times[:-1], clock.times[1:], strict=True)
     seconds = [after - before for before, after in pairs]
     steady = statistics.median(seconds[1:] or seconds)
-    return {"seconds_per_update": steady, "peak_bytes": peak(), "loaded_bytes": loaded}
+    return {
+        "seconds_per_update": steady,
+        "cpu_seconds_per_update": round(cpu, 2),
+        "peak_bytes": peak(),
+        "loaded_bytes": loaded,
+    }
 
 
 def peak() -> int:

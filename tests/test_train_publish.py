@@ -1,0 +1,63 @@
+"""The trial of a saved adapter: the engine must answer as the trainer, within what rounding does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny_models import save_tiny_base
+
+from data.errors import TrainingFailed
+from train.base_model import load_base
+from train.config import RunConfig
+from train.publish import write_adapter
+from train.run import RunFolder
+
+ROWS = [list(range(5 + i, 45 + i)) for i in range(3)]
+
+
+def publish(place: Path, dtype: str, served_scale: float) -> None:
+    """Write an adapter whose saved B is `served_scale` times what the trainer computes with."""
+    save_tiny_base(place / "tiny-base", "llama")
+    config = RunConfig(
+        base_model=str(place / "tiny-base"),
+        models_dir=place / "models",
+        output_dir=place / "run",
+        dtype=dtype,
+        device="cpu",
+        threads=1,
+    )
+    base = load_base(config)
+    model = get_peft_model(base.model, LoraConfig(r=4, target_modules="all-linear"))
+    torch.manual_seed(0)
+    learned = [p for name, p in model.named_parameters() if "lora_B" in name]
+    with torch.no_grad():
+        for parameter in learned:
+            parameter.normal_(std=0.3)
+
+    def save(folder: Path) -> None:
+        with torch.no_grad():
+            for parameter in learned:
+                parameter.mul_(served_scale)
+            model.save_pretrained(str(folder), save_embedding_layers=False)
+            for parameter in learned:
+                parameter.div_(served_scale)
+
+    run = RunFolder(config.output_dir)
+    run.prepare()
+    write_adapter(run, model, base, config, ROWS, {}, save=save)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_adapter_that_answers_as_trained_is_put_in_place(tmp_path, dtype):
+    publish(tmp_path, dtype, 1.0)
+    assert (tmp_path / "run/adapter/adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_adapter_that_answers_otherwise_is_not(tmp_path, dtype):
+    with pytest.raises(TrainingFailed, match="would answer differently from what was trained"):
+        publish(tmp_path, dtype, 0.01)
+    assert not (tmp_path / "run/adapter").exists()
