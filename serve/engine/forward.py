@@ -52,7 +52,7 @@ class ModelStruct(ctypes.Structure):
     _fields_ = (
         ("layers", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("num_layers", "hidden", "heads", "kv_heads")),
-        *((name, ctypes.c_int64) for name in ("width", "inner")),
+        *(("width", ctypes.c_int64), ("inner", ctypes.c_int64), ("narrow", ctypes.c_int32)),
         ("last", NormStruct),
         *((name, ctypes.c_void_p) for name in ("head", "cosine", "sine")),
     )
@@ -87,11 +87,23 @@ class Part:
 class Forward:
     """The kernels' forward pass over a model's packed weights and the arena of its keys and values.
 
-    `Forward.of` makes one. The tensors that the structures point to are held by the model, its
-    projections, the cache and this object.
+    The tensors that the structures point to are held by this object, and by the projections.
+
+    Args:
+        parts: Of the model, as `parts_of` finds them.
+        cache: Of float32 or bfloat16.
+        max_context: Positions that a token may have.
     """
 
-    def __init__(self, model: PreTrainedModel, bank: LoraBank, parts: _Parts, cache: KVCache):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        bank: LoraBank,
+        parts: Parts,
+        cache: KVCache,
+        max_context: int,
+    ):
+        self._held = parts, cache
         self._embed = model.get_input_embeddings()
         self._bank = bank
         self._threads = torch.get_num_threads()
@@ -101,7 +113,7 @@ class Forward:
         self._hidden_size = parts.last.width
         self._vocab_size = parts.head.num_outputs
         self._prepared: tuple[int, frozenset[str]] | None = None
-        self._cosine, self._sine = parts.angles
+        self._cosine, self._sine = parts.angles(max_context)
         self._layers = (LayerStruct * len(parts.layers))()
         for struct, layer in zip(self._layers, parts.layers, strict=True):
             for name, norm in zip(("before", "after", "query", "key"), layer.norms, strict=True):
@@ -115,33 +127,14 @@ class Forward:
             struct.scale, window, softcap = layer.how
             struct.window, struct.softcap = window or 0, softcap or 0.0
         first = parts.layers[0]
+        narrow = int(cache.dtype is torch.bfloat16)
         self._model = ModelStruct(
             ctypes.addressof(self._layers),
             *(len(parts.layers), self._hidden_size, first.heads, first.kv_heads),
-            *(first.width, first.inner, _norm(parts.last)),
+            *(first.width, first.inner, narrow, _norm(parts.last)),
             ctypes.addressof(parts.head.kernel.struct),
             *(self._cosine.data_ptr(), self._sine.data_ptr()),
         )
-
-    @classmethod
-    def of(
-        cls,
-        model: PreTrainedModel,
-        projections: Projections,
-        bank: LoraBank,
-        how: dict[int, tuple[Any, ...]],
-        cache: KVCache,
-        max_context: int,
-    ) -> Forward | None:
-        """Return the pass of a model, or None if it has other parts than the kernels know.
-
-        Args:
-            how: By layer, what transformers asks of attention: scale, window, softcap.
-        """
-        if not kernels.usable(model):
-            return None
-        parts = _parts(model, projections, how, max_context)
-        return None if parts is None else cls(model, bank, parts, cache)
 
     def __call__(
         self, ids: torch.Tensor, parts: Sequence[Part]
@@ -233,24 +226,36 @@ class _LayerParts:
 
 
 @dataclass(frozen=True, slots=True)
-class _Parts:
+class Parts:
+    """What a model is made of, all of it known to the kernels."""
+
     layers: list[_LayerParts]
     last: _NormParts
     head: KernelLinears
-    angles: tuple[torch.Tensor, torch.Tensor]
+    rotary: nn.Module
+
+    def angles(self, max_context: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the cosines and sines [max_context, width] of all positions."""
+        with torch.inference_mode():
+            positions = torch.arange(max_context)[None]
+            cosine, sine = self.rotary(torch.empty(1, 1, dtype=torch.float32), positions)
+        return cosine[0].contiguous(), sine[0].contiguous()
 
 
 def _norm(parts: _NormParts) -> NormStruct:
     return NormStruct(parts.weight.data_ptr(), parts.offset, parts.eps)
 
 
-def _parts(
-    model: PreTrainedModel,
-    projections: Projections,
-    how: dict[int, tuple[Any, ...]],
-    max_context: int,
-) -> _Parts | None:
-    """Find the parts of a model, or None if any is not as expected."""
+def parts_of(
+    model: PreTrainedModel, projections: Projections, how: dict[int, tuple[Any, ...]]
+) -> Parts | None:
+    """Find the parts of a model, or None if it has others than the kernels know.
+
+    Args:
+        how: By layer, what transformers asks of attention: scale, window, softcap.
+    """
+    if not kernels.usable(model):
+        return None
     inside: Any = getattr(model, model.base_model_prefix, None)
     if set(_children(inside)) != {"embed_tokens", "layers", "norm", "rotary_emb"}:
         return None
@@ -261,12 +266,8 @@ def _parts(
         return None
     if len({layer.shape for layer in layers}) > 1:
         return None
-    positions = torch.arange(max_context, device=model.device)[None]
-    with torch.inference_mode():
-        cosine, sine = inside.rotary_emb(torch.empty(1, 1, dtype=torch.float32), positions)
-    if cosine.shape != (1, max_context, layers[0].width):
-        return None
-    return _Parts(layers, last, head, (cosine[0].contiguous(), sine[0].contiguous()))
+    parts = Parts(layers, last, head, inside.rotary_emb)
+    return parts if parts.angles(1)[0].shape == (1, layers[0].width) else None
 
 
 def _layer(

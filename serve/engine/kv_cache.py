@@ -25,6 +25,7 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ):
+        self.dtype = dtype
         # Zeros, not empty: masked attention weights are 0, and 0 times a stray NaN is NaN.
         self.keys, self.values = (
             {

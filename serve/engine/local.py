@@ -44,8 +44,8 @@ class LocalEngine:
         fingerprint: Of the base weights (`base_model.fingerprint`); adapters trained on another
             base are refused.
         in_bfloat16: Round both sides of matrix products to bfloat16, for a float32 model on a CPU
-            that multiplies bfloat16, and hold adapters in it; sums, attention, norms and the cache
-            stay float32.
+            that multiplies bfloat16, and hold adapters, keys and values in it; sums, attention and
+            norms stay float32.
 
     Raises:
         ModelUnavailable: The model's architecture cannot be served.

@@ -19,7 +19,7 @@ from serve.engine import kernels
 from serve.engine.adapter_weights import LoadedAdapter
 from serve.engine.attention import IMPLEMENTATION, Group, ProbeStep, Singles, Step
 from serve.engine.blocks import SMALLEST, Block, BlockPool, block_size
-from serve.engine.forward import Forward, Part
+from serve.engine.forward import Forward, Part, parts_of
 from serve.engine.kv_cache import KVCache, bytes_per_token
 from serve.engine.lora import LoraBank
 from serve.engine.norms import Norms
@@ -77,32 +77,38 @@ class ModelRunner:
         except BaseException:
             model.set_attn_implementation(self._previous_attention)
             raise
-        self.bytes_per_token = bytes_per_token(shapes, model.dtype)
+        self.bank = LoraBank(model, max_lora_rows)
+        self._projections = Projections(model, self.bank, self._siblings, in_bfloat16)
+        self._norms = Norms(model)
+        self._has_kernels = kernels.usable(model)
+        self._threads = torch.get_num_threads()
+        parts = parts_of(model, self._projections, self._how)
+        tolerance = TOLERANCE_BFLOAT16 if in_bfloat16 else TOLERANCE
+        # The kernels' pass on an arena of a few tokens: it tries them, and later adapters.
+        self._prober: Forward | None = None
+        if parts is not None:
+            dtype = torch.bfloat16 if in_bfloat16 else model.dtype
+            small = KVCache(shapes, PROBE_TOKENS, dtype, self.device)
+            prober = Forward(model, self.bank, parts, small, PROBE_TOKENS)
+            self._prober = prober if self._agrees(prober, tolerance) else None
+        narrow = in_bfloat16 and self._prober is not None
+        kept = torch.bfloat16 if narrow else model.dtype
+        self.bytes_per_token = bytes_per_token(shapes, kept)
         longest = min(max_context or 2**62, _max_positions(model))
         useful = max_batch * block_size(longest)
         self.pool = BlockPool(min(kv_budget_bytes // self.bytes_per_token, useful))
         if not self.pool.largest:
-            model.set_attn_implementation(self._previous_attention)
+            self.close()
             raise InvalidInput(
                 f"The KV budget of {kv_budget_bytes} bytes is too small: {SMALLEST} tokens take "
                 f"{SMALLEST * self.bytes_per_token} bytes. Raise `kv_cache_mb`.",
                 param="kv_cache_mb",
             )
         self.max_context = min(longest, self.pool.largest)
-        arena_tokens = self.pool.num_tokens + PROBE_TOKENS  # the last are for probes
-        self.cache = KVCache(shapes, arena_tokens, model.dtype, self.device)
-        self.bank = LoraBank(model, max_lora_rows)
-        self._projections = Projections(model, self.bank, self._siblings, in_bfloat16)
-        self._norms = Norms(model)
-        self._has_kernels = kernels.usable(model)
-        self._threads = torch.get_num_threads()
-        self._native = Forward.of(
-            *(model, self._projections, self.bank, self._how, self.cache),
-            max(self.max_context, PROBE_TOKENS),
-        )
-        tolerance = TOLERANCE_BFLOAT16 if in_bfloat16 else TOLERANCE
-        if self._native is not None and not self._agrees(self._native, tolerance):
-            self._native = None
+        self.cache = KVCache(shapes, self.pool.num_tokens, kept, self.device)
+        self._native: Forward | None = None
+        if parts is not None and self._prober is not None:
+            self._native = Forward(model, self.bank, parts, self.cache, self.max_context)
 
     def run(self, works: Sequence[Work]) -> StepLogits:
         """Compute the next tokens of every work; keys and values go to the cache."""
@@ -153,7 +159,7 @@ class ModelRunner:
             return False
         keep = self._tensor(list(range(PROBE_TOKENS)))
         self.bank.begin([(adapter.digest, PROBE_TOKENS)], keep)
-        logits = self._probe_logits() if self._native is None else self._native_logits(self._native)
+        logits = self._probe_logits() if self._prober is None else self._native_logits(self._prober)
         if not bool(logits.isfinite().all()):
             self.bank.deactivate(adapter.digest)
             raise AdapterRefused(
@@ -251,7 +257,7 @@ class ModelRunner:
 
     def _native_logits(self, native: Forward) -> torch.Tensor:
         """Return the kernels' logits of the same tokens."""
-        part = Part(self.pool.num_tokens, 0, PROBE_TOKENS, PROBE_TOKENS)
+        part = Part(0, 0, PROBE_TOKENS, PROBE_TOKENS)
         return native(self._tensor(self._probe_ids), [part])[0]
 
     @property

@@ -10,9 +10,10 @@
 #define TILE_TOKENS 32 /* tokens of a prompt that one piece of work attends for */
 
 typedef struct {
-    const float *query;          /* [N, stride], heads side by side */
-    const float *keys, *values;
-    float *out;                  /* [N, E * V] */
+    const float *query;        /* [N, stride], heads side by side */
+    const void *keys, *values; /* float32, or bfloat16 if narrow */
+    int narrow;
+    float *out; /* [N, E * V] */
     int64_t stride, E, H, D, V;
     float scale, softcap;
     int64_t window; /* tokens that a query sees, itself included; 0 for all */
@@ -57,9 +58,19 @@ INLINE vec sums_of(const vec v[16]) {
                                    30, 31);
 }
 
-/* s[l] = q . keys[l] * scale, keys `step` floats apart. */
-static void score(const float *q, const float *keys, int64_t step, int64_t L, int64_t D, float scale,
-                  float *s) {
+/* 16 numbers, and one, from a place of the arena. */
+INLINE vec numbers(const void *arena, const int narrow, int64_t place) {
+    return narrow ? from_bfloat16((const uint16_t *)arena + place)
+                  : *(const vec *)((const float *)arena + place);
+}
+INLINE float number(const void *arena, const int narrow, int64_t place) {
+    return narrow ? one_from_bfloat16(((const uint16_t *)arena)[place])
+                  : ((const float *)arena)[place];
+}
+
+/* s[l] = q . keys[l] * scale, the first of the keys at `first` and each `step` further. */
+INLINE void score(const float *q, const void *keys, const int narrow, int64_t first, int64_t step,
+                  int64_t L, int64_t D, float scale, float *s) {
     int64_t l = 0;
     if (D % LANES == 0)
         for (; l + LANES <= L; l += LANES) {
@@ -68,63 +79,79 @@ static void score(const float *q, const float *keys, int64_t step, int64_t L, in
             for (int64_t d = 0; d < D; d += LANES) {
                 const vec own = *(const vec *)(q + d);
                 for (int i = 0; i < LANES; i++)
-                    part[i] += own * *(const vec *)(keys + (l + i) * step + d);
+                    part[i] += own * numbers(keys, narrow, first + (l + i) * step + d);
             }
             *(vec *)(s + l) = sums_of(part) * scale;
         }
-    for (; l < L; l++) s[l] = dot(q, keys + l * step, D) * scale;
+    for (; l < L; l++) {
+        const int64_t place = first + l * step;
+        s[l] = scale * (narrow ? dot_narrow(q, (const uint16_t *)keys + place, D)
+                               : dot(q, (const float *)keys + place, D));
+    }
 }
 
-/* out[r] = sum of p[r][l] * values[l] for up to 4 rows of p, `apart` floats from one to the next. */
+/* out[r] = sum of p[r][l] * values[l] for up to 4 rows of p, `apart` floats from one to the next;
+ * the first of the values at `first` and each `step` further. */
 #define MIX_COLUMNS(COUNT)                                                                        \
     for (; v + (COUNT) * LANES <= V; v += (COUNT) * LANES) {                                      \
         vec sum[4][COUNT] = {{{0}}};                                                              \
         for (int64_t l = 0; l < L; l++)                                                           \
             for (int c = 0; c < (COUNT); c++) {                                                   \
-                const vec value = *(const vec *)(values + l * step + v + c * LANES);              \
+                const vec value = numbers(values, narrow, first + l * step + v + c * LANES);      \
                 for (int r = 0; r < rows; r++) sum[r][c] += value * p[r * apart + l];             \
             }                                                                                     \
         for (int r = 0; r < rows; r++)                                                            \
             for (int c = 0; c < (COUNT); c++) *(vec *)(out[r] + v + c * LANES) = sum[r][c];       \
     }
 
-INLINE void mix_rows(const float *p, int64_t apart, const int rows, const float *values,
-                     int64_t step, int64_t L, int64_t V, float *const *out) {
+INLINE void mix_rows(const float *p, int64_t apart, const int rows, const void *values,
+                     const int narrow, int64_t first, int64_t step, int64_t L, int64_t V,
+                     float *const *out) {
     int64_t v = 0;
     MIX_COLUMNS(4)
     MIX_COLUMNS(1)
     for (; v < V; v++)
         for (int r = 0; r < rows; r++) {
             float sum = 0;
-            for (int64_t l = 0; l < L; l++) sum += p[r * apart + l] * values[l * step + v];
+            for (int64_t l = 0; l < L; l++)
+                sum += p[r * apart + l] * number(values, narrow, first + l * step + v);
             out[r][v] = sum;
         }
 }
 
-static void mix(const float *p, int64_t apart, int rows, const float *values, int64_t step,
-                int64_t L, int64_t V, float *const *out) {
+INLINE void mix_all(const float *p, int64_t apart, int rows, const void *values, const int narrow,
+                    int64_t first, int64_t step, int64_t L, int64_t V, float *const *out) {
     for (; rows >= 4; rows -= 4, p += 4 * apart, out += 4)
-        mix_rows(p, apart, 4, values, step, L, V, out);
-    if (rows == 3) mix_rows(p, apart, 3, values, step, L, V, out);
-    else if (rows == 2) mix_rows(p, apart, 2, values, step, L, V, out);
-    else if (rows == 1) mix_rows(p, apart, 1, values, step, L, V, out);
+        mix_rows(p, apart, 4, values, narrow, first, step, L, V, out);
+    if (rows == 3) mix_rows(p, apart, 3, values, narrow, first, step, L, V, out);
+    else if (rows == 2) mix_rows(p, apart, 2, values, narrow, first, step, L, V, out);
+    else if (rows == 1) mix_rows(p, apart, 1, values, narrow, first, step, L, V, out);
+}
+
+static void mix(const Heads *w, const float *p, int64_t apart, int rows, int64_t first, int64_t L,
+                float *const *out) {
+    const int64_t step = w->H * w->V;
+    if (w->narrow) mix_all(p, apart, rows, w->values, 1, first * w->V, step, L, w->V, out);
+    else mix_all(p, apart, rows, w->values, 0, first * w->V, step, L, w->V, out);
 }
 
 /* Query heads of key head h, of token n alone, which sees L tokens from `first` on. */
 static void attend_one(const Heads *w, int64_t n, int64_t h, int64_t first, int64_t L,
                        float *scores) {
-    const int64_t G = w->E / w->H, from = first * w->H + h;
+    const int64_t G = w->E / w->H, D = w->D, from = first * w->H + h;
     for (int64_t e = 0; e < G; e += 4) {
         const int rows = G - e < 4 ? (int)(G - e) : 4;
         float *out[4];
         for (int r = 0; r < rows; r++) {
             const int64_t head = h * G + e + r;
             out[r] = w->out + (n * w->E + head) * w->V;
-            score(w->query + n * w->stride + head * w->D, w->keys + from * w->D, w->H * w->D, L,
-                  w->D, w->scale, scores + r * L);
+            const float *query = w->query + n * w->stride + head * D;
+            if (w->narrow)
+                score(query, w->keys, 1, from * D, w->H * D, L, D, w->scale, scores + r * L);
+            else score(query, w->keys, 0, from * D, w->H * D, L, D, w->scale, scores + r * L);
             softmax(scores + r * L, L, w->softcap);
         }
-        mix(scores, L, rows, w->values + from * w->V, w->H * w->V, L, w->V, out);
+        mix(w, scores, L, rows, from, L, out);
     }
 }
 
@@ -140,13 +167,13 @@ static void attend_span(const Heads *w, int64_t n, int64_t count, int64_t positi
     const int64_t G = w->E / w->H, D = w->D, rows = count * G;
     const int64_t lowest = w->window && position + 1 > w->window ? position + 1 - w->window : 0;
     const int64_t L = position + count - lowest, padded = (L + LANES - 1) / LANES * LANES;
-    const float *keys = w->keys + ((offset + lowest) * w->H + h) * D;
-    const float *values = w->values + ((offset + lowest) * w->H + h) * w->V;
+    const int64_t from = (offset + lowest) * w->H + h;
     float *turned = memory, *scores = memory + padded * D; /* [L/16][D][16], [8][L] */
     memset(turned + padded / LANES * D * LANES - LANES * D, 0, LANES * D * sizeof(float));
     for (int64_t l = 0; l < L; l++) {
         float *place = turned + l / LANES * D * LANES + l % LANES;
-        for (int64_t d = 0; d < D; d++) place[d * LANES] = keys[l * w->H * D + d];
+        for (int64_t d = 0; d < D; d++)
+            place[d * LANES] = number(w->keys, w->narrow, (from + l * w->H) * D + d);
     }
     for (int64_t r0 = 0; r0 < rows; r0 += TILE_ROWS) {
         const int some = rows - r0 < TILE_ROWS ? (int)(rows - r0) : TILE_ROWS;
@@ -178,7 +205,7 @@ static void attend_span(const Heads *w, int64_t n, int64_t count, int64_t positi
             memset(s, 0, hidden * sizeof(float));
             memset(s + last, 0, (seen - last) * sizeof(float));
         }
-        mix(scores, padded, some, values, w->H * w->V, seen, w->V, out);
+        mix(w, scores, padded, some, from, seen, out);
     }
 }
 

@@ -18,7 +18,7 @@ typedef struct {
     Norm before, after; /* attention; the latter comes before the gates */
     Norm query, key;    /* of each head */
     const Product *qkv, *out, *gate_up, *down;
-    float *keys, *values; /* [T, kv_heads, width] */
+    void *keys, *values; /* [T, kv_heads, width], float32, or bfloat16 if narrow */
     float scale, softcap;
     int64_t window;
 } Layer;
@@ -26,6 +26,7 @@ typedef struct {
 typedef struct {
     const Layer *layers;
     int64_t num_layers, hidden, heads, kv_heads, width, inner;
+    int32_t narrow;
     Norm last;
     const Product *head;
     const float *cosine, *sine; /* [positions, width] */
@@ -82,6 +83,20 @@ static void add_and_norm(Forward *f, atomic_long *next, const float *added, cons
         }
 }
 
+/* A row to its place in the arena, rounded to nearest even where that is narrow. */
+static void keep_row(void *arena, int narrow, int64_t place, const float *row, int64_t count) {
+    if (!narrow) {
+        memcpy((float *)arena + place, row, count * sizeof(float));
+        return;
+    }
+    uint16_t *out = (uint16_t *)arena + place;
+    for (int64_t i = 0; i < count; i++) {
+        union { float value; uint32_t bits; } u = {.value = row[i]};
+        const uint32_t rounded = (u.bits + 0x7fff + (u.bits >> 16 & 1)) >> 16;
+        out[i] = row[i] == row[i] ? rounded : 0x7fc0;
+    }
+}
+
 /* Norms and angles of queries and keys; keys and values to the arena. */
 static void turn_token(Forward *f, const Layer *layer, int64_t n) {
     const Model *m = f->model;
@@ -94,8 +109,8 @@ static void turn_token(Forward *f, const Layer *layer, int64_t n) {
         if (norm->weight) norm_with(norm, head, D, head);
         rotate_head(head, D, cosine, sine);
     }
-    memcpy(layer->keys + f->pass->place[n] * H * D, key, H * D * sizeof(float));
-    memcpy(layer->values + f->pass->place[n] * H * D, value, H * D * sizeof(float));
+    keep_row(layer->keys, m->narrow, f->pass->place[n] * H * D, key, H * D);
+    keep_row(layer->values, m->narrow, f->pass->place[n] * H * D, value, H * D);
 }
 
 static void look(Forward *f, const Layer *layer, atomic_long *next) {
@@ -103,7 +118,7 @@ static void look(Forward *f, const Layer *layer, atomic_long *next) {
     const Pass *p = f->pass;
     const int64_t H = m->kv_heads, D = m->width;
     const Heads heads = {.query = f->qkv, .keys = layer->keys, .values = layer->values,
-                         .out = f->mixed, .stride = (m->heads + 2 * H) * D, .E = m->heads, .H = H,
+                         .narrow = m->narrow, .out = f->mixed, .stride = (m->heads + 2 * H) * D, .E = m->heads, .H = H,
                          .D = D, .V = D, .scale = layer->scale, .softcap = layer->softcap,
                          .window = layer->window};
     int64_t at, to;
