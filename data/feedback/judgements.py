@@ -167,7 +167,7 @@ def recent(database: Database, label_project_id: str, labeler: str, limit: int) 
         .join(LabelTask, LabelTask.id == Judgement.task_id)
         .where(Judgement.label_project_id == label_project_id, Judgement.labeler == labeler)
         .where(Judgement.kind == "answer", Judgement.superseded_by.is_(None))
-        .order_by(Judgement.created_at.desc(), Judgement.id)
+        .order_by(Judgement.created_at.desc(), LabelTask.number.desc())
         .limit(limit)
     )
     with database.read() as session:

@@ -176,7 +176,8 @@ def report(database: Database, project_id: str, label_project_id: str) -> Report
         query = select(LabelTask.id, LabelTask.gold, LabelTask.is_training)
         query = query.where(LabelTask.label_project_id == project.id, LabelTask.gold.is_not(None))
         golds = {row.id: row for row in session.execute(query)}
-        rows = [row for row in session.execute(_judged(project.id)) if row.answer]  # not erased
+        found_rows = session.execute(_judged(project.id))
+        rows: Sequence[Any] = [row for row in found_rows if row.answer]  # not erased
         paused = select(LabelerState).where(LabelerState.label_project_id == project.id)
         states = {state.labeler: state for state in session.scalars(paused)}
         found = _progress(session, project, None)
