@@ -51,7 +51,7 @@ def folder(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("trained")
     write(place / "pairs.jsonl", vowel_rows())
     base = server.runtime.settings.model
-    assert reward.main(words(place, "run", base_model=base, num_epochs=1)) == 0
+    assert reward.main(words(place, "run", base_model=base, num_epochs=1, dtype="float32")) == 0
     return place / "run" / "adapter"
 
 
