@@ -51,7 +51,7 @@ def folder(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("trained")
     write(place / "pairs.jsonl", vowel_rows())
     base = server.runtime.settings.model
-    assert reward.main(words(place, "run", base_model=base, num_epochs=1)) == 0
+    assert reward.main(words(place, "run", base_model=base, num_epochs=1, dtype="float32")) == 0
     return place / "run" / "adapter"
 
 
@@ -256,7 +256,7 @@ def test_reading_the_candidates_is_in_the_ledger(server: Server, judge: str) -> 
 
 
 def test_grading_is_in_the_ledger(server: Server, judge: str) -> None:
-    grader = {"type": "score_model", "name": "good", "model": judge}
+    grader: Any = {"type": "score_model", "name": "good", "model": judge}
     run = server.client().fine_tuning.alpha.graders.run
     found = run(grader=grader, model_sample="aaa", item={"prompt": "say"})
     server.runtime.meter.flush()

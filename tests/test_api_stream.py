@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from data.errors import EngineFailure, Overloaded
 from serve.api import generation as generation_module
+from serve.api import inbox
 from serve.api.generation import Generator, unless_disconnected
 from serve.api.stream import EventStream
 from serve.engine.base import Delta, GenerationRequest, SamplingParams
@@ -244,3 +246,93 @@ def test_a_bug_mid_stream_names_the_request_and_hides_the_rest(
 
     run(work())
     assert "secret" in caplog.text
+
+
+def test_tokens_that_come_close_together_are_sent_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first at once, an event each; the end does not wait for the others' turn."""
+    monkeypatch.setattr(inbox, "PAUSE_S", 0.3)
+
+    async def work() -> None:
+        engine = ScriptedEngine()
+        task = asyncio.ensure_future(play(frames_of(Generator(engine), 1), asyncio.Queue()))  # type: ignore[arg-type]
+        await asyncio.sleep(0.01)
+        engine.say("0", "a")
+        await asyncio.sleep(0.05)  # sent
+        for text in "bc":
+            engine.say("0", text)
+            await asyncio.sleep(0.01)
+        started = asyncio.get_running_loop().time()
+        engine.end("0", "d")
+        bodies = [message.get("body", b"").decode() for message in await task]
+        assert asyncio.get_running_loop().time() - started < 0.2
+        assert [body.count("data: ") for body in bodies] == [0, 1, 3, 1]
+        assert [text for text in "abcd" if f'"text":"{text}"' in "".join(bodies)] == list("abcd")
+
+    run(work())
+
+
+def test_what_came_before_a_failure_is_told() -> None:
+    async def work() -> None:
+        engine = ScriptedEngine()
+        task = asyncio.ensure_future(play(frames_of(Generator(engine), 1), asyncio.Queue()))  # type: ignore[arg-type]
+        await asyncio.sleep(0.01)
+        engine.say("0", "a")
+        engine.end("0", reason="error", error=EngineFailure("the engine died"))
+        text = text_of(await task)
+        assert text.index('"text":"a"') < text.index("the engine died")
+
+    run(work())
+
+
+def test_who_wants_whole_answers_is_woken_by_endings_alone() -> None:
+    async def work() -> None:
+        engine = ScriptedEngine()
+        generation = Generator(engine).start(requests(2))  # type: ignore[arg-type]
+        seen = []
+
+        async def read() -> None:
+            async for told in generation.events(ends_only=True):
+                seen.append("".join(delta.text for _, delta in told))
+
+        task = asyncio.ensure_future(read())
+        await asyncio.sleep(0)
+        for text in "abc":
+            engine.say("0", text)
+            await asyncio.sleep(0.03)
+        assert seen == []
+        engine.end("0", "d")
+        await asyncio.sleep(0.03)
+        assert seen == ["abcd"]
+        engine.end("1", "e")
+        await task
+        assert seen == ["abcd", "e"]
+
+    run(work())
+
+
+def test_threads_that_ring_at_any_moment_are_all_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inbox, "PAUSE_S", 0.001)
+
+    async def work() -> None:
+        mailbox = inbox.Mailbox()
+        boxes = [inbox.Inbox(mailbox) for _ in range(4)]
+
+        def tell(box: inbox.Inbox) -> None:
+            for number in range(2000):
+                box.put(number, Delta("0"))
+                if number % 100 == 0:
+                    time.sleep(0.001)
+
+        async def hear(box: inbox.Inbox) -> list[int]:
+            heard: list[int] = []
+            while len(heard) < 2000:
+                heard += [index for index, _ in await box.take()]
+            return heard
+
+        telling = [asyncio.to_thread(tell, box) for box in boxes]
+        heard = await asyncio.gather(*telling, *map(hear, boxes))
+        assert heard[4:] == [list(range(2000))] * 4
+
+    run(work())

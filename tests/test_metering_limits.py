@@ -159,10 +159,10 @@ def test_spend_limit_stops_and_alert_tells_once(
     with pytest.raises(RateLimitError):
         client.fine_tuning.jobs.create(model=MODEL, training_file="file-x")
     assert client.moderations.create(input="hello").results  # what is free goes on
-    grader = {"type": "string_check", "name": "same", "input": "a", "reference": "a"}
+    grader: Any = {"type": "string_check", "name": "same", "input": "a", "reference": "a"}
     run = client.fine_tuning.alpha.graders.run
     assert run(grader=grader | {"operation": "eq"}, model_sample="a").reward == 1
-    asking = {"type": "score_model", "name": "judge", "model": MODEL}
+    asking: Any = {"type": "score_model", "name": "judge", "model": MODEL}
     asking |= {"input": [{"role": "user", "content": "a"}]}
     with pytest.raises(RateLimitError):
         run(grader=asking, model_sample="a")
