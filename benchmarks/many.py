@@ -14,6 +14,7 @@ import argparse
 import itertools
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -87,6 +88,7 @@ def measure(name: str, given: argparse.Namespace) -> dict[str, Any]:
         folder = Path(scratch)
         rows = folder / "rows.jsonl"
         lines = [line for line in given.rows.read_text("utf-8").splitlines() if line.strip()]
+        random.Random(0).shuffle(lines)
         wanted = given.steps * given.batch
         chosen = list(itertools.islice(itertools.cycle(lines), wanted))
         rows.write_text("\n".join(chosen) + "\n", "utf-8")

@@ -207,6 +207,7 @@ def test_hone_tune_publishes_the_best(
         (["absent.jsonl"], "FILE absent.jsonl is not a file"),
         (["ROWS", "--validation", "v.jsonl"], "--validation v.jsonl is not a file"),
         (["ROWS", "-a", "acme"], "belong to --publish"),
+        (["ROWS", "output_dir=x"], "output_dir is given by --output"),
         (["ROWS", "--publish", "-a", "nobody"], 'No account "nobody"'),
         (["ROWS", "lora.rank=2,4"], "lora.rank"),
     ],

@@ -129,7 +129,7 @@ def run_many(configs: Sequence[SftConfig], max_tokens: int | None = None) -> lis
         for index in todo
     ]
     for index, status in zip(todo, Together(max_tokens).run(seats), strict=True):
-        statuses[index] = status
+        statuses[index] = 1 if status is None else status  # None: something ended its thread
     stopper.settle()
     return statuses
 

@@ -12,7 +12,7 @@ import typer
 
 from serve.commands.common import AsJson, choose_account, open_home, print_json
 
-ACCELERATE = Path(__file__).parents[2] / "configs" / "accelerate" / "one_process.yaml"
+OWN = {"train_file": "FILE", "validation_file": "--validation", "output_dir": "--output"}
 
 
 def tune(
@@ -49,6 +49,9 @@ def tune(
     for name, path in (("FILE", file), ("--validation", validation)):
         if path is not None and not path.is_file():
             raise InvalidInput(f"{name} {path} is not a file; give the path of a JSONL file")
+    for key, instead in OWN.items():
+        if any(word.startswith(f"{key}=") for word in words or []):
+            raise InvalidInput(f"{key} is given by {instead}, not as a word")
     if (account or suffix) and not publish:
         raise InvalidInput("--account and --suffix belong to --publish; add it, or leave them out")
     settings, database = open_home()
@@ -65,8 +68,7 @@ def tune(
         *(words or []),
     ]
     command = [
-        *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ACCELERATE)),
-        *("-m", "train.tune", *asked),
+        *(sys.executable, "-m", "train.tune", *asked),
         *(["--trials", str(trials)] if trials else []),
     ]
     done = subprocess.run(command, stdout=subprocess.DEVNULL if as_json else None, check=False)
