@@ -13,6 +13,7 @@ Exit status: 0 done, 2 wrong input, 74 disk full, 143 stopped by a signal (resum
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -36,10 +37,11 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 def _run(config: SftConfig, run: RunFolder, options: argparse.Namespace) -> int:
     from train import prepare, trainer  # torch, transformers and TRL take seconds to import
 
-    if not (options.show_tokens or options.dry_run):
+    looks = options.show_tokens or options.dry_run
+    if not looks:
         refuse_other_settings(config, run)
     stopper = trainer.take_signals()
-    job = prepare.prepare(config)
+    job = prepare.prepare(config, None if looks else run.tokens)
     if options.show_tokens:
         prepare.show_tokens(job, options.show_tokens)
         return 0
@@ -68,6 +70,7 @@ def _run(config: SftConfig, run: RunFolder, options: argparse.Namespace) -> int:
             **outcome,
         },
     )
+    shutil.rmtree(run.tokens, ignore_errors=True)
     print(f"the adapter is {run.adapter}", file=sys.stderr)
     return 0
 

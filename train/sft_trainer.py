@@ -13,7 +13,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from peft.optimizers import create_loraplus_optimizer
 from torch.utils.data import Sampler
 from transformers import TrainerControl
@@ -49,7 +51,7 @@ class LoraTrainer(SFTTrainer):
         max_tokens: int,
         prompt_loss_weight: float = 0.0,
         lr_ratio: float = 1.0,
-        lines: Sequence[int] = (),
+        lines: Sequence[int] | NDArray[np.int64] = (),
         **kwargs: Any,
     ) -> None:
         self._order = order
@@ -119,7 +121,7 @@ class LoraTrainer(SFTTrainer):
         size = self.args.per_device_train_batch_size * self.accelerator.num_processes
         at = self.state.global_step * size % (math.ceil(len(self._order) / size) * size)
         rows = list(self._order)[at : at + size]
-        if not self._lines:
+        if not len(self._lines):
             return ""
         return f"; the step's rows were {name_lines(sorted(self._lines[row] for row in rows))}"
 

@@ -128,9 +128,8 @@ def _make_trainer(job: TrainingJob, run: RunFolder, stopper: Stopper) -> LoraTra
     else:
         peft_config = read_shape(config.start_adapter, base, config.lora.dropout)
     steps = checkpoint_steps(config, plan)
-    lengths = [len(example) for example in job.train.examples]
     trainer = LoraTrainer(
-        order=LengthGroupedSampler(lengths, plan.batch_size, config.seed),
+        order=LengthGroupedSampler(job.train.examples.lengths, plan.batch_size, config.seed),
         max_rows=plan.micro_batch_size,
         max_tokens=plan.micro_batch_tokens,
         prompt_loss_weight=config.prompt_loss_weight,
@@ -208,6 +207,8 @@ def _training_arguments(job: TrainingJob, run: RunFolder) -> SFTConfig:
         data_seed=config.seed,
         max_length=None,  # rows are cut already
         packing=False,
+        dataset_kwargs={"skip_prepare_dataset": True},  # rows are read when they are asked for
+        remove_unused_columns=False,
         activation_checkpointing=config.gradient_checkpointing,
         bf16=False,  # the base has its dtype; adapters are float32 over it
         use_cpu=job.base.model.device.type == "cpu",

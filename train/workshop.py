@@ -26,10 +26,11 @@ from train.run import RunFolder
 ACCELERATE = Path(__file__).parents[1] / "configs" / "accelerate" / "one_process.yaml"
 INPUTS = "data"  # folder of a run for the job's files
 MODELS = "models"  # of checkpoints, for publishing
+TOKENS = "tokens"  # of the rendered rows
 BULK = {  # folders of a run that nobody needs once its job has ended so
-    "succeeded": (INPUTS, MODELS, "adapter.tmp", "checkpoints", "adapter"),  # it is published
-    "failed": (INPUTS, MODELS, "adapter.tmp", "checkpoints"),
-    "cancelled": (INPUTS, MODELS, "adapter.tmp"),
+    "succeeded": (INPUTS, MODELS, TOKENS, "adapter.tmp", "checkpoints", "adapter"),  # it is published
+    "failed": (INPUTS, MODELS, TOKENS, "adapter.tmp", "checkpoints"),
+    "cancelled": (INPUTS, MODELS, TOKENS, "adapter.tmp"),
 }
 TRAINER = (
     sys.executable,
