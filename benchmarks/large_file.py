@@ -25,11 +25,10 @@ from typing import Any
 import psutil
 
 ROOT = Path(__file__).parents[1]
-WORDS = (
-    "order parcel refund invoice account password login charge card delivery late broken missing "
-    "please help why where when my the a is was has not been twice again today yesterday week since "
-    "website app update address change cancel return exchange colour size price discount coupon"
-).split()
+TEXT = """order parcel refund invoice account password login charge card delivery late broken
+missing please help why where when my the a is was has not been twice again today yesterday week
+since website app update address change cancel return exchange colour size price"""
+WORDS = TEXT.split()
 LABELS = ("refund", "delivery", "login", "payment", "returns", "other")
 STOP = """
 import sys, time

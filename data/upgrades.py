@@ -99,9 +99,7 @@ def plan(database: Database, project: Project, bases: Bases) -> list[Recipe]:
     return list(found.values())
 
 
-def start(
-    database: Database, recipe: Recipe, bases: Bases, limits: Limits | None = None
-) -> Job:
+def start(database: Database, recipe: Recipe, bases: Bases, limits: Limits | None = None) -> Job:
     """Queue the job of a recipe that is due.
 
     Raises:

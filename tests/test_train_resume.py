@@ -88,7 +88,7 @@ def test_killed_at_any_moment_it_ends_in_the_same_adapter(place: Workplace, whol
 
 @pytest.mark.slow
 def test_killed_at_ten_random_moments(place: Workplace, whole: Path) -> None:
-    """Kill -9 while it starts, while it trains and while it saves: the adapter is the same bytes."""
+    """Kill -9 while it starts, trains or saves: the adapter is the same bytes."""
     seed = int.from_bytes(os.urandom(4))
     print("seed", seed)  # shown when the test fails
     moments = random.Random(seed)

@@ -74,7 +74,12 @@ def test_recipes_are_run_again_once_and_the_aliases_follow(
     assert first.rows == f"10% of {job.training_file}, which the old version learned"
     made = upgrades.start(shop.database, first, BASES)
     assert standings(shop, project) == {"a": "running", "b": "due"}
-    assert (made.base, made.suffix, made.seed, made.training_file) == (NEW, "a", 7, job.training_file)
+    assert (made.base, made.suffix, made.seed, made.training_file) == (
+        NEW,
+        "a",
+        7,
+        job.training_file,
+    )
     assert made.hyperparameters["n_epochs"] == 2
     assert made.hyperparameters["batch_size"] == "auto"  # as asked, not as it became
     assert {name: made.options[name] for name in options} == options

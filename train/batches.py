@@ -1,8 +1,8 @@
 """From files to batches: rendered examples, and an order that wastes little padding.
 
-A file is rendered in one pass into a store on disk (`token_store`), which a resumed run finds again.
-The order depends on the seed and the epoch alone, so a resumed run sees what an uninterrupted one
-would have seen.
+A file is rendered in one pass into a store on disk (`token_store`), which a resumed run finds
+again. The order depends on the seed and the epoch alone, so a resumed run sees what an
+uninterrupted one would have seen.
 """
 
 from __future__ import annotations
@@ -119,9 +119,7 @@ def _load(path: Path, tokenizer: Any, min_examples: int, store: Path, base: str)
     return Rendered(path, report.sha256, open_rows(store), report.format)
 
 
-def _render_file(
-    path: Path, tokenizer: Any, kind: Format | None
-) -> Iterator[tuple[int, Example]]:
+def _render_file(path: Path, tokenizer: Any, kind: Format | None) -> Iterator[tuple[int, Example]]:
     """Render a file's rows, each with its line, in the order of the file."""
     for lines, rows in read_row_blocks(path, kind):
         pairs = render_pairs(tokenizer, rows)

@@ -82,6 +82,9 @@ class RunConfig(StrictModel):
 class SftConfig(RunConfig):
     """Supervised fine-tuning of one LoRA adapter."""
 
+    load_in_4bit: bool = Field(
+        False, description="Keep the base in 4 bits (NF4, bitsandbytes) in training; a CUDA GPU."
+    )
     train_file: Path = Field(description="JSONL: prompt and completion, messages, or text.")
     validation_file: Path | None = Field(None, description="JSONL of the same kind.")
     validation_fraction: float = Field(0.0, ge=0, le=0.5, description="Held out of train_file.")
@@ -239,7 +242,7 @@ def resolve(
         ConfigError: The processes cannot share a step's rows evenly.
     """
     batch = _by_size(num_rows, ((20_000, 8), (100_000, 16)), 32)
-    rate = _by_size(num_parameters, ((300_000_000, 1e-3), (1_500_000_000, 5e-4)), 2e-4)
+    rate = auto_rate(num_parameters)
     tokens = GPU_MICRO_BATCH_TOKENS if on_gpu else CPU_MICRO_BATCH_TOKENS
     num_epochs = _number(config.num_epochs, auto_epochs(num_rows))
     batch_size = _number(config.batch_size, max(batch, num_processes))
@@ -262,6 +265,11 @@ def resolve(
         steps_per_epoch=steps,
         total_steps=steps * num_epochs,
     )
+
+
+def auto_rate(num_parameters: int) -> float:
+    """Return the learning rate that `auto` becomes for a base."""
+    return _by_size(num_parameters, ((300_000_000, 1e-3), (1_500_000_000, 5e-4)), 2e-4)
 
 
 def _number(asked: Number | Auto, by_rule: Number) -> Number:

@@ -35,9 +35,7 @@ def write_losses(run: RunFolder, model: Any, job: TrainingJob) -> None:
     found = score(model, train)
     lines = [
         json.dumps({"line": line, "tokens": len(example), **scores})
-        for line, example, scores in zip(
-            train.lines.tolist(), train.examples, found, strict=True
-        )
+        for line, example, scores in zip(train.lines.tolist(), train.examples, found, strict=True)
     ]
     replace_text(run.losses, "".join(line + "\n" for line in lines))
 

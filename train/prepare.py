@@ -20,8 +20,9 @@ from data.render import IGNORED
 from data.rows import Format
 from train.base_model import Base, load_base
 from train.batches import Rendered, limit_length, load_file, name_lines, split
-from train.config import Plan, SftConfig, resolve, resolve_length
+from train.config import Plan, SftConfig, auto_rate, resolve, resolve_length
 
+ABSURD = 30  # times the rate of auto
 KEPT_LINES = 1000  # of those that were truncated, in resolved_config.json
 
 
@@ -51,9 +52,9 @@ def prepare(config: SftConfig, tokens: Path | None = None) -> TrainingJob:
     _require_files(config)
     set_seed(config.seed)
     base = load_base(config)
-    train = load_file(
-        config.train_file, base.tokenizer, config.min_examples, _below(tokens, "train"), base.fingerprint
-    )
+    tokenizer, fingerprint = base.tokenizer, base.fingerprint
+    place = _below(tokens, "train")
+    train = load_file(config.train_file, tokenizer, config.min_examples, place, fingerprint)
     if config.prompt_loss_weight and train.kind != Format.PROMPT_COMPLETION:
         raise ConfigError(
             [
@@ -64,7 +65,7 @@ def prepare(config: SftConfig, tokens: Path | None = None) -> TrainingJob:
     valid = None
     if config.validation_file is not None:
         place = _below(tokens, "validation")
-        valid = load_file(config.validation_file, base.tokenizer, 1, place, base.fingerprint)
+        valid = load_file(config.validation_file, tokenizer, 1, place, fingerprint)
     elif config.validation_fraction:
         train, valid = split(train, config.validation_fraction, config.seed)
     max_length = resolve_length(config, train.longest, base.context_length)
@@ -93,6 +94,7 @@ def prepare(config: SftConfig, tokens: Path | None = None) -> TrainingJob:
         *_warn_of_length(train, max_length, config.on_long),
         *(_warn_of_length(valid, max_length, config.on_long) if valid else []),
         *_warn_of_overlap(config),
+        *_warn_of_rate(plan, base.num_parameters),
     ]
     return TrainingJob(config, base, train, valid, plan, num_processes, warnings, facts)
 
@@ -143,14 +145,24 @@ def _warn_of_length(rendered: Rendered, max_length: int, on_long: str) -> list[s
     if on_long == "truncate" and len(rendered.long) == len(rendered.examples):
         return [
             f"every example of {rendered.path.name} ({len(rendered.long)}) was truncated to "
-            f"{max_length} tokens, so the model sees no whole prompt, and serving will send it whole "
-            "ones; raise max_length, or shorten the prompts"
+            f"{max_length} tokens, so the model sees no whole prompt, but serving sends "
+            "whole ones; raise max_length, or shorten the prompts"
         ]
     what = "example" if len(rendered.long) == 1 else "examples"
     what = f"{len(rendered.long)} {what}"
     if on_long == "drop":
         return [f"{what} dropped, longer than {max_length} tokens: {name_lines(rendered.long)}"]
     return [f"{what} truncated to {max_length} tokens: {name_lines(rendered.long)}"]
+
+
+def _warn_of_rate(plan: Plan, num_parameters: int) -> list[str]:
+    rate, usual = plan.learning_rate * plan.learning_rate_multiplier, auto_rate(num_parameters)
+    if rate <= ABSURD * usual:
+        return []
+    return [
+        f"the learning rate is {rate:g}, {rate / usual:,.0f} times what auto chooses for this base "
+        f"({usual:g}); the loss will most likely rise, so lower learning_rate or its multiplier"
+    ]
 
 
 def _warn_of_overlap(config: SftConfig) -> list[str]:

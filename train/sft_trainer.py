@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from peft.optimizers import create_loraplus_optimizer
 from torch.utils.data import Sampler
 from transformers import TrainerControl
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import SFTTrainer
 
 from data.errors import ConfigError, TrainingFailed
@@ -26,6 +27,7 @@ from data.render import IGNORED
 from train.batches import LengthGroupedSampler, name_lines
 from train.fused_layers import fuse_layers
 from train.loss_head import use_compact_head
+from train.memory import describe_memory, is_out_of_memory
 
 Batch = dict[str, torch.Tensor]
 
@@ -61,7 +63,8 @@ class LoraTrainer(SFTTrainer):
         self._max_rows = max_rows
         self._max_tokens = max_tokens
         super().__init__(**kwargs)
-        fuse_layers(self.model.get_base_model())
+        if not is_deepspeed_zero3_enabled():  # it gathers a weight for its own module's forward
+            fuse_layers(self.model.get_base_model())
         is_compact = use_compact_head(self.model.get_base_model())
         if prompt_loss_weight and not is_compact:
             raise ConfigError(
@@ -85,7 +88,12 @@ class LoraTrainer(SFTTrainer):
         for index, part in enumerate(parts):
             is_last = index == len(parts) - 1
             with nullcontext() if is_last else self.accelerator.no_sync(model):
-                losses.append(super().training_step(model, part, num_items_in_batch))
+                try:
+                    losses.append(super().training_step(model, part, num_items_in_batch))
+                except RuntimeError as error:
+                    if is_out_of_memory(error):
+                        raise self._no_room(part, error) from error
+                    raise
         loss = torch.stack(losses).sum()
         if not torch.isfinite(loss):
             raise TrainingFailed(
@@ -115,6 +123,23 @@ class LoraTrainer(SFTTrainer):
             **options,
         )
         return self.optimizer
+
+    def _no_room(self, part: Batch, error: RuntimeError) -> TrainingFailed:
+        """Say how large the part was that did not fit, and what makes it smaller."""
+        rows, tokens = part["input_ids"].shape
+        smaller = max(8, rows * tokens // 2)
+        advice = (
+            f"set micro_batch_tokens={smaller} (the step's result stays the same)"
+            if rows > 1
+            else f"set max_length={tokens // 2}, as one row by itself is too long"
+        )
+        return TrainingFailed(
+            f"Memory ran out at step {self.state.global_step + 1}, in a part of {rows} rows of "
+            f"{tokens} tokens, padding included ({describe_memory(self.args.device)}): {advice}, "
+            "or gradient_checkpointing=true, or a smaller base; the last checkpoint is kept. "
+            f"{str(error).splitlines()[0]}",
+            code="out_of_memory",
+        )
 
     def _suspects(self) -> str:
         """Name the lines of the step at hand."""

@@ -127,23 +127,24 @@ def write_rows(folder: Path, rows: Iterable[tuple[int, Example]]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     end = 0
     records: list[tuple[int, int, int, int]] = []
-    parts: list[NDArray[np.int32]] = []
+    codes: list[int] = []
     with (folder / TOKENS).open("wb") as tokens, (folder / ROWS).open("wb") as index:
 
         def flush() -> None:
-            if parts:
-                tokens.write(np.concatenate(parts).tobytes())
-                index.write(np.array(records, ROW).tobytes())
-            parts.clear()
+            tokens.write(np.array(codes, np.int32).tobytes())
+            index.write(np.array(records, ROW).tobytes())
+            codes.clear()
             records.clear()
 
         for line, example in rows:
-            ids = np.array(example.input_ids, np.int32)
-            learned = np.array(example.labels, np.int32) != IGNORED
+            ids, labels = example.input_ids, example.labels
             end += len(ids)
-            parts.append(np.where(learned, ids, ~ids))
-            records.append((end, line, int(learned.sum()), hash(example.input_ids)))
-            if len(parts) == FLUSH_ROWS:
+            codes += [
+                ~token if label == IGNORED else token
+                for token, label in zip(ids, labels, strict=True)
+            ]
+            records.append((end, line, len(labels) - labels.count(IGNORED), hash(ids)))
+            if len(records) == FLUSH_ROWS:
                 flush()
         flush()
 

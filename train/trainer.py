@@ -81,7 +81,8 @@ def train(
         model = trainer.accelerator.unwrap_model(trainer.model)
         rows = [example.input_ids for example in job.train.examples[:PROBE_ROWS]]
         has_dora = model.peft_config["default"].use_dora
-        write_adapter(run, model, job.base, job.config, rows, summary, serves=not has_dora)
+        serves = not (has_dora or job.config.load_in_4bit)  # else the numbers are others
+        write_adapter(run, model, job.base, job.config, rows, summary, serves=serves)
         write_losses(run, model, job)
         regression = compare_with(job, model)
         if regression is not None:

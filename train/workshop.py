@@ -29,7 +29,14 @@ INPUTS = "data"  # folder of a run for the job's files
 MODELS = "models"  # of checkpoints, for publishing
 TOKENS = "tokens"  # of the rendered rows
 BULK = {  # folders of a run that nobody needs once its job has ended so
-    "succeeded": (INPUTS, MODELS, TOKENS, "adapter.tmp", "checkpoints", "adapter"),  # it is published
+    "succeeded": (
+        INPUTS,
+        MODELS,
+        TOKENS,
+        "adapter.tmp",
+        "checkpoints",
+        "adapter",
+    ),  # it is published
     "failed": (INPUTS, MODELS, TOKENS, "adapter.tmp", "checkpoints"),
     "cancelled": (INPUTS, MODELS, TOKENS, "adapter.tmp"),
 }

@@ -1,4 +1,4 @@
-"""`hone models upgrade`: an account's recipes run again on a new base, compared, promoted by rule."""
+"""`hone models upgrade`: recipes run again on a new base, compared, promoted by a rule."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from serve.commands.common import Account, AsJson, choose_account, open_home, print_json, print_table
+from serve.commands.common import (
+    AsJson,
+    choose_account,
+    open_home,
+    print_json,
+    print_table,
+)
 
 if TYPE_CHECKING:
     from data.db import Database
@@ -76,7 +82,9 @@ def _bases(old: str, new: str) -> Bases:
     names = [find_spec(given).name for given in (old, new)]
     if names[0] == names[1]:
         raise InvalidInput(f"--from and --to are both {names[0]}; give two bases")
-    sources = [str(Path(given).resolve()) if Path(given).exists() else given for given in (old, new)]
+    sources = [
+        str(Path(given).resolve()) if Path(given).exists() else given for given in (old, new)
+    ]
     return Bases(*names, *sources)
 
 
