@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from datasets import Dataset
 from filelock import FileLock
@@ -176,18 +177,28 @@ def split(rendered: Rendered, fraction: float, seed: int) -> tuple[Rendered, Ren
     return train, held
 
 
-def as_dataset(examples: Sequence[Example]) -> Dataset:
+def as_dataset(examples: TokenRows) -> Dataset:
     """Return the columns that TRL takes as already prepared, each row read when it is asked for."""
+    rows = pa.table({"row": np.arange(len(examples), dtype=np.int32)})
+    return Dataset(rows, fingerprint="rows").with_transform(_Reader(examples))
 
-    def read(batch: dict[str, list[int]]) -> dict[str, list[list[int]]]:
-        chosen = [examples[row] for row in batch["row"]]
+
+class _Reader:
+    """Turns row numbers into rows for `datasets`, which pickles what it calls to name the result:
+    rows may be many gigabytes, so they are left out of that."""
+
+    def __init__(self, examples: TokenRows) -> None:
+        self._examples = examples
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def __call__(self, batch: dict[str, list[int]]) -> dict[str, list[list[int]]]:
+        chosen = [self._examples[row] for row in batch["row"]]
         return {
             "input_ids": [list(example.input_ids) for example in chosen],
             "labels": [list(example.labels) for example in chosen],
         }
-
-    rows = Dataset.from_dict({"row": np.arange(len(examples))})
-    return rows.with_transform(read)
 
 
 def name_lines(lines: Sequence[int] | NDArray[np.int64], count: int | None = None) -> str:

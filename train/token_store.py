@@ -62,7 +62,10 @@ class TokenRows(Sequence[Example]):
     @property
     def lengths(self) -> NDArray[np.int32]:
         """Tokens of each row: [rows]."""
-        lengths = np.diff(self._rows["end"], prepend=0).astype(np.int32)
+        ends = self._rows["end"]
+        lengths = np.empty(len(ends), np.int32)
+        lengths[:1] = ends[:1]
+        np.subtract(ends[1:], ends[:-1], out=lengths[1:], casting="unsafe")
         if self._chosen is not None:
             lengths = lengths[self._chosen]
         return lengths if self.max_length is None else lengths.clip(max=self.max_length)
