@@ -178,10 +178,12 @@ def test_a_failed_upgrade_is_due_again(
     assert standings(shop, project) == {"a": "running"}
 
 
+def hone(home: Path, *words: str) -> Any:
+    return CliRunner().invoke(app, words, env={"HONE_HOME": str(home)}, catch_exceptions=False)
+
+
 def command(home: Path, *words: str) -> Any:
-    env = {"HONE_HOME": str(home)}
-    given = ["models", "upgrade", "--from", OLD, "--to", NEW, *words]
-    return CliRunner().invoke(app, given, env=env, catch_exceptions=False)
+    return hone(home, "models", "upgrade", "--from", OLD, "--to", NEW, *words)
 
 
 def test_the_command_plans_queues_once_and_undoes(shop: Workshop, project: Project) -> None:
@@ -200,6 +202,10 @@ def test_the_command_plans_queues_once_and_undoes(shop: Workshop, project: Proje
     (moved,) = json.loads(command(home, "--undo", "--json").output)
     assert moved["alias"] == f"ft:{OLD}:acme:a"
     assert json.loads(command(home, "--undo", "--json").output) == []
+    overruled = hone(home, "models", "promote", done["candidate"], "--alias", moved["alias"])
+    assert overruled.output == f"{moved['alias']} -> {done['candidate']}\n"
+    back = hone(home, "models", "promote", moved["version"])
+    assert back.output == f"{moved['alias']} -> {moved['version']}\n"
 
 
 @pytest.mark.slow
