@@ -160,7 +160,7 @@ def _warn_of_rate(plan: Plan, num_parameters: int) -> list[str]:
     if rate <= ABSURD * usual:
         return []
     return [
-        f"the learning rate is {rate:g}, {rate / usual:,.0f} times what auto chooses for this base "
+        f"the learning rate is {rate:g}, {rate / usual:.3g} times what auto chooses for this base "
         f"({usual:g}); the loss will most likely rise, so lower learning_rate or its multiplier"
     ]
 
