@@ -57,8 +57,12 @@ def create(
     spec: JobSpec,
     base_models: Sequence[str],
     limits: Limits | None = None,
+    upgrade: Mapping[str, Any] | None = None,
 ) -> Job:
     """Store a job that waits to be validated.
+
+    Args:
+        upgrade: What makes it the move of a version to a new base, see `data.upgrades`.
 
     Raises:
         QuotaExceeded: The account has as many jobs as it may have at a time; `limits` says how
@@ -86,7 +90,7 @@ def create(
                 spec.method_type: {"hyperparameters": hyperparameters, **grading},
             },
             hyperparameters=hyperparameters,
-            options=dict(spec.options),
+            options={**spec.options, **({"upgrade": dict(upgrade)} if upgrade else {})},
             training_file=spec.training_file,
             validation_file=spec.validation_file,
             suffix=spec.suffix,

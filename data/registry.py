@@ -251,27 +251,34 @@ def history(database: Database, project_id: str, alias: str) -> list[AliasMove]:
         return list(session.scalars(query))
 
 
-def promote(database: Database, project_id: str, version_name: str) -> Alias:
-    """Point a version's alias at it: the next request gets it.
+def promote(
+    database: Database, project_id: str, version_name: str, alias: str | None = None
+) -> Alias:
+    """Point a version's alias at it, or another one of the account: the next request gets it.
 
     Raises:
-        ModelNotFound: There is no such version.
+        ModelNotFound: There is no such version or alias.
     """
     with database.write() as session:
-        return point_alias(session, find_own(session, project_id, version_name))
+        if alias is not None:
+            _find_alias(session, project_id, alias)
+        version = find_own(session, project_id, version_name)
+        return point_alias(session, version, alias=alias)
 
 
-def point_alias(session: Session, version: AdapterVersion, action: str = "promote") -> Alias:
-    """Move the alias of a version to it, inside the caller's transaction."""
-    name = alias_of(version.name)
-    alias = session.get(Alias, name)
-    if alias is None:
-        alias = Alias(name=name, project_id=version.project_id, version_id=version.id)
-        session.add(alias)
-    alias.version_id, alias.updated_at = version.id, now()
+def point_alias(
+    session: Session, version: AdapterVersion, action: str = "promote", alias: str | None = None
+) -> Alias:
+    """Move the alias of a version, or another one, to it, inside the caller's transaction."""
+    name = alias or alias_of(version.name)
+    found = session.get(Alias, name)
+    if found is None:
+        found = Alias(name=name, project_id=version.project_id, version_id=version.id)
+        session.add(found)
+    found.version_id, found.updated_at = version.id, now()
     session.add(AliasMove(alias=name, version_id=version.id, action=action))
     session.flush()
-    return alias
+    return found
 
 
 def rollback(database: Database, project_id: str, alias: str) -> AdapterVersion:
@@ -285,23 +292,7 @@ def rollback(database: Database, project_id: str, alias: str) -> AdapterVersion:
     """
     with database.write() as session:
         found = _find_alias(session, project_id, alias)
-        moves = session.scalars(
-            select(AliasMove).where(AliasMove.alias == found.name).order_by(AliasMove.seq)
-        )
-        past: list[str] = []  # the versions in use, as a stack that a rollback pops
-        for move in moves:
-            if move.action == "rollback":
-                past.pop()
-                while past[-1] != move.version_id:
-                    past.pop()
-            elif not past or past[-1] != move.version_id:
-                past.append(move.version_id)
-        earlier = [session.get_one(AdapterVersion, version_id) for version_id in past[:-1]]
-        usable = [
-            version
-            for version in earlier
-            if version.deleted_at is None and version.id != found.version_id
-        ]
+        usable = [v for v in _in_use(session, found)[:-1] if v.id != found.version_id]
         if not usable:
             raise StateConflict(
                 f"The alias {alias} has no earlier version to go back to; "
@@ -310,6 +301,40 @@ def rollback(database: Database, project_id: str, alias: str) -> AdapterVersion:
             )
         point_alias(session, usable[-1], "rollback")
         return usable[-1]
+
+
+def newest_of_base(
+    database: Database, project_id: str, name: str, base_fingerprint: str
+) -> AdapterVersion | None:
+    """Return what an alias named last among versions of one base; None if there is none.
+
+    While an account moves to a new base, an alias may name a version of the other one than a server
+    runs: that server goes on with the version before.
+    """
+    with database.read() as session:
+        alias = session.get(Alias, name)
+        if alias is None or alias.project_id != project_id:
+            return None
+        found = [v for v in _in_use(session, alias) if v.base_fingerprint == base_fingerprint]
+        return found[-1] if found else None
+
+
+def _in_use(session: Session, alias: Alias) -> list[AdapterVersion]:
+    """Return the versions that an alias named one after the other, without what was deleted.
+
+    A rollback takes back all that came after the version that it went to.
+    """
+    query = select(AliasMove).where(AliasMove.alias == alias.name).order_by(AliasMove.seq)
+    past: list[str] = []
+    for move in session.scalars(query):
+        if move.action == "rollback":
+            past.pop()
+            while past[-1] != move.version_id:
+                past.pop()
+        elif not past or past[-1] != move.version_id:
+            past.append(move.version_id)
+    found = [session.get_one(AdapterVersion, version_id) for version_id in past]
+    return [version for version in found if version.deleted_at is None]
 
 
 def verify(version: AdapterVersion, adapters_dir: Path) -> None:

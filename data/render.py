@@ -60,6 +60,39 @@ def render(tokenizer: Any, row: Row) -> Example:
     )
 
 
+def render_pairs(tokenizer: Any, rows: Sequence[Row]) -> list[Example] | None:
+    """Render rows as `render` does, tokenized together, which is many times faster.
+
+    None where some row is a conversation, which is rendered by itself.
+
+    Raises:
+        InvalidInput: The tokenizer has no EOS token.
+    """
+    texts = []
+    for row in rows:
+        if isinstance(row, Text):
+            texts.append(("", row.text))
+        elif (
+            isinstance(row, PromptCompletion)
+            and isinstance(row.prompt, str)
+            and isinstance(row.completion, str)
+        ):
+            texts.append((row.prompt, row.completion))
+        else:
+            return None
+    if not texts:
+        return []
+    prompts = tokenizer([prompt for prompt, _ in texts])["input_ids"]
+    lead = "\n" if _adds_space(tokenizer) else ""
+    cut = len(_plain(tokenizer, lead)) if lead else 0
+    answers = tokenizer([lead + answer for _, answer in texts], add_special_tokens=False)
+    end, start = _end_id(tokenizer), _start_id(tokenizer)
+    return [
+        _pair(_open_prompt(tokenizer, prompt, ids, end) or [start], answer[cut:], end)
+        for (prompt, _), ids, answer in zip(texts, prompts, answers["input_ids"], strict=True)
+    ]
+
+
 def render_answer(
     tokenizer: Any, prompt: Content, answer: Content, tools: list[dict[str, Any]] | None = None
 ) -> Example:
@@ -92,11 +125,20 @@ def render_prompt(
 
 def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
     """Tokenize a prompt as the server does; an empty one becomes the document's first token."""
-    ids = _special(tokenizer, prompt)
-    if not ids:
-        start = tokenizer.bos_token_id
-        ids = [_end_id(tokenizer) if start is None else start]
+    ids = list(tokenizer(prompt)["input_ids"])
+    return _open_prompt(tokenizer, prompt, ids, tokenizer.eos_token_id) or [_start_id(tokenizer)]
+
+
+def _open_prompt(tokenizer: Any, prompt: str, ids: list[int], end: int | None) -> list[int]:
+    """Return a prompt's ids without an end that the tokenizer added: a prompt must stay open."""
+    if ids and ids[-1] == end and _plain(tokenizer, prompt)[-1:] != ids[-1:]:
+        ids.pop()
     return ids
+
+
+def _start_id(tokenizer: Any) -> int:
+    start = tokenizer.bos_token_id
+    return _end_id(tokenizer) if start is None else int(start)
 
 
 def question(tokenizer: Any, row: Row) -> tuple[list[int], str]:
@@ -153,7 +195,11 @@ def _render_pair(tokenizer: Any, prompt: str, completion: str) -> Example:
 
 
 def _with_end(tokenizer: Any, context: Sequence[int], learned: Sequence[int]) -> Example:
-    learned = [*learned, _end_id(tokenizer)]
+    return _pair(context, learned, _end_id(tokenizer))
+
+
+def _pair(context: Sequence[int], learned: Sequence[int], end: int) -> Example:
+    learned = [*learned, end]
     return Example((*context, *learned), (*[IGNORED] * len(context), *learned))
 
 
@@ -278,13 +324,6 @@ def _continuation(tokenizer: Any, text: str) -> list[int]:
 @lru_cache(maxsize=4)
 def _adds_space(tokenizer: Any) -> bool:
     return bool(tokenizer.decode([*_plain(tokenizer, "a"), *_plain(tokenizer, "b")]) != "ab")
-
-
-def _special(tokenizer: Any, text: str) -> list[int]:
-    ids = list(tokenizer(text)["input_ids"])
-    if ids and ids[-1] == tokenizer.eos_token_id and _plain(tokenizer, text)[-1:] != ids[-1:]:
-        ids.pop()  # a tokenizer that ends texts: a prompt must stay open
-    return ids
 
 
 def _end_id(tokenizer: Any) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -15,12 +16,15 @@ from data.errors import DataError
 from data.render import Example
 from train.batches import LengthGroupedSampler, Rendered, limit_length, load_file, name_lines, split
 from train.sft_trainer import cut_batch
+from train.token_store import open_rows
+from train.token_store import write_rows as store_rows
 
 
 def rendered(lengths: list[int]) -> Rendered:
     examples = [Example(tuple(range(n)), (-100, *range(1, n))) for n in lengths]
-    lines = list(range(1, len(lengths) + 1))
-    return Rendered(Path("rows.jsonl"), "digest", examples=examples, lines=lines)
+    with tempfile.TemporaryDirectory() as folder:
+        store_rows(Path(folder), enumerate(examples, 1))
+        return Rendered(Path("rows.jsonl"), "digest", open_rows(Path(folder)))
 
 
 @given(
@@ -73,16 +77,15 @@ def test_parts_of_a_step_hold_all_its_tokens(
 
 
 def test_long_rows_are_truncated_with_their_lines() -> None:
-    rows = rendered([5, 20, 8, 30])
-    limit_length(rows, 10, "truncate")
-    assert rows.long == [2, 4]
+    rows = limit_length(rendered([5, 20, 8, 30]), 10, "truncate")
+    assert rows.long.tolist() == [2, 4]
+    assert rows.examples.lengths.tolist() == [5, 10, 8, 10]
     assert [len(example) for example in rows.examples] == [5, 10, 8, 10]
 
 
 def test_long_rows_are_dropped_if_asked() -> None:
-    rows = rendered([5, 20, 8])
-    limit_length(rows, 10, "drop")
-    assert (rows.lines, rows.long) == ([1, 3], [2])
+    rows = limit_length(rendered([5, 20, 8]), 10, "drop")
+    assert (rows.lines.tolist(), rows.long.tolist()) == ([1, 3], [2])
     with pytest.raises(DataError, match="every example is longer than 10 tokens"):
         limit_length(rendered([20, 30]), 10, "drop")
 
@@ -102,7 +105,7 @@ def test_lines_are_named_up_to_a_point() -> None:
 def test_held_out_rows_keep_their_lines() -> None:
     train, valid = split(rendered(list(range(2, 22))), 0.2, seed=0)
     assert (len(train.examples), len(valid.examples)) == (16, 4)
-    assert sorted(train.lines + valid.lines) == list(range(1, 21))
+    assert sorted([*train.lines, *valid.lines]) == list(range(1, 21))
     assert all(len(e) == line + 1 for e, line in zip(valid.examples, valid.lines, strict=True))
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -82,6 +84,40 @@ def test_killed_at_any_moment_it_ends_in_the_same_adapter(place: Workplace, whol
     assert steps == list(range(1, 151))  # each once, though some were trained twice
     messages = [event["message"] for event in read_lines(run / "events.jsonl")]
     assert len(messages) == len(set(messages)) == 25
+
+
+@pytest.mark.slow
+def test_killed_at_ten_random_moments(place: Workplace, whole: Path) -> None:
+    """Kill -9 while it starts, trains or saves: the adapter is the same bytes."""
+    seed = int.from_bytes(os.urandom(4))
+    print("seed", seed)  # shown when the test fails
+    moments = random.Random(seed)
+    run = place.folder / "killed-ten-times"
+    reached = []
+    for kill in range(10):
+        process = start(place, run.name)
+        if kill % 5 == 0:  # somewhere from the import of torch to the first step
+            time.sleep(moments.uniform(0, 8))
+        else:
+            done = len(steps_of(run))
+            wait_for_step(run, min(done + moments.randrange(1, 15), 145), process)
+            time.sleep(moments.uniform(0, 0.05))
+        process.kill()
+        process.wait()
+        reached.append(max(steps_of(run), default=0))
+        assert not (run / "result.json").exists()
+    status, _ = place.run(run.name, **SETTINGS)
+    assert status == 0
+    assert adapter(run) == adapter(whole)
+    assert steps_of(run) == list(range(1, 151))
+    assert len(set(reached)) > 5, reached
+
+
+def steps_of(run: Path) -> list[int]:
+    path = run / "metrics.jsonl"
+    lines = path.read_text("utf-8").splitlines() if path.exists() else []
+    records = [json.loads(line) for line in lines if line.endswith("}")]  # a kill may cut the last
+    return [record["step"] for record in records if "train_loss" in record]
 
 
 def test_told_to_stop_it_saves_and_ends_soon(place: Workplace, whole: Path) -> None:

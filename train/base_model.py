@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
+from data.errors import ConfigError
 from serve.engine import base_model
 from train.config import RunConfig
 
@@ -35,6 +37,31 @@ class Base:
         return int(self.model.num_parameters())
 
 
+def four_bits(device: str) -> BitsAndBytesConfig:
+    """Return how a base is kept in 4 bits: NF4 with doubly quantised scales (arXiv:2305.14314).
+
+    Raises:
+        ConfigError: There is no CUDA GPU, or no bitsandbytes.
+    """
+    if base_model.resolve_device(device).type != "cuda":
+        raise ConfigError(
+            [
+                "load_in_4bit is true, but the run is on a CPU; it needs a CUDA GPU (device=cuda). "
+                "Leave it out, or take a smaller base or gradient_checkpointing=true"
+            ]
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            ["load_in_4bit is true, but bitsandbytes is not there: pip install bitsandbytes"]
+        )
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+
+
 def load_base(config: RunConfig) -> Base:
     """Fetch (if need be) and load the run's base model.
 
@@ -46,7 +73,8 @@ def load_base(config: RunConfig) -> Base:
     spec = base_model.find_spec(config.base_model)
     folder = base_model.fetch(spec, config.models_dir)
     dtype = spec.dtype if config.dtype == "auto" else config.dtype
-    model, tokenizer = base_model.load(folder, dtype, config.device)
+    quantization = four_bits(config.device) if getattr(config, "load_in_4bit", False) else None
+    model, tokenizer = base_model.load(folder, dtype, config.device, quantization)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return Base(
         name=spec.name,

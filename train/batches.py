@@ -1,137 +1,211 @@
 """From files to batches: rendered examples, and an order that wastes little padding.
 
-The order depends on the seed and the epoch alone, so a resumed run sees what an uninterrupted one
-would have seen.
+A file is rendered in one pass into a store on disk (`token_store`), which a resumed run finds
+again. The order depends on the seed and the epoch alone, so a resumed run sees what an
+uninterrupted one would have seen.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+import sys
+import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
 import torch
+from filelock import FileLock
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import track
 from torch.utils.data import Sampler
 
 from data.errors import DataError
-from data.jsonl import read_numbered_rows
-from data.render import Example, render, truncate
-from data.rows import Format
+from data.jsonl import read_row_blocks
+from data.render import Example, render, render_pairs
+from data.rows import Format, Row
 from data.validate import validate
+from train.run import write_json
+from train.token_store import TokenRows, open_rows, write_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 POOL_BATCHES = 50  # batches that are sorted by length together
 LISTED = 20  # lines named in a message
+BAR_ROWS = 20_000  # a shorter file needs no progress bar
+META = "meta.json"  # of a store that is whole
+RENDERING = 1  # raised when rows are rendered otherwise, so that no older store is used
 
 
-@dataclass
+@dataclass(frozen=True)
 class Rendered:
     """The examples of one file.
 
     Attributes:
-        lines: The line of each example, for messages about it.
+        examples: On disk; each knows its line.
         digest: SHA-256 of the file.
         kind: Of its rows.
-        long: Lines that were longer than the limit.
+        long: Lines that were longer than the limit: [long rows].
     """
 
     path: Path
     digest: str
+    examples: TokenRows
     kind: Format | None = None
-    examples: list[Example] = field(default_factory=list)
-    lines: list[int] = field(default_factory=list)
-    long: list[int] = field(default_factory=list)
+    long: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+
+    @property
+    def lines(self) -> NDArray[np.int64]:
+        """The line of each example, for messages about it."""
+        return self.examples.lines
 
     @property
     def num_tokens(self) -> int:
-        return sum(map(len, self.examples))
+        return int(self.examples.lengths.sum(dtype=np.int64))
 
     @property
     def longest(self) -> int:
-        return max(map(len, self.examples), default=0)
+        return int(self.examples.lengths.max(initial=0))
 
 
-def load_file(path: Path, tokenizer: Any, min_examples: int) -> Rendered:
+def load_file(
+    path: Path, tokenizer: Any, min_examples: int, store: Path | None = None, base: str = ""
+) -> Rendered:
     """Check and render a dataset.
+
+    Args:
+        store: Where the rendered rows are kept, and found again by a resumed run and by the other
+            processes of this machine; without one they go with the process.
+        base: Fingerprint of the base model, which a kept store must be of.
 
     Raises:
         DataError: The file is absent or has problems; the message lists the first of them.
     """
+    if store is None:
+        with tempfile.TemporaryDirectory(prefix="hone-tokens-") as folder:
+            return _load(path, tokenizer, min_examples, Path(folder), base)
+    store.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{store}.lock"):
+        return _load(path, tokenizer, min_examples, store, base)
+
+
+def _load(path: Path, tokenizer: Any, min_examples: int, store: Path, base: str) -> Rendered:
+    meta = store / META
+    if meta.exists():
+        kept = json.loads(meta.read_text("utf-8"))
+        if kept["key"] == _key(_digest(path), tokenizer, base):
+            kind = None if kept["kind"] is None else Format(kept["kind"])
+            return Rendered(path, kept["sha256"], open_rows(store), kind)
+        meta.unlink()
     report = validate(path, min_examples=min_examples, special_tokens=_markers(tokenizer))
     if not report.ok:
         code = "invalid_n_examples" if "invalid_n_examples" in report.counts else None
         raise DataError(report.summary(LISTED), code=code or "invalid_training_file")
-    rendered = Rendered(path, _digest(path), report.format)
-    for line, row in read_numbered_rows(path, report.format):
-        try:
-            rendered.examples.append(render(tokenizer, row))
-        except DataError as error:
-            raise DataError(f"{path}:{line}: {error.message}", code=error.code) from error
-        rendered.lines.append(line)
-    return rendered
+    examples = _render_file(path, tokenizer, report.format)
+    show = report.num_examples > BAR_ROWS and sys.stderr.isatty()
+    bar = track(
+        examples,
+        "rendering",
+        total=report.num_examples,
+        console=Console(stderr=True),
+        disable=not show,
+    )
+    write_rows(store, bar)
+    key = _key(report.sha256, tokenizer, base)
+    write_json(meta, {"key": key, "kind": report.format, "sha256": report.sha256})
+    return Rendered(path, report.sha256, open_rows(store), report.format)
 
 
-def limit_length(rendered: Rendered, max_length: int, on_long: str) -> None:
+def _render_file(path: Path, tokenizer: Any, kind: Format | None) -> Iterator[tuple[int, Example]]:
+    """Render a file's rows, each with its line, in the order of the file."""
+    for lines, rows in read_row_blocks(path, kind):
+        pairs = render_pairs(tokenizer, rows)
+        if pairs is not None:
+            yield from zip(lines, pairs, strict=True)
+            continue
+        for line, row in zip(lines, rows, strict=True):
+            yield line, _render_row(path, line, tokenizer, row)
+
+
+def _render_row(path: Path, line: int, tokenizer: Any, row: Row) -> Example:
+    try:
+        return render(tokenizer, row)
+    except DataError as error:
+        raise DataError(f"{path}:{line}: {error.message}", code=error.code) from error
+
+
+def limit_length(rendered: Rendered, max_length: int, on_long: str) -> Rendered:
     """Apply the length limit: truncate, drop or refuse longer rows.
 
     Raises:
         DataError: `on_long` is "error" and a row is longer, or no row is left.
     """
-    longer = [len(example) > max_length for example in rendered.examples]
-    rendered.long = [line for line, is_long in zip(rendered.lines, longer, strict=True) if is_long]
-    if rendered.long and on_long == "error":
+    longer = rendered.examples.lengths > max_length
+    long = rendered.lines[longer]
+    if len(long) and on_long == "error":
         raise DataError(
-            f"{rendered.path}: {len(rendered.long)} examples are longer than {max_length} tokens: "
-            f"{name_lines(rendered.long)}. Shorten them, raise max_length, or set on_long to "
+            f"{rendered.path}: {len(long)} examples are longer than {max_length} tokens: "
+            f"{name_lines(long)}. Shorten them, raise max_length, or set on_long to "
             "truncate or drop",
             code="example_too_long",
         )
+    examples = rendered.examples
     if on_long == "drop":
-        kept = [i for i, is_long in enumerate(longer) if not is_long]
-        rendered.examples = [rendered.examples[i] for i in kept]
-        rendered.lines = [rendered.lines[i] for i in kept]
-    rendered.examples = [truncate(example, max_length) for example in rendered.examples]
-    if not rendered.examples:
+        examples = examples.select(np.flatnonzero(~longer))
+    if not len(examples):
         raise DataError(
             f"{rendered.path}: every example is longer than {max_length} tokens; raise max_length",
             code="example_too_long",
         )
+    return replace(rendered, examples=examples.cut(max_length), long=long)
 
 
 def split(rendered: Rendered, fraction: float, seed: int) -> tuple[Rendered, Rendered]:
     """Hold out a random share of the examples, at least one."""
-    order = torch.randperm(
-        len(rendered.examples), generator=torch.Generator().manual_seed(seed)
-    ).tolist()
-    held = set(order[: max(1, round(fraction * len(order)))])
-    parts = []
-    for chosen in (False, True):
-        part = Rendered(rendered.path, rendered.digest, rendered.kind)
-        for index, example in enumerate(rendered.examples):
-            if (index in held) == chosen:
-                part.examples.append(example)
-                part.lines.append(rendered.lines[index])
-        parts.append(part)
-    return parts[0], parts[1]
+    count = len(rendered.examples)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).numpy()
+    is_held = np.zeros(count, bool)
+    is_held[order[: max(1, round(fraction * count))]] = True
+    train, held = (
+        replace(rendered, examples=rendered.examples.select(np.flatnonzero(chosen)))
+        for chosen in (~is_held, is_held)
+    )
+    return train, held
 
 
-def as_dataset(examples: Sequence[Example]) -> Dataset:
-    """Return the columns that TRL takes as already prepared."""
+def as_dataset(examples: TokenRows) -> Dataset:
+    """Return the columns that TRL takes as already prepared, each row read when it is asked for."""
     from datasets import Dataset  # takes 90 MB, and PPO needs none of it
 
-    return Dataset.from_dict(
-        {
-            "input_ids": [list(example.input_ids) for example in examples],
-            "labels": [list(example.labels) for example in examples],
+    rows = pa.table({"row": np.arange(len(examples), dtype=np.int32)})
+    return Dataset(rows, fingerprint="rows").with_transform(_Reader(examples))
+
+
+class _Reader:
+    """Turns row numbers into rows for `datasets`, which pickles what it calls to name the result:
+    rows may be many gigabytes, so they are left out of that."""
+
+    def __init__(self, examples: TokenRows) -> None:
+        self._examples = examples
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def __call__(self, batch: dict[str, list[int]]) -> dict[str, list[list[int]]]:
+        chosen = [self._examples[row] for row in batch["row"]]
+        return {
+            "input_ids": [list(example.input_ids) for example in chosen],
+            "labels": [list(example.labels) for example in chosen],
         }
-    )
 
 
-def name_lines(lines: Sequence[int], count: int | None = None) -> str:
+def name_lines(lines: Sequence[int] | NDArray[np.int64], count: int | None = None) -> str:
     """Return "lines 4, 90, 107 and 12 more"; `count` where `lines` are only the first of them."""
     count = len(lines) if count is None else count
     shown = lines[:LISTED]
@@ -147,8 +221,10 @@ class LengthGroupedSampler(Sampler[int]):
     short.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int):
-        self._lengths = lengths
+    def __init__(
+        self, lengths: Sequence[int] | NDArray[np.int32], batch_size: int, seed: int
+    ) -> None:
+        self._lengths = np.asarray(lengths, np.int32)
         self._batch_size = batch_size
         self._seed = seed
         self._epoch = 0
@@ -162,24 +238,28 @@ class LengthGroupedSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self._epoch)
-        order = torch.randperm(len(self._lengths), generator=generator).tolist()
+        order = torch.randperm(len(self._lengths), generator=generator).numpy()
         tail = len(order) % self._batch_size
         full, rest = order[: len(order) - tail], order[len(order) - tail :]
-        batches = []
         pool = self._batch_size * POOL_BATCHES
         for start in range(0, len(full), pool):
-            rows = sorted(full[start : start + pool], key=self._lengths.__getitem__)
-            batches += [
-                rows[i : i + self._batch_size] for i in range(0, len(rows), self._batch_size)
-            ]
-        for index in torch.randperm(len(batches), generator=generator).tolist():
-            yield from batches[index]
-        yield from rest
+            rows = full[start : start + pool]
+            rows[:] = rows[np.argsort(self._lengths[rows], kind="stable")]
+        batches = full.reshape(-1, self._batch_size)
+        for index in torch.randperm(len(batches), generator=generator).numpy():
+            yield from batches[index].tolist()
+        yield from rest.tolist()
 
 
 def _markers(tokenizer: Any) -> list[str]:
     """Return the special tokens that a row must not spell out."""
     return [token for token in tokenizer.all_special_tokens if len(token) > 2]
+
+
+def _key(sha256: str, tokenizer: Any, base: str) -> list[Any]:
+    """Return what a store's content depends on."""
+    ends = [tokenizer.bos_token_id, tokenizer.eos_token_id]
+    return [RENDERING, sha256, base, *ends, tokenizer.chat_template]
 
 
 def _digest(path: Path) -> str:

@@ -85,6 +85,9 @@ class RunConfig(StrictModel):
 class SftConfig(RunConfig):
     """Supervised fine-tuning of one LoRA adapter."""
 
+    load_in_4bit: bool = Field(
+        False, description="Keep the base in 4 bits (NF4, bitsandbytes) in training; a CUDA GPU."
+    )
     train_file: Path = Field(description="JSONL: prompt and completion, messages, or text.")
     validation_file: Path | None = Field(None, description="JSONL of the same kind.")
     validation_fraction: float = Field(0.0, ge=0, le=0.5, description="Held out of train_file.")
@@ -126,6 +129,9 @@ class SftConfig(RunConfig):
     compare_with: Path | None = Field(
         None, description="PEFT folder that validation compares with; default: the base itself."
     )
+    compare_base: str | None = Field(
+        None, description="Base of compare_with, where that is another: name, YAML, folder, hub id."
+    )
     score_examples: int = Field(
         0, ge=0, description="Tell each training row's loss at the end, if there are no more rows."
     )
@@ -146,6 +152,8 @@ class SftConfig(RunConfig):
             problems.append("early_stopping needs validation_file or validation_fraction")
         if self.compare_with is not None and not has_validation:
             problems.append("compare_with needs validation_file or validation_fraction")
+        if self.compare_base is not None and self.compare_with is None:
+            problems.append("compare_base needs compare_with, an adapter of that base")
         if self.n_evals is not None and not has_validation:
             problems.append("n_evals needs validation_file or validation_fraction")
         if self.early_stopping.enabled and self.n_checkpoints is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 import torch
 
 from data.render import IGNORED
@@ -34,7 +35,7 @@ def write_losses(run: RunFolder, model: Any, job: TrainingJob) -> None:
     found = score(model, train)
     lines = [
         json.dumps({"line": line, "tokens": len(example), **scores})
-        for line, example, scores in zip(train.lines, train.examples, found, strict=True)
+        for line, example, scores in zip(train.lines.tolist(), train.examples, found, strict=True)
     ]
     replace_text(run.losses, "".join(line + "\n" for line in lines))
 
@@ -44,13 +45,14 @@ def score(model: Any, train: Rendered) -> list[dict[str, float]]:
     """Return each row's mean loss over its learned tokens, nats, their number and accuracy."""
     model.eval()
     rows = train.examples
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+    lengths = rows.lengths
+    order = np.argsort(lengths, kind="stable").tolist()
     found: list[dict[str, float]] = [{} for _ in rows]
     batch: list[int] = []
     for position, index in enumerate(order):
         batch.append(index)
         following = order[position + 1] if position + 1 < len(order) else None
-        full = following is None or (len(batch) + 1) * len(rows[following]) > BATCH_TOKENS
+        full = following is None or (len(batch) + 1) * int(lengths[following]) > BATCH_TOKENS
         if full:
             for scored, values in zip(batch, _score_batch(model, batch, train), strict=True):
                 found[scored] = values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import signal
@@ -14,6 +15,7 @@ from train.run import RunFolder
 TAIL_BYTES = 64 << 10
 TAIL_LINES = 15
 FULL_BELOW_BYTES = 4 << 20
+MEMORY_BYTES = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 # How `accelerate launch` tells of a signal: for one process, and for several.
 SIGNALS = re.compile(r"died with <Signals\.(SIG\w+): \d+>|Signal \d+ \((SIG\w+)\) received by PID")
 
@@ -49,17 +51,24 @@ def cause_of_exit(run: RunFolder, status: int, log_start: int) -> Cause:
         )
     name = _signal(status, log)
     if name is not None:
-        hint = (
-            ": most often the system does that when memory runs out, so a smaller batch_size or "
-            "max_seq_length may help"
-            if name == "SIGKILL"
-            else ""
-        )
+        hint = _memory_hint(run) if name == "SIGKILL" else ""
         return Cause("trainer_killed", f"The trainer was killed by {name}{hint}", killed=True)
     last = "\n".join(log.splitlines()[-TAIL_LINES:])
     return Cause(
         "training_failed",
         f"The trainer exited with status {status} and left no result. Its last words:\n{last}",
+    )
+
+
+def _memory_hint(run: RunFolder) -> str:
+    """Return the advice for a process that the system killed, with the run's numbers."""
+    plan = (read_object(run.resolved) or {}).get("plan") or {}
+    names = {"batch_size": "batch_size", "max_length": "max_seq_length"}
+    now = [f"{ours} is {plan[name]}" for name, ours in names.items() if name in plan]
+    facts = [*now, f"the machine has {MEMORY_BYTES / 1e9:.1f} GB"]
+    return (
+        ": most often the system does that when memory runs out, so a smaller batch_size or "
+        f"max_seq_length may help ({', '.join(facts)})"
     )
 
 

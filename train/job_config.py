@@ -11,6 +11,7 @@ import yaml
 
 from data.settings import Settings, read_config
 from data.tables import Job
+from data.upgrades import UPGRADE
 from serve.engine.base_spec import find_spec
 from train.config import SftConfig
 from train.run import RunFolder, replace_text
@@ -69,6 +70,11 @@ def write_config(
         values["start_adapter"] = str(start_adapter.resolve())
     if compare_with is not None:
         values["compare_with"] = str(compare_with.resolve())
+    if UPGRADE in job.options:
+        upgrade = job.options[UPGRADE]
+        values["compare_base"] = upgrade["old_base"]
+        if "held_out" in upgrade:
+            values["validation_fraction"] = upgrade["held_out"]
     if "early_stopping" in asked:
         values["early_stopping"] = {"enabled": True, **asked["early_stopping"]}
     wandb = wandb_of(job, settings)
@@ -81,6 +87,8 @@ def write_config(
 
 def base_of(job: Job, settings: Settings) -> str:
     """Return the base model by a name that the trainer finds: the server's may be a path."""
+    if UPGRADE in job.options:
+        return str(job.options[UPGRADE]["new_base"])
     return settings.model if find_spec(settings.model).name == job.base else job.base
 
 

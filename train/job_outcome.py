@@ -13,7 +13,7 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from data import job_pause, jobs, registry
+from data import job_pause, jobs, registry, upgrades
 from data.checkpoints import mark_of
 from data.feedback import round_steps
 from data.files import RESULTS
@@ -36,7 +36,7 @@ def publish_outcome(shop: Workshop, job: Job, lease: Lease, run: RunFolder) -> N
     """
     result = json.loads(run.result.read_text("utf-8"))
     resolved = read_object(run.resolved)
-    fingerprint = shop.base_fingerprint(job.base)
+    fingerprint = shop.fingerprint_of(job)
     adapters_dir = shop.settings.adapters_dir
     tables = [shop.files.stage(job.project_id, [step_metrics_csv(run.metrics)], TABLE, RESULTS)]
     for path in (run.losses, run.completions, run.card, run.report):
@@ -67,6 +67,7 @@ def publish_outcome(shop: Workshop, job: Job, lease: Lease, run: RunFolder) -> N
                         "result": result,
                         "resolved": resolved,
                         "start_version": job.start_version_id,
+                        **_upgraded_from(job),
                     },
                     mark=mark_of(job.id),
                 )
@@ -78,6 +79,12 @@ def publish_outcome(shop: Workshop, job: Job, lease: Lease, run: RunFolder) -> N
     finally:
         if not published:
             registry.discard(adapters_dir, staged)
+
+
+def _upgraded_from(job: Job) -> dict[str, str]:
+    if upgrades.UPGRADE not in job.options:
+        return {}
+    return {upgrades.UPGRADED_FROM: job.options[upgrades.UPGRADE]["version"]}
 
 
 def _promote(
@@ -93,6 +100,9 @@ def _promote(
     reasons = (gate or {}).get("reasons") or []
     if gate is None or gate["promote"]:
         registry.point_alias(session, version)
+        moved = upgrades.follow(session, job, version)
+        if moved:
+            jobs.record_event(session, job.id, f"{', '.join(moved)} now name {version.name}")
         if reasons:
             jobs.record_event(
                 session, job.id, f"Promoted: {'; '.join(reasons)}", data=dict(gate or {})

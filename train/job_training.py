@@ -16,6 +16,7 @@ from pathlib import Path
 from data import job_pause, jobs
 from data.errors import AdapterRefused, NotFound, ToolkitError
 from data.tables import Job, now
+from data.upgrades import UPGRADE
 from train.exit_cause import Cause, cause_of_exit
 from train.job_config import write_config
 from train.job_follower import Follower
@@ -83,7 +84,8 @@ class _Training:
         start = self.shop.place_start(job)
         settings, run = self.shop.settings, self.run
         if job.method["type"] == "supervised":
-            current = self._place_current() if validation_file else None
+            compares = validation_file is not None or UPGRADE in job.options
+            current = self._place_current() if compares else None
             config = write_config(job, settings, run, train_file, validation_file, start, current)
         else:
             reward = self.shop.place_reward(job)

@@ -1,4 +1,6 @@
-"""Freed memory, given back to the system."""
+"""Memory of the machine that trains: whether it ran out, how much there is, giving back what is
+freed.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,26 @@ import gc
 import sys
 from functools import cache
 from typing import Any
+
+import torch
+
+from train.exit_cause import MEMORY_BYTES
+
+CPU_ALLOCATOR = "DefaultCPUAllocator: "  # how torch tells of a refused allocation on a CPU
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an allocation of torch was refused, on a GPU or on a CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or CPU_ALLOCATOR in str(error)
+
+
+def describe_memory(device: torch.device) -> str:
+    """Return what the device has in all and what torch holds of it, in words."""
+    if device.type == "cuda":
+        _, total = torch.cuda.mem_get_info(device)
+        used = torch.cuda.max_memory_allocated(device)
+        return f"{device} has {total / 1e9:.1f} GB, of which the run held up to {used / 1e9:.1f}"
+    return f"the machine has {MEMORY_BYTES / 1e9:.1f} GB"
 
 
 def give_back_freed() -> None:

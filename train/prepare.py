@@ -20,7 +20,10 @@ from data.render import IGNORED
 from data.rows import Format
 from train.base_model import Base, load_base
 from train.batches import Rendered, limit_length, load_file, name_lines, split
-from train.config import Plan, SftConfig, resolve, resolve_length
+from train.config import Plan, SftConfig, auto_learning_rate, resolve, resolve_length
+
+ABSURD = 30  # times the rate of auto
+KEPT_LINES = 1000  # of those that were truncated, in resolved_config.json
 
 
 @dataclass
@@ -37,10 +40,13 @@ class TrainingJob:
     facts: dict[str, Any]
 
 
-def prepare(config: SftConfig, base: Base | None = None) -> TrainingJob:
+def prepare(
+    config: SftConfig, tokens: Path | None = None, base: Base | None = None
+) -> TrainingJob:
     """Load the base, check and render the data, and resolve the plan.
 
     Args:
+        tokens: Folder that keeps the rendered rows; without one they go with the process.
         base: What `load_base` would load, where it is there already.
 
     Raises:
@@ -49,7 +55,9 @@ def prepare(config: SftConfig, base: Base | None = None) -> TrainingJob:
     _require_files(config)
     set_seed(config.seed)
     base = base or load_base(config)
-    train = load_file(config.train_file, base.tokenizer, config.min_examples)
+    tokenizer, fingerprint = base.tokenizer, base.fingerprint
+    place = _below(tokens, "train")
+    train = load_file(config.train_file, tokenizer, config.min_examples, place, fingerprint)
     if config.prompt_loss_weight and train.kind != Format.PROMPT_COMPLETION:
         raise ConfigError(
             [
@@ -59,13 +67,14 @@ def prepare(config: SftConfig, base: Base | None = None) -> TrainingJob:
         )
     valid = None
     if config.validation_file is not None:
-        valid = load_file(config.validation_file, base.tokenizer, 1)
+        place = _below(tokens, "validation")
+        valid = load_file(config.validation_file, tokenizer, 1, place, fingerprint)
     elif config.validation_fraction:
         train, valid = split(train, config.validation_fraction, config.seed)
     max_length = resolve_length(config, train.longest, base.context_length)
-    for rendered in (train, valid):
-        if rendered is not None:
-            limit_length(rendered, max_length, config.on_long)
+    train = limit_length(train, max_length, config.on_long)
+    if valid is not None:
+        valid = limit_length(valid, max_length, config.on_long)
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     plan = resolve(
         config,
@@ -89,6 +98,7 @@ def prepare(config: SftConfig, base: Base | None = None) -> TrainingJob:
         *_warn_of_length(train, max_length, config.on_long),
         *(_warn_of_length(valid, max_length, config.on_long) if valid else []),
         *_warn_of_overlap(config),
+        *_warn_of_rate(plan, base.num_parameters),
     ]
     return TrainingJob(config, base, train, valid, plan, num_processes, warnings, facts)
 
@@ -96,13 +106,17 @@ def prepare(config: SftConfig, base: Base | None = None) -> TrainingJob:
 def show_tokens(job: TrainingJob, count: int) -> None:
     """Print rows as the model sees them: learned tokens are green, the context is dim."""
     console = Console()
-    for line, example in zip(job.train.lines[:count], job.train.examples, strict=False):
+    for line, example in zip(job.train.lines[:count], job.train.examples[:count], strict=True):
         console.print(f"line {line}: {len(example)} tokens, {example.num_trained} learned")
         for token_id, label in zip(example.input_ids, example.labels, strict=True):
             style = "dim" if label == IGNORED else "green"
             mark = " " if label == IGNORED else "*"
             text = repr(job.base.tokenizer.decode([token_id]))
             console.print(f"  {mark} {token_id:>7} {text}", style=style, markup=False)
+
+
+def _below(folder: Path | None, name: str) -> Path | None:
+    return None if folder is None else folder / name
 
 
 def _require_files(config: SftConfig) -> None:
@@ -124,18 +138,35 @@ def _describe(rendered: Rendered) -> dict[str, Any]:
         "examples": len(rendered.examples),
         "tokens": rendered.num_tokens,
         "longest": rendered.longest,
-        "truncated_lines": rendered.long,
+        "truncated": len(rendered.long),
+        "truncated_lines": rendered.long[:KEPT_LINES].tolist(),
     }
 
 
 def _warn_of_length(rendered: Rendered, max_length: int, on_long: str) -> list[str]:
-    if not rendered.long:
+    if not len(rendered.long):
         return []
+    if on_long == "truncate" and len(rendered.long) == len(rendered.examples):
+        return [
+            f"every example of {rendered.path.name} ({len(rendered.long)}) was truncated to "
+            f"{max_length} tokens, so the model sees no whole prompt, but serving sends "
+            "whole ones; raise max_length, or shorten the prompts"
+        ]
     what = "example" if len(rendered.long) == 1 else "examples"
     what = f"{len(rendered.long)} {what}"
     if on_long == "drop":
         return [f"{what} dropped, longer than {max_length} tokens: {name_lines(rendered.long)}"]
     return [f"{what} truncated to {max_length} tokens: {name_lines(rendered.long)}"]
+
+
+def _warn_of_rate(plan: Plan, num_parameters: int) -> list[str]:
+    rate, usual = plan.learning_rate * plan.learning_rate_multiplier, auto_learning_rate(num_parameters)
+    if rate <= ABSURD * usual:
+        return []
+    return [
+        f"the learning rate is {rate:g}, {rate / usual:.3g} times what auto chooses for this base "
+        f"({usual:g}); the loss will most likely rise, so lower learning_rate or its multiplier"
+    ]
 
 
 def _warn_of_overlap(config: SftConfig) -> list[str]:

@@ -1,7 +1,9 @@
 """The gate of supervised fine-tuning: a tuned model must not be worse than what it would replace.
 
 Both models score the validation rows; the rows pair up, so that a paired test (`significance`) can
-tell a fall from chance. What is compared is each row's loss: mean nats over its learned tokens.
+tell a fall from chance. What is compared is each row's loss: mean nats over its learned tokens. An
+adapter of another base may cut the same text into other tokens, so there it is nats a byte of the
+learned text, which no tokenizer changes.
 """
 
 from __future__ import annotations
@@ -11,7 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from peft import PeftModel
+from trl.trainer.utils import add_fused_lm_head
+
+from data.render import IGNORED, Example
+from train.base_model import load_base
+from train.batches import Rendered, load_file
 from train.example_losses import score
+from train.loss_head import use_compact_head
 from train.prepare import TrainingJob
 from train.significance import Difference, compare
 from train.start import read_shape
@@ -22,10 +32,11 @@ BASE = "the base model"
 
 @dataclass(frozen=True)
 class Regression:
-    """Losses of the validation rows, nats a token, before and after.
+    """Losses of the validation rows before and after.
 
     Attributes:
         against: What the tuned model is compared with.
+        unit: "token" or "byte": nats by what.
         before, after: [rows].
         difference: Of the negated losses, so that more is better.
     """
@@ -34,6 +45,7 @@ class Regression:
     before: list[float]
     after: list[float]
     difference: Difference
+    unit: str = "token"
 
     def summary(self) -> dict[str, Any]:
         """Return what a run's result keeps."""
@@ -41,6 +53,7 @@ class Regression:
         return {
             "against": self.against,
             "rows": count,
+            "unit": f"nats a {self.unit}",
             "loss_before": sum(self.before) / count,
             "loss_after": sum(self.after) / count,
             "difference": self.difference.as_dict(),
@@ -69,6 +82,8 @@ def compare_with(job: TrainingJob, model: Any) -> Regression | None:
     """
     if job.valid is None:
         return None
+    if job.config.compare_base is not None:
+        return _compare_bases(job, job.valid, model, job.config.compare_base)
     after = [row["loss"] for row in score(model, job.valid)]
     other = job.config.compare_with
     if other is None:
@@ -93,3 +108,33 @@ def _losses_with(job: TrainingJob, model: Any, folder: Path) -> list[float]:
     finally:
         model.set_adapter("default")
         model.delete_adapter(OTHER)
+
+
+def _compare_bases(job: TrainingJob, valid: Rendered, model: Any, old_base: str) -> Regression:
+    """Score the same rows with the tuned model, and with an adapter of another base."""
+    old = load_base(job.config.model_copy(update={"base_model": old_base}))
+    read_shape(job.config.compare_with, old, dropout=0.0, setting="compare_with")  # type: ignore[arg-type]
+    file = load_file(valid.path, old.tokenizer, min_examples=1)
+    same = file.examples.select(np.searchsorted(file.lines, valid.lines))
+    rows = Rendered(valid.path, valid.digest, same.cut(old.context_length), valid.kind)
+    add_fused_lm_head(old.model, outputs=("log_probs", "entropy", "is_top1"))
+    use_compact_head(old.model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # PEFT: the adapter names a base by its name
+        tuned = PeftModel.from_pretrained(old.model, str(job.config.compare_with))
+    sizes = [_learned_bytes(job.base.tokenizer, example) for example in valid.examples]
+    after, before = (
+        [
+            row["loss"] * row["learned_tokens"] / size
+            for row, size in zip(score(scored, data), sizes, strict=True)
+        ]
+        for scored, data in ((model, valid), (tuned, rows))
+    )
+    negated = [[-loss for loss in losses] for losses in (before, after)]
+    against = f"the adapter in use, on {old.name}"
+    return Regression(against, before, after, compare(*negated), unit="byte")
+
+
+def _learned_bytes(tokenizer: Any, example: Example) -> int:
+    ids = [label for label in example.labels if label != IGNORED]
+    return max(1, len(tokenizer.decode(ids, skip_special_tokens=True).encode()))

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import html
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from data.render import IGNORED, Example
 from train.batches import Rendered
@@ -79,27 +80,26 @@ def _curve(records: Sequence[Mapping[str, Any]], names: Sequence[str], label: st
 
 
 def _facts(rendered: Rendered) -> dict[str, Any]:
-    learned = sum(example.num_trained for example in rendered.examples)
-    repeated = Counter(example.input_ids for example in rendered.examples)
-    lengths = sorted(map(len, rendered.examples))
+    learned = rendered.examples.num_learned
+    lengths = np.sort(rendered.examples.lengths)
     return {
         "file": rendered.path.name,
         "kind": rendered.kind,
-        "rows": len(rendered.examples),
+        "rows": len(lengths),
         "tokens": rendered.num_tokens,
         "tokens that are learned": f"{learned} ({learned / rendered.num_tokens:.0%})",
         "tokens of a row": f"{lengths[0]} to {lengths[-1]}, median {lengths[len(lengths) // 2]}",
-        "rows that repeat another": sum(count - 1 for count in repeated.values()),
+        "rows that repeat another": rendered.examples.num_repeated,
         "rows over the length limit": len(rendered.long),
         "SHA-256": rendered.digest,
     }
 
 
 def _lengths(job: TrainingJob) -> str:
-    lengths = [len(example) for example in job.train.examples]
-    width = max(1, (max(lengths) + 29) // 30)
-    counts = Counter(length // width for length in lengths)
-    points = [(bin_ * width, float(counts[bin_])) for bin_ in range(max(counts) + 1)]
+    lengths = job.train.examples.lengths
+    width = max(1, (int(lengths.max()) + 29) // 30)
+    counts = np.bincount(lengths // width).tolist()
+    points = [(bin_ * width, float(count)) for bin_, count in enumerate(counts)]
     return draw([(points, "rows", "-")], "tokens of a row", "training rows")
 
 

@@ -31,6 +31,7 @@ class RunFolder:
         self.merged = path / "merged"
         self.checkpoints = path / "checkpoints"
         self.models = path / "models"
+        self.tokens = path / "tokens"
         self.result = path / "result.json"
         self.error = path / "error.json"
         self.resolved = path / "resolved_config.json"

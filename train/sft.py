@@ -13,6 +13,7 @@ Exit status: 0 done, 2 wrong input, 74 disk full, 143 stopped by a signal (resum
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -73,7 +74,7 @@ def run_one(
     from train import prepare, trainer
 
     refuse_other_settings(config, run)
-    job = prepare.prepare(config, base)
+    job = prepare.prepare(config, run.tokens, base)
     resolved = provenance(config, job.plan, **job.facts)
     run.prepare()
     checkpoint = run.newest_checkpoint()
@@ -96,6 +97,7 @@ def run_one(
             **outcome,
         },
     )
+    shutil.rmtree(run.tokens, ignore_errors=True)
     print(f"the adapter is {run.adapter}", file=sys.stderr)
     return 0
 

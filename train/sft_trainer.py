@@ -14,10 +14,13 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from peft.optimizers import create_loraplus_optimizer
 from torch.utils.data import Sampler
 from transformers import TrainerControl
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import SFTTrainer
 
 from data.errors import ConfigError, TrainingFailed
@@ -25,6 +28,7 @@ from data.render import IGNORED
 from train.batches import LengthGroupedSampler, name_lines
 from train.fused_layers import fuse_layers
 from train.loss_head import use_compact_head
+from train.memory import describe_memory, is_out_of_memory
 from train.together import Seat
 
 Batch = dict[str, torch.Tensor]
@@ -52,7 +56,7 @@ class LoraTrainer(SFTTrainer):
         max_tokens: int,
         prompt_loss_weight: float = 0.0,
         lr_ratio: float = 1.0,
-        lines: Sequence[int] = (),
+        lines: Sequence[int] | NDArray[np.int64] = (),
         seat: Seat | None = None,
         **kwargs: Any,
     ) -> None:
@@ -64,7 +68,8 @@ class LoraTrainer(SFTTrainer):
         self._max_rows = max_rows
         self._max_tokens = max_tokens
         super().__init__(**kwargs)
-        fuse_layers(self.model.get_base_model())
+        if not is_deepspeed_zero3_enabled():  # it gathers a weight for its own module's forward
+            fuse_layers(self.model.get_base_model())
         if seat is not None:
             seat.take(self)
         is_compact = use_compact_head(self.model.get_base_model())
@@ -90,7 +95,12 @@ class LoraTrainer(SFTTrainer):
         for index, part in enumerate(parts):
             is_last = index == len(parts) - 1
             with nullcontext() if is_last else self.accelerator.no_sync(model):
-                losses.append(self._part(model, part, num_items_in_batch))
+                try:
+                    losses.append(self._part(model, part, num_items_in_batch))
+                except RuntimeError as error:
+                    if is_out_of_memory(error):
+                        raise self._no_room(part, error) from error
+                    raise
         loss = torch.stack(losses).sum()
         if not torch.isfinite(loss):
             raise TrainingFailed(
@@ -127,12 +137,29 @@ class LoraTrainer(SFTTrainer):
         )
         return self.optimizer
 
+    def _no_room(self, part: Batch, error: RuntimeError) -> TrainingFailed:
+        """Say how large the part was that did not fit, and what makes it smaller."""
+        rows, tokens = part["input_ids"].shape
+        smaller = max(8, rows * tokens // 2)
+        advice = (
+            f"set micro_batch_tokens={smaller} (the step's result stays the same)"
+            if rows > 1
+            else f"set max_length={tokens // 2}, as one row by itself is too long"
+        )
+        return TrainingFailed(
+            f"Memory ran out at step {self.state.global_step + 1}, in a part of {rows} rows of "
+            f"{tokens} tokens, padding included ({describe_memory(self.args.device)}): {advice}, "
+            "or gradient_checkpointing=true, or a smaller base; the last checkpoint is kept. "
+            f"{str(error).splitlines()[0]}",
+            code="out_of_memory",
+        )
+
     def _suspects(self) -> str:
         """Name the lines of the step at hand."""
         size = self.args.per_device_train_batch_size * self.accelerator.num_processes
         at = self.state.global_step * size % (math.ceil(len(self._order) / size) * size)
         rows = list(self._order)[at : at + size]
-        if not self._lines:
+        if not len(self._lines):
             return ""
         return f"; the step's rows were {name_lines(sorted(self._lines[row] for row in rows))}"
 

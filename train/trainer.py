@@ -89,7 +89,8 @@ def train(
         model = trainer.accelerator.unwrap_model(trainer.model)
         rows = [example.input_ids for example in job.train.examples[:PROBE_ROWS]]
         has_dora = model.peft_config["default"].use_dora
-        write_adapter(run, model, job.base, job.config, rows, summary, serves=not has_dora)
+        serves = not (has_dora or job.config.load_in_4bit)  # else the numbers are others
+        write_adapter(run, model, job.base, job.config, rows, summary, serves=serves)
         write_losses(run, model, job)
         regression = compare_with(job, model)
         if regression is not None:
@@ -138,9 +139,8 @@ def _make_trainer(
     else:
         peft_config = read_shape(config.start_adapter, base, config.lora.dropout)
     steps = checkpoint_steps(config, plan)
-    lengths = [len(example) for example in job.train.examples]
     trainer = LoraTrainer(
-        order=LengthGroupedSampler(lengths, plan.batch_size, config.seed),
+        order=LengthGroupedSampler(job.train.examples.lengths, plan.batch_size, config.seed),
         max_rows=plan.micro_batch_size,
         max_tokens=plan.micro_batch_tokens,
         prompt_loss_weight=config.prompt_loss_weight,
@@ -219,6 +219,8 @@ def _training_arguments(job: TrainingJob, run: RunFolder) -> SFTConfig:
         data_seed=config.seed,
         max_length=None,  # rows are cut already
         packing=False,
+        dataset_kwargs={"skip_prepare_dataset": True},  # rows are read when they are asked for
+        remove_unused_columns=False,
         activation_checkpointing=config.gradient_checkpointing,
         bf16=False,  # the base has its dtype; adapters are float32 over it
         use_cpu=job.base.model.device.type == "cpu",

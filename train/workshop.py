@@ -20,16 +20,25 @@ from data.files import FileStore
 from data.job_methods import METHODS, score_models
 from data.settings import Settings
 from data.tables import AdapterVersion, Job, Project
+from data.upgrades import UPGRADE
 from train.lease import Lease
 from train.run import RunFolder
 
 ACCELERATE = Path(__file__).parents[1] / "configs" / "accelerate" / "one_process.yaml"
 INPUTS = "data"  # folder of a run for the job's files
 MODELS = "models"  # of checkpoints, for publishing
+TOKENS = "tokens"  # of the rendered rows
 BULK = {  # folders of a run that nobody needs once its job has ended so
-    "succeeded": (INPUTS, MODELS, "adapter.tmp", "checkpoints", "adapter"),  # it is published
-    "failed": (INPUTS, MODELS, "adapter.tmp", "checkpoints"),
-    "cancelled": (INPUTS, MODELS, "adapter.tmp"),
+    "succeeded": (
+        INPUTS,
+        MODELS,
+        TOKENS,
+        "adapter.tmp",
+        "checkpoints",
+        "adapter",
+    ),  # it is published
+    "failed": (INPUTS, MODELS, TOKENS, "adapter.tmp", "checkpoints"),
+    "cancelled": (INPUTS, MODELS, TOKENS, "adapter.tmp"),
 }
 TRAINER = (
     sys.executable,
@@ -83,6 +92,11 @@ class Workshop:
             return folder
         return None
 
+    def fingerprint_of(self, job: Job) -> str:
+        """Return the fingerprint of the base that a job's adapter is made for."""
+        upgrade = job.options.get(UPGRADE)
+        return self.base_fingerprint(upgrade["new_base"] if upgrade else job.base)
+
     def run_of(self, job: Job) -> RunFolder:
         """Return a job's run folder."""
         return RunFolder(self.settings.runs_dir / job.id)
@@ -118,10 +132,17 @@ class Workshop:
 
         Raises:
             AdapterRefused: Its files are damaged.
+            NotFound: The version that an upgrade replaces was deleted.
         """
         folder = self.run_of(job).path / INPUTS / "compare_with"
         if folder.exists():
             return folder
+        if UPGRADE in job.options:
+            with self.database.read() as session:
+                old = session.get_one(AdapterVersion, job.options[UPGRADE]["version"])
+            if old.deleted_at is not None:
+                raise NotFound(f"The model {old.name}, which it replaces, was deleted.")
+            return registry.export(old, self.settings.adapters_dir, folder)
         with self.database.read() as session:
             slug = session.get_one(Project, job.project_id).slug
             try:
@@ -130,7 +151,7 @@ class Workshop:
             except ModelNotFound:
                 return None
         is_judge = version.lineage.get("kind") == "reward_model"
-        if is_judge or version.base_fingerprint != self.base_fingerprint(job.base):
+        if is_judge or version.base_fingerprint != self.fingerprint_of(job):
             return None
         return registry.export(version, self.settings.adapters_dir, folder)
 

@@ -50,8 +50,7 @@ def settings(given: argparse.Namespace, folder: Path, num_epochs: int) -> SftCon
 
 def batches(job: TrainingJob, batch: int) -> list[list[int]]:
     """Return the rows of each step, in the run's order."""
-    lengths = [len(example) for example in job.train.examples]
-    sampler = LengthGroupedSampler(lengths, batch, job.config.seed)
+    sampler = LengthGroupedSampler(job.train.examples.lengths, batch, job.config.seed)
     found = []
     for epoch in range(job.plan.num_epochs):
         sampler.set_epoch(epoch)

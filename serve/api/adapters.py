@@ -175,6 +175,12 @@ class ModelCatalog:
 
     def _find(self, account_id: str, name: str) -> AdapterVersion:
         version = registry.resolve(self._database, account_id, name)
+        if version.base_fingerprint != self.base_fingerprint and name != version.name:
+            # An alias on its way to another base: what it named last on this one is served.
+            version = (
+                registry.newest_of_base(self._database, account_id, name, self.base_fingerprint)
+                or version
+            )
         if not model_access.permits(self._database, account_id, version.name, version.base_model):
             raise ModelNotFound(name)
         return version
@@ -207,7 +213,8 @@ class ModelCatalog:
             raise AdapterRefused(
                 f"The model {version.name} was trained on other weights ({version.base_model}, "
                 f"{version.base_fingerprint}) than this server runs ({self.base_model}, "
-                f"{self.base_fingerprint}); start a server with its base, or train again.",
+                f"{self.base_fingerprint}); start a server with its base (`hone serve "
+                f"model={version.base_model}`), or train or upgrade it to this one.",
                 code="adapter_wrong_base",
             )
         folder = self._adapters_dir / version.path

@@ -16,6 +16,7 @@ from serve.commands.common import (
     print_json,
     print_table,
 )
+from serve.commands.upgrade import upgrade
 
 app = typer.Typer(help="Base models, adapter versions, aliases.", no_args_is_help=True)
 
@@ -114,16 +115,25 @@ def publish_folder(folder: Path, account: str | None, suffix: str | None) -> str
     return str(version.name)
 
 
+app.command("upgrade")(upgrade)
+
+
 @app.command("promote")
-def promote(model: str, account: Account = None) -> None:
+def promote(
+    model: str,
+    account: Account = None,
+    alias: Annotated[
+        str | None, typer.Option(help="Another alias, such as one of the base before an upgrade.")
+    ] = None,
+) -> None:
     """Move the alias to this version: the next request gets it."""
     from data import registry
 
     _, database = open_home()
     project = choose_account(database, account)
     version = registry.resolve(database, project.id, model)
-    alias = registry.promote(database, project.id, version.id)
-    print(f"{alias.name} -> {version.name}")
+    moved = registry.promote(database, project.id, version.name, alias)
+    print(f"{moved.name} -> {version.name}")
 
 
 @app.command("rollback")

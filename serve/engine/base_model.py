@@ -23,6 +23,7 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from data.errors import ModelUnavailable
 from serve.engine.base_sources import place
@@ -73,9 +74,15 @@ def fetch(spec: ModelSpec, models_dir: Path) -> Path:
 
 
 def load(
-    folder: Path, dtype: torch.dtype | str = "auto", device: torch.device | str = "auto"
+    folder: Path,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str = "auto",
+    quantization: QuantizationConfigMixin | None = None,
 ) -> tuple[PreTrainedModel, Any]:
     """Load model (evaluation mode) and tokenizer from a fetched folder.
+
+    Args:
+        quantization: How transformers quantises the weights as it loads them; None: not at all.
 
     Raises:
         ModelUnavailable: The folder is not a causal language model in safetensors.
@@ -89,6 +96,8 @@ def load(
             local_files_only=True,
             use_safetensors=True,
             output_loading_info=True,
+            quantization_config=quantization,
+            device_map=None if quantization is None else {"": device},
         )
         if report["missing_keys"]:  # transformers would go on with random numbers
             raise ValueError(f"its weights lack {', '.join(sorted(report['missing_keys'])[:5])}")
@@ -98,7 +107,7 @@ def load(
             f"to fetch it anew, or give another model.",
             code="model_unreadable",
         ) from error
-    return model.to(device).eval(), tokenizer
+    return (model if quantization else model.to(device)).eval(), tokenizer
 
 
 def fingerprint(folder: Path) -> str:
