@@ -19,6 +19,7 @@ and for n = x r w with r = 1 / sqrt(mean(x^2) + eps), h = g w (Zhang & Sennrich 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -30,6 +31,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
+
+from train import short_attention
 
 LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
@@ -144,34 +147,37 @@ def _layer(
     query, key, value = (
         part.view(batch, length, -1, attn.head_dim)
         for part in _NormedProjections.apply(
-            flat, norm.weight, norm.variance_epsilon, *_spread([q, k, v])
+            flat, norm.weight, norm.variance_epsilon, *_flat([q, k, v])
         )
     )
     if hasattr(attn, "q_norm"):
         query, key = attn.q_norm(query), attn.k_norm(key)
     cos, sin = (part.unsqueeze(2) for part in position_embeddings)
     query, key = _Rotation.apply(query, cos, sin), _Rotation.apply(key, cos, sin)
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-        attn.config._attn_implementation, eager_attention_forward
+    mixed = _attention(
+        attn, *(part.transpose(1, 2) for part in (query, key, value)), attention_mask, **kwargs
     )
-    if hasattr(attn, "sliding_window"):
-        kwargs["sliding_window"] = attn.sliding_window
-    mixed, _ = attend(
-        attn,
-        *(part.transpose(1, 2) for part in (query, key, value)),
-        attention_mask,
-        dropout=attn.attention_dropout if attn.training else 0.0,
-        scaling=attn.scaling,
-        **kwargs,
-    )
-    flat = _AddProjection.apply(flat, mixed.reshape(batch * length, -1), *_spread([o]))
+    flat = _AddProjection.apply(flat, mixed.reshape(batch * length, -1), *_flat([o]))
     norm = layer.post_attention_layernorm
-    flat = _AddMlp.apply(flat, norm.weight, norm.variance_epsilon, *_spread([gate, up, down]))
+    flat = _AddMlp.apply(flat, norm.weight, norm.variance_epsilon, *_flat([gate, up, down]))
     return flat.view(batch, length, width)
 
 
-def _spread(weights: Sequence[Weights]) -> list[Any]:
-    return [part for one in weights for part in one]
+def _attention(
+    attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+) -> Tensor:
+    """Return the mixed values [B, T, H, D] of heads [B, H, T, D]."""
+    implementation = attn.config._attn_implementation
+    dropout = attn.attention_dropout if attn.training else 0.0
+    if short_attention.suits(query, implementation, dropout):
+        return short_attention.attend(query, key, value, mask, attn.scaling)
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+    if hasattr(attn, "sliding_window"):
+        kwargs["sliding_window"] = attn.sliding_window
+    mixed: Tensor = attend(
+        attn, query, key, value, mask, dropout=dropout, scaling=attn.scaling, **kwargs
+    )[0]
+    return mixed
 
 
 def _gather(flat: Sequence[Any]) -> list[Weights]:
@@ -179,36 +185,68 @@ def _gather(flat: Sequence[Any]) -> list[Weights]:
     return [Weights(*flat[start : start + size]) for start in range(0, len(flat), size)]
 
 
-def _project(x: Tensor, w: Weights, out: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """Return x W' + bias + s (x A') B' [T, N], and x A' [T, r]; added to `out` if given."""
-    if out is not None:
-        y = torch.addmm(out, x, w.base.t())
-        if w.bias is not None:
-            y += w.bias
-    elif w.bias is not None:
-        y = torch.addmm(w.bias, x, w.base.t())
-    else:
-        y = x @ w.base.t()
-    if w.a is None or w.b is None:
-        return y, None
-    low = x @ w.a.t().to(x.dtype)
-    return y.addmm_(low, w.b.t().to(x.dtype), alpha=w.scale), low
+class _Projections:
+    """Projections of one input: their adapters' matrices A are one, [R, K], and cast once."""
+
+    def __init__(self, flat: Sequence[Any], dtype: torch.dtype):
+        self.weights = _gather(flat)
+        self.a: Tensor | None = None
+        adapted = [w for w in self.weights if w.a is not None]
+        if adapted:
+            self.a = torch.cat([w.a for w in adapted]).to(dtype)
+        self.scaled_b = [None if w.b is None else (w.b * w.scale).to(dtype) for w in self.weights]
+        ends = itertools.accumulate(0 if w.a is None else len(w.a) for w in self.weights)
+        self.columns = [
+            slice(end if w.a is None else end - len(w.a), end)
+            for w, end in zip(self.weights, ends, strict=True)
+        ]
+
+    def forward(self, x: Tensor, out: Tensor | None = None) -> tuple[list[Tensor], Tensor | None]:
+        """Return x W' + bias + s (x A') B' [T, N] of each, and x A' [T, R].
+
+        Args:
+            out: What the projections are added to.
+        """
+        low = None if self.a is None else x @ self.a.t()
+        found = []
+        for w, b, columns in zip(self.weights, self.scaled_b, self.columns, strict=True):
+            y = x @ w.base.t() if out is None else torch.addmm(out, x, w.base.t())
+            if w.bias is not None:
+                y += w.bias
+            if b is not None and low is not None:
+                y.addmm_(low[:, columns], b.t())
+            found.append(y)
+        return found, low
+
+    def backward(
+        self, gradients: Sequence[Tensor], x: Tensor, low: Tensor | None
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """Return the gradient of x, and those of the fields of all weights."""
+        learned: list[list[Tensor | None]] = [[None] * len(Weights._fields) for _ in self.weights]
+        grad_x: Tensor | None = None
+        for g, w in zip(gradients, self.weights, strict=True):
+            grad_x = g @ w.base if grad_x is None else grad_x.addmm_(g, w.base)
+        assert grad_x is not None
+        if self.a is None or low is None:
+            return grad_x, _flat(learned)
+        g_low = torch.cat(
+            [g @ b for g, b in zip(gradients, self.scaled_b, strict=True) if b is not None], 1
+        )
+        grad_x.addmm_(g_low, self.a)
+        grad_a = None
+        for index, (g, w) in enumerate(zip(gradients, self.weights, strict=True)):
+            if w.a is None or w.b is None or not w.a.requires_grad:
+                continue
+            if grad_a is None:
+                grad_a = (g_low.t() @ x).to(w.a.dtype)
+            columns = self.columns[index]
+            learned[index][2] = grad_a[columns]
+            learned[index][3] = (g.t() @ low[:, columns]).to(w.b.dtype).mul_(w.scale)
+        return grad_x, _flat(learned)
 
 
-def _project_back(
-    g: Tensor, x: Tensor, w: Weights, low: Tensor | None, into: Tensor | None
-) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """Return the gradient of x, added to `into` if given, and those of `w`'s fields."""
-    grad_x = g @ w.base if into is None else into.addmm_(g, w.base)
-    if w.a is None or w.b is None or low is None:
-        return grad_x, (None,) * len(Weights._fields)
-    g_low = g @ w.b.to(g.dtype)
-    grad_x.addmm_(g_low, w.a.to(g.dtype), alpha=w.scale)
-    grad_a = grad_b = None
-    if w.a.requires_grad:
-        grad_a = (g_low.t() @ x).to(w.a.dtype).mul_(w.scale)
-        grad_b = (g.t() @ low).to(w.b.dtype).mul_(w.scale)
-    return grad_x, (None, None, grad_a, grad_b, None)
+def _flat(lists: Sequence[Sequence[Any]]) -> list[Any]:
+    return [item for one in lists for item in one]
 
 
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:
@@ -235,23 +273,17 @@ class _NormedProjections(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, norm: Tensor, eps: float, *flat: Any) -> tuple[Tensor, ...]:
-        weights = _gather(flat)
+        ctx.projections = _Projections(flat, x.dtype)
         inverse = _inverse_rms(x, eps)
-        normed = _normed(x, norm, inverse)
-        found, lows = zip(*(_project(normed, w) for w in weights), strict=True)
-        ctx.weights = weights
-        ctx.save_for_backward(x, norm, inverse, *lows)
+        found, low = ctx.projections.forward(_normed(x, norm, inverse))
+        ctx.save_for_backward(x, norm, inverse, low)
         return tuple(found)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        x, norm, inverse, *lows = ctx.saved_tensors
-        normed = _normed(x, norm, inverse)
-        grad, learned = _project_back(gradients[0], normed, ctx.weights[0], lows[0], None)
-        for g, w, low in zip(gradients[1:], ctx.weights[1:], lows[1:], strict=True):
-            grad, found = _project_back(g, normed, w, low, grad)
-            learned += found
+        x, norm, inverse, low = ctx.saved_tensors
+        grad, learned = ctx.projections.backward(gradients, _normed(x, norm, inverse), low)
         grad_x = _normed_back(grad, x, norm, inverse).to(x.dtype)
         return grad_x, None, None, *learned
 
@@ -261,9 +293,8 @@ class _AddProjection(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, residual: Tensor, x: Tensor, *flat: Any) -> Tensor:
-        (w,) = _gather(flat)
-        y, low = _project(x, w, residual)
-        ctx.w = w
+        ctx.projections = _Projections(flat, x.dtype)
+        (y,), low = ctx.projections.forward(x, residual)
         ctx.save_for_backward(x, low)
         return y
 
@@ -271,9 +302,8 @@ class _AddProjection(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         x, low = ctx.saved_tensors
-        (g,) = gradients
-        grad_x, learned = _project_back(g, x, ctx.w, low, None)
-        return g, grad_x, *learned
+        grad_x, learned = ctx.projections.backward(gradients, x, low)
+        return gradients[0], grad_x, *learned
 
 
 class _AddMlp(torch.autograd.Function):
@@ -281,30 +311,27 @@ class _AddMlp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, norm: Tensor, eps: float, *flat: Any) -> Tensor:
-        gate, up, down = ctx.weights = _gather(flat)
+        size = len(Weights._fields)
+        ctx.inner = _Projections(flat[: 2 * size], x.dtype)
+        ctx.down = _Projections(flat[2 * size :], x.dtype)
         inverse = _inverse_rms(x, eps)
-        normed = _normed(x, norm, inverse)
-        g, low_gate = _project(normed, gate)
-        u, low_up = _project(normed, up)
-        y, low_down = _project(functional.silu(g).mul_(u), down, x)
-        ctx.save_for_backward(x, norm, inverse, g, u, low_gate, low_up, low_down)
+        (g, u), low = ctx.inner.forward(_normed(x, norm, inverse))
+        (y,), low_down = ctx.down.forward(functional.silu(g).mul_(u), x)
+        ctx.save_for_backward(x, norm, inverse, g, u, low, low_down)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        x, norm, inverse, g, u, low_gate, low_up, low_down = ctx.saved_tensors
-        (gradient,) = gradients
-        gate, up, down = ctx.weights
+        x, norm, inverse, g, u, low, low_down = ctx.saved_tensors
         active = functional.silu(g)
-        inner, of_down = _project_back(gradient, active * u, down, low_down, None)
+        inner, of_down = ctx.down.backward(gradients, active * u, low_down)
         grad_up = active.mul_(inner)
         grad_gate = torch.ops.aten.silu_backward(inner.mul_(u), g)
         normed = _normed(x, norm, inverse)
-        grad, of_gate = _project_back(grad_gate, normed, gate, low_gate, None)
-        grad, of_up = _project_back(grad_up, normed, up, low_up, grad)
-        grad_x = _normed_back(grad, x, norm, inverse).to(x.dtype).add_(gradient)
-        return grad_x, None, None, *of_gate, *of_up, *of_down
+        grad, of_inner = ctx.inner.backward([grad_gate, grad_up], normed, low)
+        grad_x = _normed_back(grad, x, norm, inverse).to(x.dtype).add_(gradients[0])
+        return grad_x, None, None, *of_inner, *of_down
 
 
 class _Rotation(torch.autograd.Function):

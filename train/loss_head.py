@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -86,6 +87,8 @@ def _score(
     head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor, softcap: float | None
 ) -> list[torch.Tensor]:
     """Return log-probability, entropy and is-top-1 of each target: hidden [N, D], targets [N]."""
+    if softcap is None and _is_frozen(head):
+        return list(_FrozenHead.apply(hidden, targets, head.weight))
     parts = []
     for start in range(0, max(1, len(targets)), CHUNK):
         chunk = (head, hidden[start : start + CHUNK], targets[start : start + CHUNK], softcap)
@@ -94,6 +97,56 @@ def _score(
         else:  # the backward pass computes a chunk's logits again rather than keep them all
             parts.append(checkpoint(_score_chunk, *chunk, use_reentrant=False))
     return [torch.cat(column) for column in zip(*parts, strict=True)]
+
+
+def _is_frozen(head: torch.nn.Module) -> bool:
+    """Tell whether the head is one plain matrix that does not learn, all of it here."""
+    return (
+        type(head) is torch.nn.Linear
+        and head.bias is None
+        and type(head.weight) is torch.nn.Parameter
+        and not head.weight.requires_grad
+        and head.weight.shape == (head.out_features, head.in_features)
+    )
+
+
+class _FrozenHead(torch.autograd.Function):
+    """Scores as `_score`'s, with the gradient of the hidden states [N, D] found on the way.
+
+    A target's log-probability has the gradient (onehot - p) W, whatever its weight in the loss. So
+    the logits are used up chunk by chunk, and nothing of the vocabulary's size is kept.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        log_probs, entropy, is_top1 = (
+            torch.empty(len(targets), dtype=torch.float32, device=hidden.device) for _ in range(3)
+        )
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(targets), CHUNK):
+            at = slice(start, start + CHUNK)
+            target = targets[at, None]
+            logits = (hidden[at] @ weight.t()).float()
+            highest, index = logits.max(-1, keepdim=True)
+            probs = torch.softmax(logits, -1)
+            total = highest - probs.gather(-1, index).log()  # log of the sum of exponentials
+            log_probs[at] = (logits.gather(-1, target) - total).squeeze(-1)
+            entropy[at] = total.squeeze(-1) - torch.linalg.vecdot(probs, logits)
+            is_top1[at] = (index == target).squeeze(-1).float()
+            if gradient is not None:
+                probs.scatter_add_(-1, target, torch.full_like(highest, -1))
+                gradient[at] = (probs.to(hidden.dtype) @ weight).neg_()
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(entropy, is_top1)
+        return log_probs, entropy, is_top1
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * gradients[0][:, None]).to(gradient.dtype), None, None
 
 
 def _score_chunk(
