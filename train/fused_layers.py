@@ -154,9 +154,8 @@ def _layer(
         query, key = attn.q_norm(query), attn.k_norm(key)
     cos, sin = (part.unsqueeze(2) for part in position_embeddings)
     query, key = _Rotation.apply(query, cos, sin), _Rotation.apply(key, cos, sin)
-    mixed = _attention(
-        attn, *(part.transpose(1, 2) for part in (query, key, value)), attention_mask, **kwargs
-    )
+    query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+    mixed = _attention(attn, query, key, value, attention_mask, **kwargs)
     flat = _AddProjection.apply(flat, mixed.reshape(batch * length, -1), *_flat([o]))
     norm = layer.post_attention_layernorm
     flat = _AddMlp.apply(flat, norm.weight, norm.variance_epsilon, *_flat([gate, up, down]))
@@ -191,9 +190,9 @@ class _Projections:
     def __init__(self, flat: Sequence[Any], dtype: torch.dtype):
         self.weights = _gather(flat)
         self.a: Tensor | None = None
-        adapted = [w for w in self.weights if w.a is not None]
+        adapted = [w.a for w in self.weights if w.a is not None]
         if adapted:
-            self.a = torch.cat([w.a for w in adapted]).to(dtype)
+            self.a = torch.cat(adapted).to(dtype)
         self.scaled_b = [None if w.b is None else (w.b * w.scale).to(dtype) for w in self.weights]
         ends = itertools.accumulate(0 if w.a is None else len(w.a) for w in self.weights)
         self.columns = [
