@@ -57,6 +57,31 @@ def test_scores_and_gradients_are_transformers(
     torch.testing.assert_close(scores.entropy, entropy.detach())
 
 
+@pytest.mark.parametrize("chunk", [1024, 4])
+def test_a_frozen_head_scores_alike(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_head, "CHUNK", chunk)
+    found = []
+    for frozen in (False, True):
+        model = patched("llama")
+        model.lm_head.weight = torch.nn.Parameter(  # untied, so that the rest still learns
+            model.lm_head.weight.detach().clone(), requires_grad=not frozen
+        )
+        scores = model(**batch(), fused_lm_head=True)
+        weights = torch.randn(scores.log_probs.shape, generator=torch.Generator().manual_seed(3))
+        (scores.log_probs * weights).sum().backward()
+        assert (model.lm_head.weight.grad is None) == frozen
+        body = {n: p.grad for n, p in model.model.named_parameters()}
+        found.append((scores.log_probs, scores.entropy, scores.is_top1, body))
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_a_frozen_head_without_gradients() -> None:
+    model = patched("llama").requires_grad_(False)
+    scores = model(**batch(), fused_lm_head=True)
+    expected = patched("llama")(**batch(), fused_lm_head=True)
+    torch.testing.assert_close(scores.log_probs, expected.log_probs.detach())
+
+
 def test_positions_without_loss_score_zero() -> None:
     scores = patched("llama")(**batch(), fused_lm_head=True)
     mask = batch()["labels"][:, 1:] != IGNORED
