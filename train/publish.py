@@ -27,7 +27,9 @@ from train.run import ORIGIN, RunFolder, write_json
 LOSSES = (("train_loss", "training"), ("valid_loss", "validation"))
 PROBE_ROWS = 3
 PROBE_TOKENS = 192
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}  # of a log-probability
+# Of a token's log-probability. In bfloat16 PEFT's own modules and the written-out layers differ by
+# 0.52 on one token of three rows, 0.06 in the mean, and by 0.29 and 0.44 from float32.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1.0, torch.float16: 0.05}
 
 
 def write_adapter(
