@@ -1,9 +1,9 @@
 """Supervised fine-tuning beside TRL's SFTTrainer: real tokens per second, loss, memory.
 
-One file of rows, one base in float32, LoRA of rank 16 on all linear layers, the same number of
-optimizer steps. TRL runs twice: as it comes (random order), and on the rows in hone's order, which
-makes the losses comparable. Padding is not counted as tokens. Rounds alternate, so that what else
-the machine does falls on all.
+One file of rows, one base (by `auto` in bfloat16 where the hardware multiplies it), LoRA of rank 16
+on all linear layers, the same number of optimizer steps. TRL runs twice: as it comes (random
+order), and on the rows in hone's order, which makes the losses comparable. Padding is not counted
+as tokens. Rounds alternate, so that what else the machine does falls on all.
 
     python benchmarks/training.py --json
     python benchmarks/training.py --rows train.jsonl --batch 8 --steps 40 --rounds 3
@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="the first three are not timed")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--only", nargs="*", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--models-dir", type=Path, default=Path(".hone/models"))
@@ -58,7 +59,7 @@ def main() -> None:
             }
     work = {"rows": given.rows.name, "batch": given.batch, "steps": given.steps}
     result = {
-        "work": work | {"dtype": "float32", "rounds": given.rounds},
+        "work": work | {"dtype": rounds[given.only[0]][0]["dtype"], "rounds": given.rounds},
         **found,
         "hone_over": ratios,
         "machine": {"cores": psutil.cpu_count(), "memory_bytes": psutil.virtual_memory().total},
@@ -82,7 +83,7 @@ def run(name: str, given: argparse.Namespace) -> dict[str, Any]:
     """Run one contender alone; returns what it printed last."""
     script, more = CONTENDERS[name]
     command = [sys.executable, str(HERE / "peers" / script), *more]
-    for word in ("rows", "batch", "steps", "learning_rate", "threads", "models_dir"):
+    for word in ("rows", "batch", "steps", "learning_rate", "dtype", "threads", "models_dir"):
         command.append(f"--{word.replace('_', '-')}={getattr(given, word)}")
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)

@@ -46,7 +46,7 @@ SECTIONS: dict[str, dict[str, Rule]] = {
 
 def auto_epochs(num_rows: int) -> int:
     """Return the passes over the data that "auto" becomes: the fewer, the more rows there are."""
-    limits = ((100, 8), (500, 5), (2000, 3), (20_000, 2))
+    limits = ((100, 10), (500, 8), (2000, 5), (20_000, 3), (50_000, 2))
     return next((epochs for limit, epochs in limits if num_rows < limit), 1)
 
 

@@ -83,6 +83,7 @@ def test_training_is_a_weighted_cross_entropy(place: Workplace, start: Path, wei
         f"weight-{weight}",
         prompt_loss_weight=weight,
         start_adapter=start,
+        dtype="float32",
         batch_size=ROWS,
         micro_batch_size=5,  # a step's parts must share one divisor
         num_epochs=STEPS,
@@ -111,6 +112,7 @@ def test_validation_counts_completions_alone(place: Workplace, start: Path) -> N
             f"valid-{weight}",
             prompt_loss_weight=weight,
             start_adapter=start,
+            dtype="float32",
             validation_file=place.rows,
             learning_rate=1e-12,
             num_epochs=1,

@@ -230,12 +230,12 @@ def resolve(
 ) -> Plan:
     """Turn every `auto` into a number.
 
-    Rules: epochs fall with the number of rows (8 under 100, 5 under 500, 3 under 2,000, 2 under
-    20,000, then 1); 8 rows a step under 20,000 rows, 16 under 100,000, then 32; the learning rate
-    falls with the model's size (1e-3 to 0.3 billion parameters, 5e-4 to 1.5, then 2e-4: what LoRA
-    at alpha = 2 r bears); a device takes a step's rows in parts of up to 1,024 tokens on a CPU,
-    8,192 on a GPU. The adapter's rank grows with the rows that it has to hold: 16 under 20,000, 32
-    under 100,000, then 64; one to go on from keeps its own.
+    Rules: epochs fall with the number of rows (10 under 100, 8 under 500, 5 under 2,000, 3 under
+    20,000, 2 under 50,000, then 1); 8 rows a step under 20,000 rows, 16 under 100,000, then 32;
+    the learning rate falls with the model's size (1e-3 to 0.3 billion parameters, 5e-4 to 1.5, then
+    2e-4: what LoRA at alpha = 2 r bears); a device takes a step's rows in parts of up to 1,024
+    tokens on a CPU, 8,192 on a GPU. The adapter's rank grows with the rows that it has to hold: 16
+    under 20,000, 32 under 100,000, then 64; one to go on from keeps its own.
 
     Args:
         num_rows: Training rows.

@@ -57,6 +57,7 @@ class Evaluation:
         base: Name, YAML, folder or hub id of the base; None takes the first adapter's.
         adapters: PEFT folders; None is the base itself.
         models_dir: Where fetched bases are kept.
+        dtype: Of the base; "auto" is what the base's own description says.
 
     Raises:
         ToolkitError: The base is unavailable, or an adapter belongs to another one.
@@ -68,6 +69,7 @@ class Evaluation:
         adapters: Sequence[Path | None],
         models_dir: Path,
         threads: int | None = None,
+        dtype: str = "auto",
     ):
         origins = {adapter: _origin(adapter) for adapter in adapters if adapter is not None}
         named = [origin["base_model"] for origin in origins.values() if "base_model" in origin]
@@ -86,7 +88,8 @@ class Evaluation:
             import torch
 
             torch.set_num_threads(threads)
-        self.engine = LocalEngine.open(folder, spec.dtype, fingerprint=fingerprint).start()
+        kept = spec.dtype if dtype == "auto" else dtype
+        self.engine = LocalEngine.open(folder, kept, fingerprint=fingerprint).start()
         self.tokenizer = self.engine.tokenizer
         self._refs: dict[Path | None, AdapterRef | None] = {None: None}
         for adapter in origins:
@@ -232,6 +235,7 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
         [options.adapter, other, options.reward_model],
         options.models_dir,
         options.threads,
+        options.dtype,
     )
     try:
         asked = _ask_model(evaluation, options, rows, options.adapter)
@@ -372,6 +376,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--answers", type=Path, help="write every answer to this JSONL file")
     parser.add_argument("--max-tokens", type=int, help="of an answer; default: by the file's")
     parser.add_argument("--limit", type=int, help="use the first rows only")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="of the base; auto is bfloat16 where the hardware multiplies it",
+    )
     parser.add_argument("--threads", type=int, help="CPU threads; default: all cores")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser

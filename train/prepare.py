@@ -40,9 +40,7 @@ class TrainingJob:
     facts: dict[str, Any]
 
 
-def prepare(
-    config: SftConfig, tokens: Path | None = None, base: Base | None = None
-) -> TrainingJob:
+def prepare(config: SftConfig, tokens: Path | None = None, base: Base | None = None) -> TrainingJob:
     """Load the base, check and render the data, and resolve the plan.
 
     Args:
@@ -160,7 +158,10 @@ def _warn_of_length(rendered: Rendered, max_length: int, on_long: str) -> list[s
 
 
 def _warn_of_rate(plan: Plan, num_parameters: int) -> list[str]:
-    rate, usual = plan.learning_rate * plan.learning_rate_multiplier, auto_learning_rate(num_parameters)
+    rate, usual = (
+        plan.learning_rate * plan.learning_rate_multiplier,
+        auto_learning_rate(num_parameters),
+    )
     if rate <= ABSURD * usual:
         return []
     return [

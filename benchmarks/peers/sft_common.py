@@ -34,18 +34,21 @@ def words() -> argparse.ArgumentParser:
     for name in ("batch", "steps", "threads"):
         parser.add_argument(f"--{name}", type=int, required=True)
     parser.add_argument("--learning-rate", type=float, required=True)
+    parser.add_argument("--dtype", required=True)
     parser.add_argument("--models-dir", type=Path, required=True)
     return parser
 
 
 def report(
-    clock: Clock, lengths: list[list[int]], padded: list[int], loaded: int
+    clock: Clock, lengths: list[list[int]], padded: list[int], loaded: int, dtype: str
 ) -> dict[str, Any]:
     """Return what is told of a run.
 
     Args:
         lengths: Real tokens of each row of each step.
         padded: Tokens that each step computed, padding included.
+        loaded: Bytes at most in use before the first step.
+        dtype: Of the base.
     """
     real = sum(sum(rows) for rows in lengths[WARM_UP : len(clock.times)])
     last = clock.losses[-max(1, len(clock.losses) // 4) :]
@@ -55,6 +58,7 @@ def report(
         "final_loss": sum(last) / len(last),
         "peak_bytes": peak(),
         "loaded_bytes": loaded,
+        "dtype": dtype,
     }
 
 

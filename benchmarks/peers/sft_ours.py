@@ -39,7 +39,7 @@ def settings(given: argparse.Namespace, folder: Path, num_epochs: int) -> SftCon
             "learning_rate": given.learning_rate,
             "lr_scheduler": "constant",
             "warmup_fraction": 0.0,
-            "dtype": "float32",
+            "dtype": given.dtype,
             "threads": given.threads,
             "lora": {"r": 16, "alpha": 32},
             "device": "cpu",
@@ -79,7 +79,7 @@ def measure(given: argparse.Namespace, folder: Path) -> dict[str, object]:
             {"attention_mask": mask.long()}, job.plan.micro_batch_size, job.plan.micro_batch_tokens
         )
         padded.append(sum(part["attention_mask"].numel() for part in parts))
-    return report(clock, lengths, padded, loaded)
+    return report(clock, lengths, padded, loaded, str(job.base.model.dtype))
 
 
 if __name__ == "__main__":

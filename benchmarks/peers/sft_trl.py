@@ -87,7 +87,8 @@ def main() -> None:
         trainer.data_collator = note
         loaded = peak()
         trainer.train()
-        print(json.dumps(report(clock, seen[: given.steps], padded[: given.steps], loaded)))
+        told = (seen[: given.steps], padded[: given.steps], loaded, str(job.base.model.dtype))
+        print(json.dumps(report(clock, *told)))
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ async def _answers(
     context = runtime.engine.max_context
     planned = [(prompt, _params(body, served, prompt, context)) for prompt in prompts]
     requests = engine_requests(new_id("draw-"), planned, body.count, served, account)
-    generator = metered(runtime, request, body, served, prompts, screening)
+    generator = metered(runtime, request, None, served, prompts, screening)
     return await generator.answer(requests)
 
 
