@@ -86,6 +86,7 @@ def words(place: Path, out: str, **values: object) -> list[str]:
         "num_epochs": 2,
         "value.warmup_updates": 0,
         "value.learning_rate": 5e-3,
+        "dtype": "float32",
         "device": "cpu",
         "threads": 1,
         **values,
