@@ -119,8 +119,8 @@ def train(
             settings = {**settings, "threads": given.threads}
         command = [sys.executable, "-m", module]
         if given.processes > 1:
-            command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu"]
-            command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+            command = [sys.executable, "-m", "accelerate.commands.launch"]
+            command += ["--config_file", str(ROOT / "configs/accelerate/two_cpu_processes.yaml")]
             command += ["--num_processes", str(given.processes)]
             command += ["--num_cpu_threads_per_process", str(given.threads or 1), "-m", module]
         words = [f"{key}={value}" for key, value in settings.items()]

@@ -47,7 +47,7 @@ def hangs(prompts, completions, **columns):
 def moody(prompts, completions, **columns):
     if os.path.exists(os.environ["HONE_TEST_MOOD"]):
         raise RuntimeError("not today")
-    if len(columns["letter"]) and next(COUNT) == 3:
+    if next(COUNT) == 1:
         open(os.environ["HONE_TEST_MOOD"], "w").close()
     return [share(text) for text in completions]
 def letters(prompts, completions, letter, **columns):
@@ -86,6 +86,7 @@ def words(place: Path, out: str, **values: object) -> list[str]:
         "num_epochs": 2,
         "value.warmup_updates": 0,
         "value.learning_rate": 5e-3,
+        "dtype": "float32",
         "device": "cpu",
         "threads": 1,
         **values,
@@ -275,9 +276,9 @@ def test_after_a_failing_function_the_run_goes_on_where_it_was(place, monkeypatc
     assert run(place, "moody", **values) == 1
     assert "RuntimeError: not today" in error_of(place, "moody")
     done = len(lines(place / "moody" / "metrics.jsonl"))
-    assert 0 < done < 4
+    assert done == 2
     mood.unlink()
-    assert run(place, "moody", **values | {"seed": 0}) == 0
+    assert run(place, "moody", **values) == 0
     assert len(lines(place / "moody" / "metrics.jsonl")) == 4
 
 

@@ -71,6 +71,7 @@ def words(place: Path, out: str, **values: object) -> list[str]:
         "max_new_tokens": 8,
         "normalize_samples": 64,
         "validation_fraction": 0.25,
+        "dtype": "float32",
         "device": "cpu",
         "threads": 1,
         **values,
@@ -148,6 +149,7 @@ def test_scores_of_reference_answers_have_mean_0_and_std_1(trained, place):
         base_model=str(place / "tiny-base"),
         models_dir=place / "models",
         output_dir=place / "x",
+        dtype="float32",
         device="cpu",
         threads=1,
     )

@@ -1,4 +1,4 @@
-"""The trial of a saved adapter: the engine answers as the trainer, within what rounding does."""
+"""The trial of a saved adapter: the engine must answer as the trainer, but for rounding."""
 
 from __future__ import annotations
 
