@@ -164,7 +164,7 @@ def test_an_estimate_counts_what_training_would_see(server: Server, client: open
             "/v1/fine_tuning/estimate",
             json={"model": MODEL, "training_file": file_id, "max_seq_length": 10},
         ).json()
-        assert (auto["n_epochs"], auto["tokens"]) == (8, 12 * 10)
+        assert (auto["n_epochs"], auto["tokens"]) == (10, 12 * 10)
         after = http.get("/v1/fine_tuning/jobs").json()["data"]
         assert len(after) == len(before) + 1
     client.fine_tuning.jobs.cancel(job.id)

@@ -152,6 +152,7 @@ def evaluated(
     place: Workplace, capsys: pytest.CaptureFixture[str], *words: object
 ) -> dict[str, Any]:
     base = ("--base-model", place.base, "--models-dir", place.folder / "models", "--json")
+    base += ("--dtype", "float32")
     capsys.readouterr()
     assert evaluate.main([str(word) for word in (*base, *words, "--threads", 1)]) == 0
     return dict(json.loads(capsys.readouterr().out))

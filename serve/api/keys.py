@@ -13,7 +13,7 @@ from data import accounts, projects, roles
 from data.tables import ApiKey, now
 from serve.api.deps import Caller, Running, json_response, page
 from serve.api.json_route import StrictJsonRoute
-from serve.api.schemas import QueryModel, RequestModel
+from serve.api.schemas import Lifetime, QueryModel, RequestModel
 
 MAX_LIMIT = 100
 MAX_NAME = 64
@@ -26,7 +26,7 @@ class CreateKey(RequestModel):
 
     name: str = Field("", max_length=MAX_NAME)
     role: str = "member"
-    expires_in_seconds: int | None = Field(None, ge=1)
+    expires_in_seconds: Lifetime | None = None
 
 
 class ListKeys(QueryModel):

@@ -14,7 +14,7 @@ from data.tables import ApiKey, Project, now
 from data.tables_accounts import ServiceAccount
 from serve.api.deps import Operator, Running, json_response, page
 from serve.api.json_route import StrictJsonRoute
-from serve.api.schemas import QueryModel, RequestModel
+from serve.api.schemas import Lifetime, QueryModel, RequestModel
 
 MAX_LIMIT = 100
 OPERATOR = {"type": "service_account", "object": "organization.service_account", "role": "owner"}
@@ -34,7 +34,7 @@ class CreateServiceAccount(RequestModel):
     name: str
     role: str = "member"
     create_service_account_only: bool = False
-    expires_in_seconds: int | None = Field(None, ge=1)
+    expires_in_seconds: Lifetime | None = None
 
 
 class UpdateServiceAccount(RequestModel):
@@ -48,7 +48,7 @@ class CreateAdminKey(RequestModel):
     """A key of an operator."""
 
     name: str
-    expires_in_seconds: int | None = Field(None, ge=1)
+    expires_in_seconds: Lifetime | None = None
 
 
 class ListPage(QueryModel):

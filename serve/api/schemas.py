@@ -24,6 +24,8 @@ MAX_BEST_OF = 20
 MAX_LOGPROBS = 20
 INT64 = 2**63
 
+# Of a key, in seconds: a century at most, which the database can add to a date.
+Lifetime = Annotated[int, Field(ge=1, le=100 * 366 * 86_400)]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 
 
