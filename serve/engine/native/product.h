@@ -242,7 +242,7 @@ typedef struct {
     float *y, *xt, *products;
     int tall, group, unpacks;
     int64_t tiles, panels, groups;
-    atomic_long next[4];
+    atomic_long next[3];
     atomic_int failed;
 } Multiplication;
 
@@ -351,65 +351,113 @@ static void multiply_group(Multiplication *w, int64_t g, float *plain) {
     }
 }
 
+INLINE vec factors(const void *place, const int narrow, int64_t i) {
+    return narrow ? from_bfloat16((const uint16_t *)place + i) : *(const vec *)((const float *)place + i);
+}
+INLINE float factor(const void *place, const int narrow, int64_t i) {
+    return narrow ? one_from_bfloat16(((const uint16_t *)place)[i]) : ((const float *)place)[i];
+}
+
+/* out[j] = A[row j] x for the rows of one adapter, four at a time, so that x is read once for them. */
+INLINE void multiply_rows(const float *x, const void *a, const int narrow, const int32_t *rows,
+                          int32_t count, int64_t apart, int64_t first, int64_t K, float *out) {
+    for (int32_t j = 0; j < count; j += 4) {
+        const int some = count - j < 4 ? count - j : 4;
+        int64_t place[4];
+        for (int r = 0; r < 4; r++) place[r] = rows[j + (r < some ? r : 0)] * apart + first;
+        vec sum[4] = {{0}};
+        int64_t k = 0;
+        for (; k + LANES <= K; k += LANES) {
+            const vec own = *(const vec *)(x + k);
+            for (int r = 0; r < 4; r++) sum[r] += own * factors(a, narrow, place[r] + k);
+        }
+        for (int r = 0; r < some; r++) {
+            float rest = 0;
+            for (int64_t i = k; i < K; i++) rest += x[i] * factor(a, narrow, place[r] + i);
+            out[j + r] = sum_of(sum[r]) + rest;
+        }
+    }
+}
+
 /* products[token][sibling][row of the token's adapter] = A x */
 static void multiply_a(Multiplication *w, int parts) {
     const Product *P = w->P;
     const Adapters *A = w->A;
-    const int64_t S = P->siblings, total = A->num_tokens * S;
+    const int64_t S = P->siblings, K = P->K, total = A->num_tokens * S;
     int64_t from, to;
     while (take(&w->next[2], piece_of(total, parts), total, &from, &to))
         for (int64_t i = from; i < to; i++) {
             const int64_t n = i / S, s = i % S;
-            for (int32_t j = 0; j < A->count[n]; j++) {
-                int64_t row = A->rows[A->first[n] + j];
-                const int64_t place = (row * S + s) * P->K;
-                w->products[i * A->most + j] =
-                    P->narrow ? dot_narrow(w->x + n * P->K, (const uint16_t *)P->a + place, P->K)
-                              : dot(w->x + n * P->K, (const float *)P->a + place, P->K);
-            }
+            const int32_t *rows = A->rows + A->first[n], count = A->count[n];
+            const float *x = w->x + n * K;
+            float *out = w->products + i * A->most;
+            if (P->narrow) multiply_rows(x, P->a, 1, rows, count, S * K, s * K, K, out);
+            else multiply_rows(x, P->a, 0, rows, count, S * K, s * K, K, out);
         }
 }
 
-/* y += B' products */
-static void add_b(Multiplication *w, int parts) {
+/* y[from..to) += B' products, all rows of the adapter while a stretch of y is in a register. */
+INLINE void add_rows(const float *products, const void *b, const int narrow, const int32_t *rows,
+                     int32_t count, int64_t size, int64_t from, int64_t to, float *y) {
+    int64_t c = from;
+    for (; c + LANES <= to; c += LANES) {
+        vec sum = *(const vec *)(y + c);
+        for (int32_t j = 0; j < count; j++) sum += products[j] * factors(b, narrow, rows[j] * size + c);
+        *(vec *)(y + c) = sum;
+    }
+    for (; c < to; c++)
+        for (int32_t j = 0; j < count; j++)
+            y[c] += products[j] * factor(b, narrow, rows[j] * size + c);
+}
+
+INLINE void fetch_rows(const void *b, int64_t bytes, const int32_t *rows, int32_t count, int64_t size,
+                       int64_t from, int64_t to) {
+    for (int32_t j = 0; j < count; j++)
+        for (int64_t at = from * bytes; at < to * bytes; at += 64)
+            __builtin_prefetch((const char *)b + rows[j] * size * bytes + at, 0, 2);
+}
+
+/* The adapters' part of columns from..to of y; `fetches`: only have the cache read what it takes. */
+static void add_b(const Multiplication *w, int64_t from, int64_t to, int fetches) {
     const Product *P = w->P;
     const Adapters *A = w->A;
-    const int64_t S = P->siblings, total = A->num_tokens * S;
-    int64_t from, to;
-    while (take(&w->next[3], piece_of(total, parts), total, &from, &to))
-        for (int64_t i = from; i < to; i++) {
-            const int64_t n = i / S, s = i % S;
-            float *y = w->y + n * P->N;
-            for (int64_t t = 0; t < s; t++) y += P->size[t];
-            for (int32_t j = 0; j < A->count[n]; j++) {
-                int64_t row = A->rows[A->first[n] + j];
-                const int64_t place = row * P->size[s];
-                const float product = w->products[i * A->most + j];
-                if (P->narrow)
-                    axpy_narrow(product, (const uint16_t *)P->b[s] + place, y, P->size[s]);
-                else axpy(product, (const float *)P->b[s] + place, y, P->size[s]);
+    const int64_t S = P->siblings;
+    for (int64_t n = 0; n < A->num_tokens; n++) {
+        const int32_t *rows = A->rows + A->first[n], count = A->count[n];
+        if (!count) continue;
+        int64_t begin = 0; /* of the sibling's columns */
+        for (int64_t s = 0; s < S; begin += P->size[s++]) {
+            const int64_t size = P->size[s];
+            const int64_t low = from > begin ? from - begin : 0;
+            const int64_t high = to < begin + size ? to - begin : size;
+            if (low >= high) continue;
+            if (fetches) {
+                fetch_rows(P->b[s], P->narrow ? 2 : 4, rows, count, size, low, high);
+                continue;
             }
+            const float *products = w->products + (n * S + s) * A->most;
+            float *y = w->y + n * P->N + begin;
+            if (P->narrow) add_rows(products, P->b[s], 1, rows, count, size, low, high, y);
+            else add_rows(products, P->b[s], 0, rows, count, size, low, high, y);
         }
+    }
 }
 
 static void multiply_part(void *work, int part, int parts) {
     Multiplication *w = work;
     (void)part;
-    if (w->xt != w->x) {
-        place_rows(w, parts);
-        if (w->A) multiply_a(w, parts);
-        meet(parts);
-    } else if (w->A) {
-        multiply_a(w, parts);
-    }
+    if (w->xt != w->x) place_rows(w, parts);
+    if (w->A) multiply_a(w, parts);
+    if (w->A || w->xt != w->x) meet(parts);
     float *plain = w->unpacks ? scratch(2, WIDE * steps_of(w->P->K, w->P->format) * LANES) : NULL;
     if (w->unpacks && !plain) atomic_store(&w->failed, 1);
     int64_t from, to;
-    while (take(&w->next[1], piece_of(w->groups, parts), w->groups, &from, &to))
+    while (take(&w->next[1], piece_of(w->groups, parts), w->groups, &from, &to)) {
+        const int64_t columns = w->group * LANES, first = from * columns;
+        const int64_t end = to * columns < w->P->N ? to * columns : w->P->N;
+        if (w->A && w->M <= FEW) add_b(w, first, end, 1); /* while the base's part is computed */
         for (int64_t g = from; g < to && !(w->unpacks && !plain); g++) multiply_group(w, g, plain);
-    if (w->A) {
-        meet(parts);
-        add_b(w, parts);
+        if (w->A) add_b(w, first, end, 0);
     }
 }
 
