@@ -194,7 +194,7 @@ INLINE float one_from_bfloat16(uint16_t number) {
     return u.value;
 }
 
-/* The same with bfloat16 on one side. */
+/* A dot product with bfloat16 on one side. */
 INLINE float dot_narrow(const float *x, const uint16_t *w, int64_t K) {
     vec s0 = {0}, s1 = {0};
     int64_t k = 0;
@@ -205,12 +205,6 @@ INLINE float dot_narrow(const float *x, const uint16_t *w, int64_t K) {
     float sum = sum_of(s0 + s1);
     for (; k < K; k++) sum += x[k] * one_from_bfloat16(w[k]);
     return sum;
-}
-
-INLINE void axpy_narrow(float a, const uint16_t *x, float *y, int64_t n) {
-    int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) *(vec *)(y + i) += a * from_bfloat16(x + i);
-    for (; i < n; i++) y[i] += a * one_from_bfloat16(x[i]);
 }
 
 /* e^x for x <= 0, to 2 units in the last place (Cephes' expf); NaN stays NaN. */
