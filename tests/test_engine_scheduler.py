@@ -82,7 +82,7 @@ def test_prompts_share_the_step_with_streams() -> None:
 
 
 def test_a_long_prompt_goes_slower_beside_streams() -> None:
-    scheduler = Scheduler(max_batch=4, prefill_chunk=100, prefill_beside=8)
+    scheduler = Scheduler(max_batch=4, prefill_chunk=100, prefill_beside=12)
     streams = [stream("long", length=60), stream("decoding", length=3)]
     for one in streams:
         scheduler.add(one)
