@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -28,6 +29,7 @@ from data.errors import InvalidInput
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 BUSY_TIMEOUT_S = 30
+SWITCH_PAUSE_S = 0.01
 SQLITE_CONNECTIONS = 40  # as many as the threads that a server answers with
 WRITERS = 0x686F6E65  # "hone": the advisory lock that writers take turns with on PostgreSQL
 MALFORMED = (sqlalchemy.exc.ArgumentError, sqlalchemy.exc.NoSuchModuleError, ValueError)
@@ -131,9 +133,27 @@ def _open(url: sqlalchemy.URL, is_sqlite: bool) -> Engine:
 
 def _prepare_sqlite(connection: sqlite3.Connection, _record: Any) -> None:
     connection.isolation_level = None  # so that _begin_sqlite decides how a transaction starts
-    connection.execute("PRAGMA journal_mode=WAL")
+    _write_ahead(connection)
     connection.execute("PRAGMA synchronous=FULL")
     connection.execute("PRAGMA foreign_keys=ON")
+
+
+def _write_ahead(connection: sqlite3.Connection) -> None:
+    """Switch a new file to a write-ahead log, however many processes open it at once.
+
+    SQLite waits for other locks, but a switch that meets another fails at once: both hold a
+    read lock that the other waits for.
+    """
+    give_up = time.monotonic() + BUSY_TIMEOUT_S
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            is_busy = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
+            if not is_busy or time.monotonic() > give_up:
+                raise
+            time.sleep(SWITCH_PAUSE_S)
 
 
 def _begin_sqlite(connection: Connection) -> None:

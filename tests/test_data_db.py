@@ -6,6 +6,7 @@ import hashlib
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -61,9 +62,15 @@ def test_migrating_twice_changes_nothing(database: Database) -> None:
 
 
 def test_processes_that_start_together_migrate_once(database_url: str) -> None:
-    code = f"from data.db import Database; Database({database_url!r}).migrate()"
-    started = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(3)]
-    assert [process.wait() for process in started] == [0, 0, 0]
+    code = f"from data.db import Database; input(); Database({database_url!r}).migrate()"
+    started = [
+        subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE) for _ in range(6)
+    ]
+    time.sleep(2)  # until each waits for its line
+    for process in started:
+        process.stdin.write(b"\n")
+        process.stdin.close()
+    assert [process.wait() for process in started] == [0] * 6
 
 
 def test_sqlite_survives_a_power_cut(database: Database) -> None:
