@@ -1,6 +1,6 @@
 """Supervised fine-tuning beside TRL's SFTTrainer: real tokens per second, loss, memory.
 
-One file of rows, one base (by `auto` in bfloat16 where the hardware multiplies it), LoRA of rank 16
+One file of rows, one base (by `auto` in bfloat16 where the hardware is fast in it), LoRA of rank 16
 on all linear layers, the same number of optimizer steps. TRL runs twice: as it comes (random
 order), and on the rows in hone's order, which makes the losses comparable. Padding is not counted
 as tokens. Rounds alternate, so that what else the machine does falls on all.

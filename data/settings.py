@@ -85,7 +85,7 @@ class Settings(StrictModel):
     host: str = Field("127.0.0.1", description="Address to listen on; loopback unless told.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Serving precision; auto is bfloat16 where the hardware multiplies it."
+        "auto", description="Serving precision; auto is bfloat16 where the hardware is fast in it."
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     max_batch: int = Field(16, ge=1, description="Sequences that decode together.")

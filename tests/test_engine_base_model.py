@@ -227,6 +227,11 @@ def test_dtype_by_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
     assert base_model.resolve_dtype("auto", cpu) == torch.bfloat16
+    xeon = {"avx512_bf16": True, "cpu_name": "Intel Xeon"}  # half the rate of float32
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: xeon)
+    assert base_model.resolve_dtype("auto", cpu) == torch.float32
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {**xeon, "cpu_name": "AMD EPYC"})
+    assert base_model.resolve_dtype("auto", cpu) == torch.bfloat16
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True})
     assert base_model.resolve_dtype("auto", cpu) == torch.float32
     assert base_model.resolve_dtype("float16", cpu) == torch.float16

@@ -75,7 +75,7 @@ class RunConfig(StrictModel):
     output_dir: Path = Field(description="The run's folder; an unfinished run in it is resumed.")
     seed: int = Field(0, ge=0, le=2**31 - 1, description="Of the start, the order and dropout.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="Of the base; auto is bfloat16 where the hardware multiplies it."
+        "auto", description="Of the base; auto is bfloat16 where the hardware is fast in it."
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     threads: int | None = Field(None, ge=1, description="CPU threads; default: all cores.")

@@ -380,7 +380,7 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype",
         choices=("auto", "float32", "bfloat16"),
         default="auto",
-        help="of the base; auto is bfloat16 where the hardware multiplies it",
+        help="of the base; auto is bfloat16 where the hardware is fast in it",
     )
     parser.add_argument("--threads", type=int, help="CPU threads; default: all cores")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

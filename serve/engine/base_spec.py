@@ -51,7 +51,7 @@ class ModelSpec:
     Attributes:
         name: The model's id in the API.
         context_length: Longest prompt plus completion; None is the model's own limit.
-        dtype: "auto" is bfloat16 where the hardware multiplies it, else float32.
+        dtype: "auto" is bfloat16 where the hardware is fast in it, else float32.
         eos_tokens: Tokens that end a completion, where the model's own list is wrong.
         chat_template: Jinja text, where the tokenizer has none or a wrong one.
     """

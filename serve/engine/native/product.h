@@ -12,9 +12,11 @@
 #include "base.h"
 
 #define BLOCK 32 /* inputs that share a factor */
-#define FEW 16   /* rows that one tile takes; more go in tiles of TALL by WIDE panels */
+#define FEW 16   /* rows that one tile takes; more go in tiles of TALL by GROUP panels */
 #define TALL 8
-#define WIDE 3
+#define GROUP 3    /* panels that are multiplied one stretch of inputs after the other */
+#define STRETCH 288 /* inputs; a multiple of BLOCK */
+#define STRIP 32 /* inputs that are placed at once; even */
 #define MAX_SIBLINGS 8
 
 enum { F32, BF16, Q8, Q8_OFFSET, PAIRS, PAIRS_Q8, PAIRS_Q8_OFFSET };
@@ -112,25 +114,71 @@ INLINE __m512bh load_pairs(const char *weight, int format, int64_t step, Scale s
 
 /* ---- one tile ---- */
 
-/* acc[panels][tall] = xt' * weight; `tall`, `panels` and `format` are constants after inlining.
- * xt is [K][tall], or [K/2][tall] pairs. */
-INLINE void tile(const float *xt, const int tall, const int panels, const int format,
-                 const char *weight, const float *scale, int64_t K, vec *acc) {
-    const int64_t steps = steps_of(K, format), blocks = (K + BLOCK - 1) / BLOCK;
+/* A stretch of the inputs, for up to `tall` rows and some panels of 16 columns. */
+typedef struct {
+    const float *xt;    /* [steps][tall] */
+    const char *weight; /* [panels][steps], panels `apart` steps from one to the next */
+    const char *ahead;  /* what is multiplied next, read into the cache meanwhile; or NULL */
+    int64_t ahead_step, ahead_apart; /* bytes of a step, and from one panel to the next */
+    const float *scale; /* of the first panel's first block; panels `blocks` from one to the next */
+    int64_t steps, apart, blocks;
+    int64_t rows, column, N;
+    float *y;          /* [rows, N] */
+    int is_first;      /* whether y begins here; else this is added to it */
+    const float *bias; /* added where this is the last stretch; or NULL */
+} Tile;
+
+INLINE void begin(const Tile *t, int tall, int panels, vec *acc) {
     for (int i = 0; i < tall * panels; i++) acc[i] = (vec){0};
-    for (int64_t b = 0; b < blocks; b++) {
-        int64_t from = b * block_steps(format), to = from + block_steps(format);
+    if (t->is_first) return;
+    for (int p = 0; p < panels; p++) {
+        const int64_t c = t->column + p * LANES, left = t->N - c;
+        for (int64_t m = 0; m < t->rows; m++) {
+            const float *place = t->y + m * t->N + c;
+            if (left >= LANES) acc[p * tall + m] = *(const vec *)place;
+            else
+                for (int64_t i = 0; i < left; i++) acc[p * tall + m][i] = place[i];
+        }
+    }
+}
+
+INLINE void store(const Tile *t, int tall, int panels, const vec *acc) {
+    for (int p = 0; p < panels; p++) {
+        const int64_t c = t->column + p * LANES, left = t->N - c;
+        if (left <= 0) return;
+        for (int64_t m = 0; m < t->rows; m++) {
+            vec sum = acc[p * tall + m];
+            float *place = t->y + m * t->N + c;
+            if (left >= LANES) {
+                if (t->bias) sum += *(const vec *)(t->bias + c);
+                *(vec *)place = sum;
+            } else {
+                for (int64_t i = 0; i < left; i++)
+                    place[i] = sum[i] + (t->bias ? t->bias[c + i] : 0);
+            }
+        }
+    }
+}
+
+/* acc[panels][tall] += xt' * weight; `tall`, `panels` and `format` are constants after inlining. */
+INLINE void tile(const Tile *t, const int tall, const int panels, const int format, vec *acc) {
+    const float *xt = t->xt;
+    const char *weight = t->weight, *ahead = t->ahead;
+    const int64_t steps = t->steps, apart = t->apart;
+    for (int64_t from = 0, b = 0; from < steps; from += block_steps(format), b++) {
+        int64_t to = from + block_steps(format);
         if (to > steps) to = steps;
         Scale scales[8];
-        for (int p = 0; p < panels; p++) scales[p] = scale_at(scale, format, p * blocks + b);
+        for (int p = 0; p < panels; p++) scales[p] = scale_at(t->scale, format, p * t->blocks + b);
         for (int64_t k = from; k < to; k++) {
+            if (tall > 1 && ahead)
+                for (int p = 0; p < panels; p++)
+                    __builtin_prefetch(ahead + p * t->ahead_apart + k * t->ahead_step, 0, 3);
 #ifdef __AVX512BF16__
             if (is_pairs(format)) {
                 __m512bh w[8];
                 for (int p = 0; p < panels; p++)
-                    w[p] = load_pairs(weight, format, p * steps + k, scales[p]);
-                if (tall > 1 && panels == 1)
-                    __builtin_prefetch(weight + k * step_bytes(format) + 4096, 0, 2);
+                    w[p] = load_pairs(weight, format, p * apart + k, scales[p]);
                 for (int m = 0; m < tall; m++) {
                     const __m512bh x = (__m512bh)_mm512_set1_ps(xt[k * tall + m]);
                     for (int p = 0; p < panels; p++) {
@@ -142,45 +190,15 @@ INLINE void tile(const float *xt, const int tall, const int panels, const int fo
             }
 #endif
             vec w[8];
-            for (int p = 0; p < panels; p++)
-                w[p] = load(weight, format, p * steps + k, scales[p]);
-            if (tall > 1 && panels == 1)
-                __builtin_prefetch(weight + k * step_bytes(format) + 4096, 0, 2);
+            for (int p = 0; p < panels; p++) w[p] = load(weight, format, p * apart + k, scales[p]);
             for (int m = 0; m < tall; m++)
                 for (int p = 0; p < panels; p++) acc[p * tall + m] += w[p] * xt[k * tall + m];
         }
     }
 }
 
-INLINE void store(const vec *acc, int tall, int panels, int64_t rows, int64_t column, int64_t N,
-                  const float *bias, float *y) {
-    for (int p = 0; p < panels; p++) {
-        int64_t c = column + p * LANES, left = N - c;
-        if (left <= 0) return;
-        for (int64_t m = 0; m < rows; m++) {
-            vec sum = acc[p * tall + m];
-            float *place = y + m * N + c;
-            if (left >= LANES) {
-                if (bias) sum += *(const vec *)(bias + c);
-                *(vec *)place = sum;
-            } else {
-                for (int64_t i = 0; i < left; i++) place[i] = sum[i] + (bias ? bias[c + i] : 0);
-            }
-        }
-    }
-}
-
-typedef struct {
-    const float *xt;
-    const char *weight;
-    const float *scale;
-    const Product *P;
-    int64_t rows, column;
-    float *y;
-} Tile;
-
 #define RUN_FORMAT(HEIGHT, PANELS, FORMAT)                                                        \
-    case FORMAT: tile(t.xt, HEIGHT, PANELS, FORMAT, t.weight, t.scale, t.P->K, acc); break;
+    case FORMAT: tile(t, HEIGHT, PANELS, FORMAT, acc); break;
 #ifdef __AVX512BF16__
 #define RUN_PAIRS(HEIGHT, PANELS)                                                                 \
     RUN_FORMAT(HEIGHT, PANELS, PAIRS)                                                             \
@@ -190,8 +208,9 @@ typedef struct {
 #define RUN_PAIRS(HEIGHT, PANELS)
 #endif
 #define SHAPE(HEIGHT, PANELS)                                                                     \
-    static void tile_##HEIGHT##_##PANELS(Tile t, int format) {                                    \
+    static void tile_##HEIGHT##_##PANELS(const Tile *t, int format) {                             \
         vec acc[HEIGHT * PANELS];                                                                 \
+        begin(t, HEIGHT, PANELS, acc);                                                            \
         switch (format) {                                                                         \
             RUN_FORMAT(HEIGHT, PANELS, F32)                                                       \
             RUN_FORMAT(HEIGHT, PANELS, BF16)                                                      \
@@ -199,37 +218,28 @@ typedef struct {
             RUN_FORMAT(HEIGHT, PANELS, Q8_OFFSET)                                                 \
             RUN_PAIRS(HEIGHT, PANELS)                                                             \
         }                                                                                         \
-        store(acc, HEIGHT, PANELS, t.rows, t.column, t.P->N, t.P->bias, t.y);                     \
+        store(t, HEIGHT, PANELS, acc);                                                            \
     }
 
 SHAPE(1, 1)
-SHAPE(1, 8)
+SHAPE(1, 6)
 SHAPE(4, 1)
-SHAPE(4, 4)
+SHAPE(4, 3)
 SHAPE(8, 1)
-SHAPE(8, 2)
 SHAPE(8, 3)
 SHAPE(16, 1)
 
-/* Panels that one call of `multiply_tile` takes at a height: always 8 to 16 sums in registers. */
-INLINE int together(int tall) { return tall == 1 ? 8 : tall == 4 ? 4 : tall == 8 ? 2 : 1; }
+/* Panels that one tile takes at a height: 6 to 24 sums in registers. */
+INLINE int together(int tall) { return tall == 1 ? 6 : tall == 16 ? 1 : 3; }
 
-static void multiply_tile(Tile t, int tall, int panels, int format) {
-    if (tall == 8 && panels == 3) tile_8_3(t, format);
-    else if (tall == 1 && panels == 8) tile_1_8(t, format);
-    else if (tall == 4 && panels == 4) tile_4_4(t, format);
-    else if (tall == 8 && panels == 2) tile_8_2(t, format);
-    else if (tall == 16) tile_16_1(t, format);
-    else {
-        const int64_t K = t.P->K;
-        for (int p = 0; p < panels; p++) {
-            if (tall == 1) tile_1_1(t, format);
-            else if (tall == 4) tile_4_1(t, format);
-            else tile_8_1(t, format);
-            t.weight += steps_of(K, format) * step_bytes(format), t.column += LANES;
-            t.scale += scale_floats(K, format);
-        }
-    }
+static void multiply_tile(const Tile *t, int tall, int panels, int format) {
+    if (tall == 1 && panels == 6) tile_1_6(t, format);
+    else if (tall == 4 && panels == 3) tile_4_3(t, format);
+    else if (tall == 8 && panels == 3) tile_8_3(t, format);
+    else if (tall == 1) tile_1_1(t, format);
+    else if (tall == 4) tile_4_1(t, format);
+    else if (tall == 8) tile_8_1(t, format);
+    else tile_16_1(t, format);
 }
 
 /* ---- a whole product, in parts that meet ---- */
@@ -251,7 +261,7 @@ static Multiplication multiplication(const Product *P, const Adapters *A, const 
     Multiplication w = {.P = P, .x = x, .M = M, .y = y};
     const int few = M <= FEW;
     w.tall = !few ? TALL : M == 1 ? 1 : M <= 4 ? 4 : M <= 8 ? 8 : 16;
-    w.group = few ? together(w.tall) : WIDE;
+    w.group = w.tall == 1 ? together(1) : GROUP;
     w.panels = (P->N + LANES - 1) / LANES;
     w.groups = (w.panels + w.group - 1) / w.group;
     w.tiles = (M + w.tall - 1) / w.tall;
@@ -287,67 +297,89 @@ static void scatter_pairs(const float *row, int64_t k0, int64_t stop, int64_t ta
 }
 #endif
 
-/* One row of x to its place in `xt`, [tiles][K][tall] or pairs of it, so that a tile reads one line
- * a step; k0 is even. */
-static void place_row(const Multiplication *w, const float *row, int64_t m, int64_t k0,
-                      int64_t stop) {
-    const int64_t tall = w->tall, steps = steps_of(w->P->K, w->P->format);
-    float *column = w->xt + m / tall * tall * steps + m % tall;
-#ifdef __AVX512BF16__
-    if (is_pairs(w->P->format)) {
-        scatter_pairs(row, k0, stop, tall, column);
-        return;
-    }
-#endif
-    for (int64_t k = k0; k < stop; k++) column[k * tall] = row[k];
-}
-
+/* Rows of x to `xt`, [tiles][K][tall] or pairs of it, so that a tile reads one line a step. A piece
+ * of work is a stretch of the inputs of all rows of a tile: threads that shared the lines of one
+ * would take longer to pass them to and fro than the product takes. */
 static void place_rows(Multiplication *w, int parts) {
-    const int64_t K = w->P->K, rows = w->tiles * w->tall, strips = (K + 255) / 256;
+    const int64_t K = w->P->K, tall = w->tall, strips = (K + STRIP - 1) / STRIP;
+    const int64_t total = w->tiles * strips, format = w->P->format, steps = steps_of(K, format);
     int64_t from, to;
-    while (take(&w->next[0], piece_of(rows * strips, parts), rows * strips, &from, &to))
+    while (take(&w->next[0], piece_of(total, parts), total, &from, &to))
         for (int64_t i = from; i < to; i++) {
-            int64_t m = i / strips, k0 = i % strips * 256, stop = k0 + 256 < K ? k0 + 256 : K;
-            if (m < w->M) {
-                place_row(w, w->x + m * K, m, k0, stop);
-                continue;
-            }
-            const int64_t tall = w->tall, format = w->P->format, steps = steps_of(K, format);
-            float *column = w->xt + m / tall * tall * steps + m % tall;
-            int64_t first = is_pairs(format) ? k0 / 2 : k0, last = steps_of(stop, format);
-            for (int64_t k = first; k < last; k++) column[k * tall] = 0;
-        }
-}
-
-static void multiply_group(Multiplication *w, int64_t g, float *plain) {
-    const Product *P = w->P;
-    const int64_t panel = g * w->group, left = w->panels - panel;
-    const int64_t steps = steps_of(P->K, P->format), blocks = (P->K + BLOCK - 1) / BLOCK;
-    const int some = left < w->group ? (int)left : w->group;
-    Tile t = {.P = P, .column = panel * LANES};
-    t.weight = (const char *)P->weight + panel * steps * step_bytes(P->format);
-    t.scale = P->scale ? P->scale + panel * scale_floats(P->K, P->format) : NULL;
-    int format = P->format;
-    if (plain) { /* unpacked once for all tiles */
-        for (int64_t p = 0; p < some; p++)
-            for (int64_t k = 0; k < steps; k++) {
-                Scale at = scale_at(t.scale, format, p * blocks + k / block_steps(format));
+            const int64_t first = i / strips * tall, k0 = i % strips * STRIP;
+            const int64_t stop = k0 + STRIP < K ? k0 + STRIP : K;
+            float *tile = w->xt + first * steps;
+            for (int64_t m = 0; m < tall; m++) {
+                const float *row = w->x + (first + m) * K;
+                if (first + m >= w->M) {
+                    const int64_t begin = is_pairs(format) ? k0 / 2 : k0;
+                    for (int64_t k = begin; k < steps_of(stop, format); k++) tile[k * tall + m] = 0;
+                    continue;
+                }
 #ifdef __AVX512BF16__
                 if (is_pairs(format)) {
-                    ((__m512bh *)plain)[p * steps + k] =
-                        load_pairs(t.weight, format, p * steps + k, at);
+                    scatter_pairs(row, k0, stop, tall, tile + m);
                     continue;
                 }
 #endif
-                ((vec *)plain)[p * steps + k] = load(t.weight, format, p * steps + k, at);
+                for (int64_t k = k0; k < stop; k++) tile[k * tall + m] = row[k];
             }
-        t.weight = (const char *)plain, format = is_pairs(format) ? PAIRS : F32;
-    }
-    for (int64_t i = 0; i < w->tiles; i++) {
-        int64_t first = i * w->tall;
-        t.rows = w->M - first < w->tall ? w->M - first : w->tall;
-        t.xt = w->xt + first * steps, t.y = w->y + first * P->N;
-        multiply_tile(t, w->tall, some, format);
+        }
+}
+
+/* A stretch of the panels' weights as the numbers that are multiplied: [panels][count][16]. */
+static void unpack(const Product *P, const char *weights, const float *scales, int panels,
+                   int64_t from, int64_t count, float *plain) {
+    const int64_t steps = steps_of(P->K, P->format), blocks = (P->K + BLOCK - 1) / BLOCK;
+    for (int64_t p = 0; p < panels; p++)
+        for (int64_t k = 0; k < count; k++) {
+            const int64_t step = p * steps + from + k;
+            const int64_t block = p * blocks + (from + k) / block_steps(P->format);
+            const Scale scale = scale_at(scales, P->format, block);
+#ifdef __AVX512BF16__
+            if (is_pairs(P->format)) {
+                ((__m512bh *)plain)[p * count + k] = load_pairs(weights, P->format, step, scale);
+                continue;
+            }
+#endif
+            ((vec *)plain)[p * count + k] = load(weights, P->format, step, scale);
+        }
+}
+
+/* The columns of a group of panels, one stretch of inputs after the other, so that its part of x
+ * and of the weights stays in the nearest cache while all tiles and panels are multiplied. */
+static void multiply_group(Multiplication *w, int64_t g, float *plain) {
+    const Product *P = w->P;
+    const int64_t panel = g * w->group, left = w->panels - panel, bytes = step_bytes(P->format);
+    const int64_t steps = steps_of(P->K, P->format), blocks = (P->K + BLOCK - 1) / BLOCK;
+    const int64_t stretch = w->tall == 1 ? steps : steps_of(STRETCH, P->format);
+    const int some = left < w->group ? (int)left : w->group, width = together(w->tall);
+    const char *weights = (const char *)P->weight + panel * steps * bytes;
+    const float *scales = P->scale ? P->scale + panel * scale_floats(P->K, P->format) : NULL;
+    Tile t = {.N = P->N, .blocks = blocks, .ahead_step = bytes, .ahead_apart = steps * bytes};
+    for (int64_t from = 0; from < steps; from += t.steps) {
+        t.steps = from + stretch < steps ? stretch : steps - from;
+        t.is_first = from == 0, t.bias = from + t.steps == steps ? P->bias : NULL;
+        if (plain) unpack(P, weights, scales, some, from, t.steps, plain);
+        const char *next = weights + (from + t.steps < steps ? from + t.steps : some * steps) * bytes;
+        for (int64_t i = 0; i < w->tiles; i++)
+            for (int p = 0, panels; p < some; p += panels) {
+                panels = some - p < width ? 1 : width;
+                t.rows = w->M - i * w->tall < w->tall ? w->M - i * w->tall : w->tall;
+                t.xt = w->xt + i * w->tall * steps + from * w->tall;
+                t.y = w->y + i * w->tall * P->N, t.column = (panel + p) * LANES;
+                t.ahead = i ? NULL : p + panels < some && !plain
+                    ? weights + ((p + panels) * steps + from) * bytes : next;
+                if (plain) {
+                    t.weight = (const char *)(plain + p * t.steps * LANES), t.apart = t.steps;
+                    multiply_tile(&t, w->tall, panels, is_pairs(P->format) ? PAIRS : F32);
+                } else {
+                    t.weight = weights + (p * steps + from) * bytes, t.apart = steps;
+                    const int64_t block = p * blocks + from / block_steps(P->format);
+                    t.scale = scales ? scales + block * (1 + has_offset(P->format)) * LANES : NULL;
+                    multiply_tile(&t, w->tall, panels, P->format);
+                }
+            }
     }
 }
 
@@ -449,7 +481,7 @@ static void multiply_part(void *work, int part, int parts) {
     if (w->xt != w->x) place_rows(w, parts);
     if (w->A) multiply_a(w, parts);
     if (w->A || w->xt != w->x) meet(parts);
-    float *plain = w->unpacks ? scratch(2, WIDE * steps_of(w->P->K, w->P->format) * LANES) : NULL;
+    float *plain = w->unpacks ? scratch(2, GROUP * STRETCH * LANES) : NULL;
     if (w->unpacks && !plain) atomic_store(&w->failed, 1);
     int64_t from, to;
     while (take(&w->next[1], piece_of(w->groups, parts), w->groups, &from, &to)) {
