@@ -34,28 +34,18 @@ static void softmax(float *s, int64_t L, float softcap) {
     for (l = 0; l < L; l++) s[l] *= share;
 }
 
+#define HALVE(TO, FROM, LOW, HIGH)                                                                \
+    TO = __builtin_shufflevector((FROM)[0], (FROM)[1], LOW) +                                     \
+         __builtin_shufflevector((FROM)[0], (FROM)[1], HIGH)
+
 /* The sums of 16 vectors, one a lane. */
 INLINE vec sums_of(const vec v[16]) {
-    vec a[8], b[4], c[2];
-    for (int i = 0; i < 8; i++)
-        a[i] = __builtin_shufflevector(v[2 * i], v[2 * i + 1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24,
-                                       10, 26, 12, 28, 14, 30) +
-               __builtin_shufflevector(v[2 * i], v[2 * i + 1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25,
-                                       11, 27, 13, 29, 15, 31);
-    for (int i = 0; i < 4; i++)
-        b[i] = __builtin_shufflevector(a[2 * i], a[2 * i + 1], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24,
-                                       25, 12, 13, 28, 29) +
-               __builtin_shufflevector(a[2 * i], a[2 * i + 1], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11,
-                                       26, 27, 14, 15, 30, 31);
-    for (int i = 0; i < 2; i++)
-        c[i] = __builtin_shufflevector(b[2 * i], b[2 * i + 1], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10,
-                                       11, 24, 25, 26, 27) +
-               __builtin_shufflevector(b[2 * i], b[2 * i + 1], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13,
-                                       14, 15, 28, 29, 30, 31);
-    return __builtin_shufflevector(c[0], c[1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22,
-                                   23) +
-           __builtin_shufflevector(c[0], c[1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29,
-                                   30, 31);
+    vec a[8], b[4], c[2], sums;
+    for (int i = 0; i < 8; i++) HALVE(a[i], v + 2 * i, ONES, OTHER_ONES);
+    for (int i = 0; i < 4; i++) HALVE(b[i], a + 2 * i, TWOS, OTHER_TWOS);
+    for (int i = 0; i < 2; i++) HALVE(c[i], b + 2 * i, FOURS, OTHER_FOURS);
+    HALVE(sums, c, EIGHTS, OTHER_EIGHTS);
+    return sums;
 }
 
 /* 16 numbers, and one, from a place of the arena. */
