@@ -1,8 +1,9 @@
 """Whether the agreement that a project reports is the one that its labelers have.
 
 Every comparison of the files becomes a task; labelers who err independently, each with the same
-probability e, judge all of them. Two of them then agree with probability (1 - e)^2 + e^2, which the
-report, made from their judgements alone, has to find within its 95 % interval.
+probability e, judge all of them. Two of them then agree with probability (1 - e)^2 + e^2, by alpha
+1 - 4 e (1 - e), which the report, made from their judgements alone, has to find within its 95 %
+intervals.
 
     python benchmarks/label_agreement.py train.jsonl test.jsonl --error 0.25
     python benchmarks/label_agreement.py rows.jsonl --labelers 3 --error 0.2 --rows 500
@@ -69,7 +70,9 @@ def run(arguments: argparse.Namespace, database: Database) -> dict[str, Any]:
     report = reports.report(database, account, project)
     database.close()
     truth = (1 - arguments.error) ** 2 + arguments.error**2
+    true_alpha = 1 - (1 - truth) / 0.5  # two answers, either of them right by accident
     low, high = report.raw_agreement.interval or (1.0, 0.0)
+    lowest, highest = report.alpha["choice"].interval or (1.0, 0.0)
     return {
         "tasks": count,
         "left_out": len(found) - len(different),  # both answers are the same text
@@ -78,7 +81,8 @@ def run(arguments: argparse.Namespace, database: Database) -> dict[str, Any]:
         "seconds": round(seconds, 1),
         "true_agreement": round(truth, 4),
         "raw_agreement": asdict(report.raw_agreement),
-        "within": low <= truth <= high,
+        "true_alpha": round(true_alpha, 4),
+        "within": low <= truth <= high and lowest <= true_alpha <= highest,
         "alpha": {name: asdict(measure) for name, measure in report.alpha.items()},
     }
 

@@ -588,3 +588,6 @@ def test_the_agreement_of_noisy_labelers_is_what_it_must_be(
     assert best.model == "m1"
     odds = 2 * best.value  # strengths have mean 0
     assert odds == pytest.approx(math.log((1 - noise) / noise), abs=0.5)
+    # The good answer comes first in every task; chance still agrees on half of two answers.
+    low, high = told.alpha["choice"].interval
+    assert low <= 1 - 4 * noise * (1 - noise) <= high
