@@ -727,7 +727,9 @@ def test_jobs_and_models(server: Server, account: str) -> None:
         for i in range(12)
     )
     file = client.files.create(file=("rows.jsonl", rows), purpose="fine-tune")
-    job = client.fine_tuning.jobs.create(model=MODEL, training_file=file.id)
+    job = client.fine_tuning.jobs.create(
+        model=MODEL, training_file=file.id, metadata={"team": "support"}
+    )
     assert job.id in admin.get("/web/jobs")
     text = admin.get(f"/web/jobs/{job.id}")
     assert 'hx-trigger="every 3s"' in text

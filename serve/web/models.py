@@ -47,7 +47,7 @@ def models(visit: Visit) -> Response:
 @page("admin")
 def list_jobs(visit: Visit) -> Response:
     """List the account's jobs, newest first."""
-    found, _ = jobs.list_jobs(visit.runtime.database, visit.account, 50, None, {})
+    found, _ = jobs.list_jobs(visit.runtime.database, visit.account, 50)
     return visit.render("jobs.html", jobs=found)
 
 

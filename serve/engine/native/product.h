@@ -237,56 +237,94 @@ INLINE float factor(const void *place, const int narrow, int64_t i) {
     return narrow ? one_from_bfloat16(((const uint16_t *)place)[i]) : ((const float *)place)[i];
 }
 
-/* out[j] = A[row j] x for the rows of one adapter, four at a time, so that x is read once for them. */
-INLINE void multiply_rows(const float *x, const void *a, const int narrow, const int32_t *rows,
-                          int32_t count, int64_t apart, int64_t first, int64_t K, float *out) {
+/* Tokens from n on, up to `end`, that have the same rows, at most TOGETHER. */
+#define TOGETHER 4
+static int alike(const Adapters *A, int64_t n, int64_t end) {
+    int count = 1;
+    while (count < TOGETHER && n + count < end && A->first[n + count] == A->first[n] &&
+           A->count[n + count] == A->count[n])
+        count++;
+    return count;
+}
+
+/* out[t][j] = A[row j] x[t] for some tokens and the rows of their adapter, four at a time. */
+INLINE void multiply_rows(const float *x, const int tokens, const void *a, const int narrow,
+                          const int32_t *rows, int32_t count, int64_t apart, int64_t first,
+                          int64_t K, float *out, int64_t out_apart) {
     for (int32_t j = 0; j < count; j += 4) {
         const int some = count - j < 4 ? count - j : 4;
         int64_t place[4];
         for (int r = 0; r < 4; r++) place[r] = rows[j + (r < some ? r : 0)] * apart + first;
-        vec sum[4] = {{0}};
+        vec sum[TOGETHER][4] = {{{0}}};
         int64_t k = 0;
         for (; k + LANES <= K; k += LANES) {
-            const vec own = *(const vec *)(x + k);
-            for (int r = 0; r < 4; r++) sum[r] += own * factors(a, narrow, place[r] + k);
+            vec own[TOGETHER];
+            for (int t = 0; t < tokens; t++) own[t] = *(const vec *)(x + t * K + k);
+            for (int r = 0; r < 4; r++) {
+                const vec row = factors(a, narrow, place[r] + k);
+                for (int t = 0; t < tokens; t++) sum[t][r] += own[t] * row;
+            }
         }
-        for (int r = 0; r < some; r++) {
-            float rest = 0;
-            for (int64_t i = k; i < K; i++) rest += x[i] * factor(a, narrow, place[r] + i);
-            out[j + r] = sum_of(sum[r]) + rest;
-        }
+        for (int t = 0; t < tokens; t++)
+            for (int r = 0; r < some; r++) {
+                float rest = 0;
+                for (int64_t i = k; i < K; i++) rest += x[t * K + i] * factor(a, narrow, place[r] + i);
+                out[t * out_apart + j + r] = sum_of(sum[t][r]) + rest;
+            }
     }
 }
+
+/* y[t][from..to) += B' products[t], all rows of the adapter while a stretch of y is in registers. */
+INLINE void add_rows(const float *products, int64_t apart, const int tokens, const void *b,
+                     const int narrow, const int32_t *rows, int32_t count, int64_t size,
+                     int64_t from, int64_t to, float *y, int64_t N) {
+    int64_t c = from;
+    for (; c + LANES <= to; c += LANES) {
+        vec sum[TOGETHER];
+        for (int t = 0; t < tokens; t++) sum[t] = *(const vec *)(y + t * N + c);
+        for (int32_t j = 0; j < count; j++) {
+            const vec row = factors(b, narrow, rows[j] * size + c);
+            for (int t = 0; t < tokens; t++) sum[t] += products[t * apart + j] * row;
+        }
+        for (int t = 0; t < tokens; t++) *(vec *)(y + t * N + c) = sum[t];
+    }
+    for (; c < to; c++)
+        for (int t = 0; t < tokens; t++)
+            for (int32_t j = 0; j < count; j++)
+                y[t * N + c] += products[t * apart + j] * factor(b, narrow, rows[j] * size + c);
+}
+
+#define BY_TOKENS(TOKENS, CALL)                                                                   \
+    switch (TOKENS) {                                                                             \
+        case 1: CALL(1); break;                                                                   \
+        case 2: CALL(2); break;                                                                   \
+        case 3: CALL(3); break;                                                                   \
+        default: CALL(4);                                                                         \
+    }
 
 /* products[token][sibling][row of the token's adapter] = A x */
 static void multiply_a(Multiplication *w, int parts) {
     const Product *P = w->P;
     const Adapters *A = w->A;
-    const int64_t S = P->siblings, K = P->K, total = A->num_tokens * S;
+    const int64_t S = P->siblings, K = P->K, N = A->num_tokens, most = A->most;
+    const int64_t each = N < FEW ? 1 : TOGETHER, total = (N + each - 1) / each * S;
     int64_t from, to;
     while (take(&w->next[2], piece_of(total, parts), total, &from, &to))
         for (int64_t i = from; i < to; i++) {
-            const int64_t n = i / S, s = i % S;
-            const int32_t *rows = A->rows + A->first[n], count = A->count[n];
-            const float *x = w->x + n * K;
-            float *out = w->products + i * A->most;
-            if (P->narrow) multiply_rows(x, P->a, 1, rows, count, S * K, s * K, K, out);
-            else multiply_rows(x, P->a, 0, rows, count, S * K, s * K, K, out);
+            const int64_t s = i % S, begin = i / S * each, end = begin + each < N ? begin + each : N;
+            int tokens;
+            for (int64_t n = begin; n < end; n += tokens) {
+                tokens = alike(A, n, end);
+                const int32_t *rows = A->rows + A->first[n], count = A->count[n];
+                const float *x = w->x + n * K;
+                float *out = w->products + (n * S + s) * most;
+#define MULTIPLY(TOKENS)                                                                          \
+    if (P->narrow)                                                                                \
+        multiply_rows(x, TOKENS, P->a, 1, rows, count, S * K, s * K, K, out, S * most);           \
+    else multiply_rows(x, TOKENS, P->a, 0, rows, count, S * K, s * K, K, out, S * most)
+                BY_TOKENS(tokens, MULTIPLY)
+            }
         }
-}
-
-/* y[from..to) += B' products, all rows of the adapter while a stretch of y is in a register. */
-INLINE void add_rows(const float *products, const void *b, const int narrow, const int32_t *rows,
-                     int32_t count, int64_t size, int64_t from, int64_t to, float *y) {
-    int64_t c = from;
-    for (; c + LANES <= to; c += LANES) {
-        vec sum = *(const vec *)(y + c);
-        for (int32_t j = 0; j < count; j++) sum += products[j] * factors(b, narrow, rows[j] * size + c);
-        *(vec *)(y + c) = sum;
-    }
-    for (; c < to; c++)
-        for (int32_t j = 0; j < count; j++)
-            y[c] += products[j] * factor(b, narrow, rows[j] * size + c);
 }
 
 INLINE void fetch_rows(const void *b, int64_t bytes, const int32_t *rows, int32_t count, int64_t size,
@@ -300,8 +338,10 @@ INLINE void fetch_rows(const void *b, int64_t bytes, const int32_t *rows, int32_
 static void add_b(const Multiplication *w, int64_t from, int64_t to, int fetches) {
     const Product *P = w->P;
     const Adapters *A = w->A;
-    const int64_t S = P->siblings;
-    for (int64_t n = 0; n < A->num_tokens; n++) {
+    const int64_t S = P->siblings, most = A->most, N = P->N;
+    int tokens;
+    for (int64_t n = 0; n < A->num_tokens; n += tokens) {
+        tokens = alike(A, n, A->num_tokens);
         const int32_t *rows = A->rows + A->first[n], count = A->count[n];
         if (!count) continue;
         int64_t begin = 0; /* of the sibling's columns */
@@ -314,10 +354,13 @@ static void add_b(const Multiplication *w, int64_t from, int64_t to, int fetches
                 fetch_rows(P->b[s], P->narrow ? 2 : 4, rows, count, size, low, high);
                 continue;
             }
-            const float *products = w->products + (n * S + s) * A->most;
-            float *y = w->y + n * P->N + begin;
-            if (P->narrow) add_rows(products, P->b[s], 1, rows, count, size, low, high, y);
-            else add_rows(products, P->b[s], 0, rows, count, size, low, high, y);
+            const float *products = w->products + (n * S + s) * most;
+            float *y = w->y + n * N + begin;
+#define ADD(TOKENS)                                                                               \
+    if (P->narrow)                                                                                \
+        add_rows(products, S * most, TOKENS, P->b[s], 1, rows, count, size, low, high, y, N);     \
+    else add_rows(products, S * most, TOKENS, P->b[s], 0, rows, count, size, low, high, y, N)
+            BY_TOKENS(tokens, ADD)
         }
     }
 }
