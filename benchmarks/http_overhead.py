@@ -66,7 +66,8 @@ def measure(arguments: argparse.Namespace, home: Path) -> dict[str, Any]:
     settings = Settings(home=home, model=str(folder), dtype=dtype, embedded_worker=False)
     draw = random.Random(0)
     rates: dict[str, list[float]] = {"engine": [], "http": []}
-    spent = {"engine": 0.0, "http": 0.0}  # CPU seconds of server and client: less noisy than time
+    # CPU seconds are less noisy than time; those of the server and its clients together, by way.
+    spent = {"engine": 0.0, "http": 0.0, "clients": 0.0}
     with running(settings) as server:
         command = [sys.executable, __file__, "--clients", str(arguments.clients)]
         command += ["--client", server.url, server.key]
@@ -95,9 +96,10 @@ def measure(arguments: argparse.Namespace, home: Path) -> dict[str, Any]:
             way(arguments.clients)  # warm
         for number in range(arguments.rounds):
             for way in ways:
-                before = cpu_seconds(processes)
+                before, own = cpu_seconds(processes), cpu_seconds(processes[1:])
                 rates[way.__name__].append(round(way(arguments.requests), 1))
                 spent[way.__name__] += cpu_seconds(processes) - before
+                spent["clients"] += cpu_seconds(processes[1:]) - own
             ways.reverse()  # neither is always the first
             print(number + 1, rates, file=sys.stderr)
         client.stdin.close()
