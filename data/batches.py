@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
+from data import webhooks
 from data.db import Database
 from data.errors import InvalidInput, NotFound, StateConflict
 from data.stored_chats import check_metadata
@@ -23,6 +24,7 @@ from data.tables_surface import Batch
 WINDOW = "24h"
 WINDOW_S = 24 * 3600
 MAX_LINES = 50_000
+MAX_BYTES = 200 * 2**20  # of an input file
 MAX_ERRORS = 100
 LIVE = ("validating", "in_progress", "finalizing", "cancelling")
 
@@ -64,6 +66,12 @@ def create(
         if file.purpose != "batch":
             raise InvalidInput(
                 f"Invalid 'input_file_id': the file's purpose is '{file.purpose}', not 'batch'.",
+                param="input_file_id",
+            )
+        if file.bytes > MAX_BYTES:
+            raise InvalidInput(
+                f"Invalid 'input_file_id': the file has {file.bytes} bytes; a batch takes at most "
+                f"{MAX_BYTES}. Split it.",
                 param="input_file_id",
             )
         batch = Batch(
@@ -166,6 +174,8 @@ def progress(
             _move(batch, status)
             if status not in LIVE:
                 batch.worker_id = batch.lease_expires_at = None
+                told = {"id": batch.id}
+                webhooks.enqueue(session, batch.project_id, f"batch.{status}", now(), told)
         return batch
 
 
@@ -192,6 +202,8 @@ def read_requests(
         row = json.loads(line)
         seen.add(row["custom_id"])
         requests.append((row["custom_id"], row["body"]))
+        if len(requests) > MAX_LINES:
+            break
     if not requests and not errors:
         errors.append(_whole("empty_file", "The file holds no requests."))
     if len(requests) > MAX_LINES:

@@ -81,7 +81,7 @@ def update_rate(
         try:
             registry.resolve(database, project_id, model if model != rate_id else "")
         except NotFound:
-            raise NotFound(f"No such rate limit: {rate_id}", param="rate_limit_id") from None
+            raise NotFound(f"No such limit: {rate_id}", param="rate_limit_id") from None
     with database.write() as session:
         rate = session.get(RateLimit, (project_id, model))
         if rate is None:

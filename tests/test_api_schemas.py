@@ -94,6 +94,19 @@ def test_chat_content_is_text_or_text_parts() -> None:
     assert body.messages[0].content == "ab"
 
 
+def test_an_answer_can_be_sent_back_as_it_came() -> None:
+    unset = {"refusal": None, "annotations": None, "audio": None, "tool_calls": None}
+    answers = [
+        {"role": "assistant", "content": "hello", **unset},
+        {"role": "assistant", "content": "hello", "annotations": []},
+        {"role": "assistant", "content": None, "refusal": "no"},
+    ]
+    body = ChatRequest.model_validate(
+        {"model": "m", "messages": answers, "prompt_cache_retention": None, "service_tier": "flex"}
+    )
+    assert [message.content for message in body.messages] == ["hello", "hello", ""]
+
+
 @pytest.mark.parametrize(
     ("message", "param", "code"),
     [

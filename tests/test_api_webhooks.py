@@ -27,6 +27,7 @@ from serve.webhook_sender import WebhookSender
 
 EVENTS = [
     *("fine_tuning.job.succeeded", "fine_tuning.job.failed", "fine_tuning.job.cancelled"),
+    *("batch.completed", "batch.failed", "batch.expired", "batch.cancelled"),
     *("safety.warning_issued", "safety.deactivation_issued", "safety_identifier.blocked"),
     *("label_project.completed", "label_round.promoted", "label_round.rejected"),
     *("label_round.failed", "label_round.cancelled"),
@@ -118,6 +119,21 @@ def end_job(server: Server, client: openai.OpenAI, status: str) -> str:
             jobs.move(session, record, "running")
             jobs.move(session, record, "succeeded")
     return job.id
+
+
+def test_the_end_of_a_batch_is_told(account: tuple[str, openai.OpenAI], receiver: Receiver) -> None:
+    _, client = account
+    made = client.webhooks.create(name="batches", url=receiver.url, event_types=["batch.completed"])
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/completions"}
+    line |= {"body": {"model": MODEL, "prompt": "The", "max_tokens": 2}}
+    file = client.files.create(file=("in.jsonl", json.dumps(line).encode()), purpose="batch")
+    batch = client.batches.create(
+        input_file_id=file.id, endpoint="/v1/completions", completion_window="24h"
+    )
+    ((headers, body),) = receiver.wait(1)
+    event = client.webhooks.unwrap(body, headers, secret=made.signing_secret)
+    assert (event.type, event.data.id) == ("batch.completed", batch.id)
+    assert client.batches.retrieve(batch.id).status == "completed"
 
 
 def test_endpoints(account: tuple[str, openai.OpenAI], server: Server) -> None:

@@ -230,6 +230,15 @@ def test_refused_batches(client: openai.OpenAI, fields: dict[str, str], param: s
     assert caught.value.param == param
 
 
+def test_a_file_too_large_is_refused(
+    client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batches, "MAX_BYTES", 100)
+    with pytest.raises(openai.BadRequestError, match="at most 100") as caught:
+        start(client, [row("a"), row("b")])
+    assert caught.value.param == "input_file_id"
+
+
 def test_lines_are_read_whatever_they_hold() -> None:
     content = [b"not json\n", b"[]\n", b"\n", json.dumps(row("ok")).encode()]
     requests, errors = batches.read_requests(iter(content), COMPLETIONS)  # type: ignore[arg-type]

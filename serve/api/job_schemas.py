@@ -104,9 +104,16 @@ class JobRequest(RequestModel):
         section = given.get("method", {}).get(given.get("method", {}).get("type"), {})
         if "grader" in section:
             section["grader"] = _plain(section["grader"])
-        options = {name: given.pop(name) for name in OPTIONS if name in given}
+        options = {name: _given(given.pop(name)) for name in OPTIONS if name in given}
         integrations = tuple(given.pop("integrations"))
         return JobSpec(**given, integrations=integrations, options=options)
+
+
+def _given(option: Any) -> Any:
+    """Return an option without what is null in it, which means absent."""
+    if not isinstance(option, dict):
+        return option
+    return {name: value for name, value in option.items() if value is not None}
 
 
 def _plain(grader: Any) -> Any:

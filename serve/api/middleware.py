@@ -64,7 +64,7 @@ class RequestContext:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
-                headers["x-request-id"] = request_id
+                headers["x-request-id"] = headers["request-id"] = request_id
                 headers["openai-version"] = API_VERSION
                 headers["openai-organization"] = ORGANIZATION
                 headers["openai-processing-ms"] = str(_elapsed_ms(started))

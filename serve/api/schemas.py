@@ -18,6 +18,7 @@ from data.stored_chats import check_metadata
 from serve.engine.grammar import compile_schema
 
 ANY_OBJECT = '{"type": "object"}'
+EMPTY_NOTES = "annotations", []
 MAX_STOPS = 16
 MAX_N = 128
 MAX_BEST_OF = 20
@@ -249,7 +250,9 @@ class CompletionRequest(SamplingFields):
 class ChatMessage(RequestModel):
     """One turn of a conversation; text parts arrive joined."""
 
-    unsupported: ClassVar[frozenset[str]] = frozenset({"tool_calls", "function_call", "audio"})
+    unsupported: ClassVar[frozenset[str]] = frozenset(
+        {"tool_calls", "function_call", "audio", "annotations"}
+    )
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
@@ -257,6 +260,17 @@ class ChatMessage(RequestModel):
     ]
     name: str | None = None
     refusal: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_answer(cls, values: Any) -> Any:
+        """Take an answer of ours back as it was given, or one that had no text."""
+        if not isinstance(values, dict) or values.get("role") != "assistant":
+            return values
+        kept = {name: value for name, value in values.items() if (name, value) != EMPTY_NOTES}
+        if "content" in kept and kept["content"] is None:
+            kept["content"] = ""
+        return kept
 
 
 class JsonSchema(RequestModel):
@@ -315,6 +329,8 @@ class ChatRequest(SamplingFields):
             "functions",
             "parallel_tool_calls",
             "prediction",
+            "prompt_cache_options",
+            "prompt_cache_retention",
             "reasoning_effort",
             "tool_choice",
             "tools",
@@ -331,7 +347,7 @@ class ChatRequest(SamplingFields):
     modalities: list[Literal["text"]] | None = None
     store: bool = False
     metadata: dict[str, str] | None = None
-    service_tier: Literal["auto", "default"] | None = None
+    service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast"] | None = None
     prompt_cache_key: str | None = None
 
     @model_validator(mode="after")
