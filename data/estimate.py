@@ -14,12 +14,14 @@ from sqlalchemy import select
 from data.db import Database
 from data.errors import DataError
 from data.files import FileStore
-from data.job_methods import unusable_rows
+from data.job_methods import METHODS, unusable_rows
 from data.job_spec import AUTO, JobSpec, auto_epochs
 from data.job_start import check_file, find_start
 from data.jsonl import read_numbered_rows
-from data.render import render
+from data.prompt_format import prompt_format
+from data.render import render, render_answer
 from data.report import Report
+from data.rows import Preference, Ranking, Row, Unpaired
 from data.tables import Job
 from data.validate import validate
 
@@ -30,9 +32,10 @@ SAMPLED = 4
 
 @dataclass(slots=True)
 class Estimate:
-    """What is known of a job before it runs; `tokens` are those of one pass over the data.
+    """What is known of a job before it runs.
 
     Attributes:
+        tokens: Of one pass over the data; None where a method samples what it learns from.
         reports: What validation found, by the name of the file's parameter.
         faults: Why the job would fail; empty when it would not.
         exact: Whether every row was counted.
@@ -44,15 +47,15 @@ class Estimate:
     reports: dict[str, dict[str, Any]] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
     examples: int = 0
-    tokens: int = 0
+    tokens: int | None = 0
     exact: bool = True
     n_epochs: int = 0
     tokens_per_s: float | None = None
     sample: list[tuple[int, ...]] = field(default_factory=list)
 
     @property
-    def trained_tokens(self) -> int:
-        return self.tokens * self.n_epochs
+    def trained_tokens(self) -> int | None:
+        return None if self.tokens is None else self.tokens * self.n_epochs
 
 
 def estimate(
@@ -78,6 +81,7 @@ def estimate(
             if file_id is not None:
                 check_file(session, project_id, param, file_id)
     found = Estimate(start.base_model if start else spec.model)
+    rules = METHODS[spec.method_type]
     markers = [token for token in tokenizer.all_special_tokens if len(token) > 2]
     for param, file_id in given.items():
         if file_id is None:
@@ -85,8 +89,10 @@ def estimate(
         record = files.get(project_id, file_id)
         least = min_examples if param == "training_file" else 1
         with files.open(project_id, file_id) as stream:
+            format = prompt_format(stream) if rules.graded else "auto"
+        with files.open(project_id, file_id) as stream:
             report = validate(
-                stream, min_examples=least, special_tokens=markers, name=record.filename
+                stream, format, min_examples=least, special_tokens=markers, name=record.filename
             )
         found.reports[param] = report.to_dict()
         misfit = unusable_rows(spec.method_type, spec.options, report.format)
@@ -111,30 +117,50 @@ def _count(
     max_length: int,
 ) -> None:
     epochs = spec.resolved_hyperparameters()["n_epochs"]
+    usual = METHODS[spec.method_type].defaults.get("n_epochs")
+    found.examples = report.num_examples
+    if epochs == AUTO:
+        epochs = auto_epochs(report.num_examples) if usual is None else int(usual)
+    found.n_epochs = epochs
+    if METHODS[spec.method_type].graded:
+        found.tokens = None
+        return
     every = -(-report.num_examples // MAX_COUNTED)
-    counted = long = 0
+    counted = long = tokens = 0
     with files.local_path(project_id, spec.training_file) as path:
         for number, (line, row) in enumerate(read_numbered_rows(path, report.format)):
             if number % every:
                 continue
             try:
-                ids = render(tokenizer, row).input_ids
+                rendered = _sequences(tokenizer, row)
             except DataError as error:
                 found.faults.append(f"training_file: line {line}: {error.message}")
                 return
             counted += 1
-            is_long = len(ids) > max_length
+            is_long = any(len(ids) > max_length for ids in rendered)
             long += is_long
             if not (is_long and spec.options.get("on_long") == "drop"):
-                found.tokens += min(len(ids), max_length)
+                tokens += sum(min(len(ids), max_length) for ids in rendered)
             if len(found.sample) < SAMPLED:
-                found.sample.append(ids[:max_length])
+                found.sample.append(rendered[0][:max_length])
     if long and spec.options.get("on_long") == "error":
         found.faults.append(f"training_file: {long} examples are longer than {max_length} tokens")
-    found.examples = report.num_examples
     found.exact = every == 1
-    found.tokens = round(found.tokens * report.num_examples / counted)
-    found.n_epochs = auto_epochs(report.num_examples) if epochs == AUTO else epochs
+    found.tokens = round(tokens * report.num_examples / counted)
+
+
+def _sequences(tokenizer: Any, row: Row) -> list[tuple[int, ...]]:
+    """Return the token ids that a row is read as: one sequence for each answer in it."""
+    if isinstance(row, Preference):
+        answers = [row.chosen, row.rejected]
+    elif isinstance(row, Ranking):
+        answers = list(row.completions)
+    elif isinstance(row, Unpaired):
+        answers = [row.completion]
+    else:
+        return [render(tokenizer, row).input_ids]
+    tools = None if isinstance(row, Unpaired) else row.tools
+    return [render_answer(tokenizer, row.prompt, one, tools).input_ids for one in answers]
 
 
 def measured_speed(database: Database, base_model: str) -> float | None:

@@ -21,7 +21,7 @@ import fsspec
 from sqlalchemy import or_, select, update
 from sqlalchemy.orm import Session
 
-from data import caps
+from data import audit, caps
 from data.db import Database
 from data.errors import DataError, InvalidInput, NotFound, QuotaExceeded, StateConflict
 from data.parts import PartStore
@@ -99,6 +99,8 @@ class FileStore:
             with self._database.write() as session:
                 caps.check_stored_bytes(session, project_id, self._limits, record.bytes)
                 session.add(record)
+                told = {"purpose": purpose, "bytes": record.bytes}
+                audit.record(session, "file.created", record.id, project_id, **told)
         except QuotaExceeded:
             self._blobs.rm(self._path(record.blob))
             raise
@@ -193,6 +195,7 @@ class FileStore:
                     param="id",
                 )
             record.deleted_at = now()
+            audit.record(session, "file.deleted", file_id, project_id)
         self._blobs.rm(self._path(record.blob))
 
     def open(self, project_id: str, file_id: str) -> BinaryIO:

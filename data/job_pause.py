@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from sqlalchemy.orm import Session
 
-from data import jobs
+from data import audit, jobs
 from data.db import Database
 from data.errors import StateConflict
 from data.tables import Job
@@ -29,6 +29,7 @@ def pause(database: Database, project_id: str, job_id: str) -> Job:
             raise StateConflict(
                 f"The job {job_id} is {standing}, so it cannot be paused.", param="id"
             )
+        audit.record(session, "job.paused", job_id, project_id)
     return job
 
 
@@ -62,6 +63,7 @@ def resume(database: Database, project_id: str, job_id: str) -> Job:
         jobs.move(session, job, "queued")
         jobs.record_event(session, job.id, "Fine-tuning job resumed")
         jobs.tell_position(session, job)
+        audit.record(session, "job.resumed", job_id, project_id)
     return job
 
 

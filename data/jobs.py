@@ -19,7 +19,7 @@ from typing import Any
 from sqlalchemy import Select, func, or_, select
 from sqlalchemy.orm import Session
 
-from data import caps, webhooks
+from data import audit, caps, webhooks
 from data.db import Database
 from data.errors import InvalidInput, NotFound, StateConflict
 from data.files import LIVE_JOBS
@@ -101,6 +101,8 @@ def create(
         )
         session.add(job)
         session.flush()
+        told = {"model": job.model, "method": spec.method_type}
+        audit.record(session, "job.created", job.id, project_id, **told)
         record_event(session, job.id, f"Created fine-tuning job: {job.id}")
         record_event(session, job.id, f"Validating training file: {job.training_file}")
     return job
@@ -197,6 +199,8 @@ def request_cancel(database: Database, project_id: str, job_id: str) -> Job:
                 f"The job {job_id} has ended ({job.status}), so it cannot be cancelled.",
                 param="id",
             )
+        if not job.cancel_requested:
+            audit.record(session, "job.cancelled", job.id, project_id)
         job.cancel_requested = True
         if job.status == "paused" or not is_held(job):
             move(session, job, "cancelled")

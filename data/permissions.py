@@ -12,6 +12,7 @@ from typing import Literal
 from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
+from data import audit
 from data.db import Database
 from data.errors import InvalidInput, ModelNotFound, NotFound
 from data.registry import find_own
@@ -103,6 +104,9 @@ def revoke(database: Database, owner_id: str | None, name: str, permission_id: s
         permission = session.get(CheckpointPermission, permission_id)
         if permission is None or permission.version_id != version.id:
             raise NotFound(f"No such checkpoint permission: {permission_id}", param="permission_id")
+        told = {"model": version.name, "shared_with": permission.project_id}
+        kind = "checkpoint.permission.deleted"
+        audit.record(session, kind, permission_id, version.project_id, **told)
         session.delete(permission)
 
 
@@ -129,4 +133,7 @@ def _grant_one(session: Session, version: AdapterVersion, project_id: str) -> Ch
         permission = table(id=new_id("cp_"), version_id=version.id, project_id=project_id)
         session.add(permission)
         session.flush()
+        told = {"model": version.name, "shared_with": project_id}
+        kind = "checkpoint.permission.created"
+        audit.record(session, kind, permission.id, version.project_id, **told)
     return permission

@@ -26,6 +26,7 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from data import audit
 from data.adapter_checks import CONFIG, ORIGIN, AdapterFacts, check_adapter, digest_of, files_of
 from data.db import Database
 from data.errors import AdapterRefused, InvalidInput, ModelNotFound, StateConflict
@@ -394,6 +395,7 @@ def delete(database: Database, project_id: str, name: str) -> AdapterVersion:
         alias = session.get(Alias, alias_of(version.name))
         if alias is not None and alias.version_id == version.id:
             session.delete(alias)
+        audit.record(session, "model.deleted", version.name, project_id)
     return version
 
 

@@ -12,6 +12,7 @@ from typing import BinaryIO
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from data import audit
 from data.db import Database
 from data.errors import InvalidInput, NotFound, StateConflict
 from data.files import FileStore, check_request, safe_name
@@ -131,6 +132,8 @@ class UploadStore:
             upload = _find_pending(session, project_id, upload_id)
             upload.status, upload.file_id = "completed", record.id
             session.add(record)
+            told = {"purpose": record.purpose, "bytes": record.bytes}
+            audit.record(session, "file.created", record.id, project_id, **told)
         self._parts.drop(upload_id)
         return upload, record
 

@@ -297,6 +297,22 @@ def test_what_was_changed_by_whom(server: Server, admin: Any, admin_key: str) ->
     assert list(later) == []
 
 
+def test_what_an_account_does_is_told_too(server: Server, admin: Any) -> None:
+    project, key = server.new_account("busy")
+    client = server.client(key)
+    rows = b'{"prompt": "a", "completion": "b"}\n' * 12
+    file = client.files.create(file=("rows.jsonl", rows), purpose="fine-tune")
+    job = client.fine_tuning.jobs.create(model=MODEL, training_file=file.id)
+    client.fine_tuning.jobs.pause(job.id)
+    client.fine_tuning.jobs.resume(job.id)
+    client.fine_tuning.jobs.cancel(job.id)
+    client.files.delete(file.id)
+    kinds = ["file.created", "job.created", "job.paused", "job.resumed", "job.cancelled"]
+    kinds.append("file.deleted")
+    entries = admin.audit_logs.list(project_ids=[project.id], event_types=kinds, limit=50)
+    assert [entry.type for entry in entries][::-1] == kinds
+
+
 def test_the_audit_log_cannot_be_changed(server: Server) -> None:
     database = server.runtime.database
     for statement in (

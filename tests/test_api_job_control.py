@@ -170,6 +170,35 @@ def test_an_estimate_counts_what_training_would_see(server: Server, client: open
     client.fine_tuning.jobs.cancel(job.id)
 
 
+def test_an_estimate_of_the_other_methods(server: Server, client: openai.OpenAI) -> None:
+    tokenizer = tiny_tokenizer()
+
+    def told(method: str, rows: list[dict[str, Any]], **section: Any) -> Any:
+        content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        file = client.files.create(file=("rows.jsonl", content), purpose="fine-tune")
+        body = {"model": MODEL, "training_file": file.id, "dry_run": True}
+        body |= {"method": {"type": method, method: section}}
+        return server.http().post("/v1/fine_tuning/jobs", json=body).json()
+
+    def count(*pairs: tuple[str, str]) -> int:
+        return sum(len(render(tokenizer, PromptCompletion(*pair))) for pair in pairs)
+
+    pairs = [{"prompt": f"q {i}", "chosen": " yes", "rejected": f" no {i}"} for i in range(12)]
+    found = told("dpo", pairs)
+    both = [(row["prompt"], row[name]) for row in pairs for name in ("chosen", "rejected")]
+    assert (found["ok"], found["n_epochs"], found["tokens"]) == (True, 1, count(*both))
+    ranked = [{"prompt": "q", "completions": [" a", " b", " c"], "ranks": [1, 2, 2]}] * 12
+    assert told("reward_model", ranked)["tokens"] == 12 * count(*[("q", f" {x}") for x in "abc"])
+    judged = [{"prompt": "q", "completion": " a", "label": i % 2 == 0} for i in range(12)]
+    assert told("kto", judged)["tokens"] == 12 * count(("q", " a"))
+    grader = {"type": "string_check", "name": "g", "input": "{{ sample.output_text }}"}
+    grader |= {"reference": "{{ item.letter }}", "operation": "like"}
+    prompts = [{"prompt": f"q {i}", "letter": "a"} for i in range(12)]
+    found = told("reinforcement", prompts, grader=grader)
+    assert (found["ok"], found["faults"], found["examples"]) == (True, [], 12)
+    assert (found["tokens"], found["estimated_cost"]) == (None, None)  # it samples what it learns
+
+
 def test_an_estimate_tells_what_would_fail(server: Server, client: openai.OpenAI) -> None:
     bad = client.files.create(file=("rows.jsonl", ROWS + b'{"prompt": 1}\n'), purpose="fine-tune")
     body = {"model": MODEL, "training_file": bad.id, "dry_run": True}

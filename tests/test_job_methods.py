@@ -153,7 +153,11 @@ def test_what_a_method_cannot_use_is_refused(client: openai.OpenAI) -> None:
             model=MODEL, training_file=pairs, method={"type": "ppo", "ppo": {"grader": grader}}
         )
     texts = upload(client, [{"text": f"row {i}"} for i in range(12)])
-    job = run(client, training_file=texts, method={"type": "dpo"})
-    assert job.status == "failed"
-    assert job.error.code == "invalid_training_file"
-    assert "the method dpo takes preference, ranking" in job.error.message
+    with pytest.raises(openai.BadRequestError, match="the method dpo takes pref") as caught:
+        client.fine_tuning.jobs.create(model=MODEL, training_file=texts, method={"type": "dpo"})
+    assert caught.value.param == "training_file"
+    with pytest.raises(openai.BadRequestError, match="supervised fine-tuning takes") as caught:
+        client.fine_tuning.jobs.create(
+            model=MODEL, training_file=upload(client, [{"text": "a"}] * 12), validation_file=pairs
+        )
+    assert caught.value.param == "validation_file"

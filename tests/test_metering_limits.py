@@ -62,6 +62,9 @@ def test_rate_limits_are_listed_changed_and_hold_at_once(server: Server, admin: 
     assert 1 <= int(headers["retry-after"]) <= 20
     assert headers["x-ratelimit-limit-requests"] == "3"
     assert headers["x-ratelimit-remaining-requests"] == "0"
+    with pytest.raises(RateLimitError) as caught:
+        client.moderations.create(input="hello")
+    assert caught.value.response.headers["x-ratelimit-limit-requests"] == "3"
     ask(server.client(server.new_account("rates-other")[1]))  # others are not concerned
     admin.rate_limits.update_rate_limit(
         limit.id, project_id=project.id, max_requests_per_1_minute=2**31 - 1

@@ -52,7 +52,8 @@ async def describe_estimate(spec: JobSpec, account: Account, runtime: Runtime) -
     if speed is None and found.sample and not found.faults:
         speed, source = await _measure(found, runtime), "probe"
     ok = not found.faults
-    seconds = found.trained_tokens / speed if ok and speed else None
+    trained = found.trained_tokens
+    seconds = trained / speed if ok and speed and trained is not None else None
     return {
         "object": "fine_tuning.estimate",
         "ok": ok,
@@ -64,14 +65,13 @@ async def describe_estimate(spec: JobSpec, account: Account, runtime: Runtime) -
         "tokens": found.tokens if ok else None,
         "tokens_exact": found.exact,
         "n_epochs": found.n_epochs if ok else None,
-        "trained_tokens": found.trained_tokens if ok else None,
+        "trained_tokens": trained if ok else None,
         "tokens_per_s": round(speed, 1) if speed else None,
         "speed_from": source if speed else None,
         "estimated_seconds": None if seconds is None else round(seconds, 1),
-        "estimated_cost": {
-            "value": found.trained_tokens * runtime.settings.prices.training / 1e6,
-            "currency": "usd",
-        },
+        "estimated_cost": None
+        if trained is None
+        else {"value": trained * runtime.settings.prices.training / 1e6, "currency": "usd"},
     }
 
 

@@ -15,6 +15,7 @@ from starlette.responses import Response
 from data import job_events, job_examples, job_pause, jobs
 from data.errors import InvalidInput
 from data.feedback import export
+from data.prompt_format import check_rows
 from data.tables import AdapterVersion, Checkpoint, Job, JobEvent
 from serve.api.deps import Caller, Running, json_response, page
 from serve.api.errors import unknown_parameter
@@ -81,6 +82,7 @@ async def create_job(body: JobRequest, caller: Caller, runtime: Running) -> Resp
         return json_response(await describe_estimate(spec, caller, runtime))
     runtime.gate.check_money(caller.id)
     bases = await runtime.models.bases(caller.id)
+    await run_in_threadpool(check_rows, runtime.files, caller.id, spec)
     job = await run_in_threadpool(
         jobs.create, runtime.database, caller.id, spec, bases, runtime.settings.limits
     )

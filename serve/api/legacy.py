@@ -15,6 +15,7 @@ from starlette.responses import Response
 from data import jobs
 from data.errors import InvalidInput
 from data.job_spec import JobSpec
+from data.prompt_format import check_rows
 from data.tables import Job, JobEvent
 from serve.api import completions, embeddings, models
 from serve.api.deps import Account, Caller, Running, json_response
@@ -122,6 +123,7 @@ async def create_fine_tune(body: FineTuneRequest, caller: Caller, runtime: Runni
     )
     bases = await runtime.models.bases(caller.id)
     runtime.gate.check_money(caller.id)
+    await run_in_threadpool(check_rows, runtime.files, caller.id, spec)
     job = await run_in_threadpool(
         jobs.create, runtime.database, caller.id, spec, bases, runtime.settings.limits
     )

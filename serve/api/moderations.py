@@ -10,7 +10,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from data.accounts import Principal
-from data.errors import InvalidInput
+from data.errors import InvalidInput, RateLimited
 from data.metering import Usage
 from data.tables import new_id
 from serve.api.deps import Caller, Running, json_response
@@ -57,7 +57,12 @@ def meter(runtime: Runtime, request: Request, account: str, texts: list[str]) ->
         RateLimited: The account calls too often.
     """
     principal: Principal = request.state.principal
-    reservation, left = runtime.gate.admit(account, runtime.models.base_model, 0, 0, is_free=True)
+    base = runtime.models.base_model
+    try:
+        reservation, left = runtime.gate.admit(account, base, 0, 0, is_free=True)
+    except RateLimited:
+        request.state.rate_headers = runtime.gate.headers(account, base)
+        raise
     reservation.settle(0)
     request.state.rate_headers = left
     counted = sum(map(runtime.models.count_tokens, texts))

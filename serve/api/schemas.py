@@ -18,7 +18,7 @@ from data.stored_chats import check_metadata
 from serve.engine.grammar import compile_schema
 
 ANY_OBJECT = '{"type": "object"}'
-EMPTY_NOTES = "annotations", []
+EMPTY_NOTES: tuple[str, list[Any]] = ("annotations", [])
 MAX_STOPS = 16
 MAX_N = 128
 MAX_BEST_OF = 20
