@@ -20,14 +20,13 @@ def pause(database: Database, project_id: str, job_id: str) -> Job:
 
     Raises:
         NotFound: There is no such job.
-        StateConflict: The job is paused already, is being cancelled, or has ended.
+        StateConflict: The job is paused already, or has ended.
     """
     with database.write() as session:
         job = jobs.find(session, project_id, job_id)
         if not hold(session, job):
-            standing = "being cancelled" if job.cancel_requested else job.status
             raise StateConflict(
-                f"The job {job_id} is {standing}, so it cannot be paused.", param="id"
+                f"The job {job_id} is {job.status}, so it cannot be paused.", param="id"
             )
         audit.record(session, "job.paused", job_id, project_id)
     return job
@@ -35,7 +34,7 @@ def pause(database: Database, project_id: str, job_id: str) -> Job:
 
 def hold(session: Session, job: Job) -> bool:
     """Pause a job inside the caller's transaction; False if it cannot be paused."""
-    if job.cancel_requested or "paused" not in jobs.TRANSITIONS.get(job.status, ()):
+    if "paused" not in jobs.TRANSITIONS.get(job.status, ()):
         return False
     job.pause_requested = jobs.is_held(job)
     if not job.pause_requested:
@@ -76,6 +75,4 @@ def settle(session: Session, job: Job) -> bool:
         return False
     job.pause_requested = False
     job.worker_id = job.lease_expires_at = job.estimated_finish = None
-    if job.cancel_requested and job.status not in jobs.FINAL:
-        jobs.move(session, job, "cancelled")
     return True

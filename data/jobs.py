@@ -46,7 +46,6 @@ class Standing(Enum):
     """What a worker learns when it renews its lease."""
 
     KEEP = "keep"
-    CANCEL = "cancel"
     PAUSE = "pause"
     LOST = "lost"
 
@@ -187,7 +186,7 @@ def list_checkpoints(
 
 
 def request_cancel(database: Database, project_id: str, job_id: str) -> Job:
-    """Cancel a job: at once if nobody works on it, else its worker is told.
+    """Cancel a job at once; a worker that holds it loses it, and ends its trainer.
 
     Raises:
         StateConflict: The job has ended.
@@ -199,11 +198,9 @@ def request_cancel(database: Database, project_id: str, job_id: str) -> Job:
                 f"The job {job_id} has ended ({job.status}), so it cannot be cancelled.",
                 param="id",
             )
-        if not job.cancel_requested:
-            audit.record(session, "job.cancelled", job.id, project_id)
         job.cancel_requested = True
-        if job.status == "paused" or not is_held(job):
-            move(session, job, "cancelled")
+        audit.record(session, "job.cancelled", job.id, project_id)
+        move(session, job, "cancelled")
     return job
 
 
@@ -375,8 +372,6 @@ def live_jobs(database: Database, project_id: str) -> int:
 def _standing(job: Job, worker_id: str) -> Standing:
     if job.worker_id != worker_id or job.status in FINAL:
         return Standing.LOST
-    if job.cancel_requested:
-        return Standing.CANCEL
     return Standing.PAUSE if job.pause_requested else Standing.KEEP
 
 
@@ -388,8 +383,7 @@ def is_held(job: Job) -> bool:
 def _unheld(states: Sequence[str]) -> Select[Job]:
     free = or_(Job.worker_id.is_(None), Job.lease_expires_at < time.time())
     closed = select(Project.id).where(Project.status != "active")
-    served = or_(Job.project_id.not_in(closed), Job.cancel_requested)  # cancelling is still done
-    query = select(Job).where(Job.status.in_(states), free, served)
+    query = select(Job).where(Job.status.in_(states), free, Job.project_id.not_in(closed))
     return query.order_by(Job.created_at, Job.id)
 
 

@@ -117,7 +117,7 @@ class Settings(StrictModel):
     lease_s: float = Field(30.0, gt=0, description="A worker silent for this long loses its job.")
     heartbeat_s: float = Field(1.0, gt=0, description="Seconds between a worker's signs of life.")
     cancel_grace_s: float = Field(
-        7.0, gt=0, description="Seconds a trainer has to stop when its job is cancelled."
+        7.0, gt=0, description="Seconds a trainer has to stop at a pause or with its worker."
     )
     keep_checkpoints: int = Field(
         3, ge=1, description="Checkpoints of a job that stay usable as models; jobs may ask else."

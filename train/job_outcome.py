@@ -49,8 +49,6 @@ def publish_outcome(shop: Workshop, job: Job, lease: Lease, run: RunFolder) -> N
         with shop.holding(job.id, lease) as (session, job):
             if job_pause.settle(session, job):
                 pass  # it is published when the job goes on
-            elif job.cancel_requested:
-                jobs.move(session, job, "cancelled")
             else:
                 if job.status == "queued":  # it was paused when its trainer had just ended
                     jobs.move(session, job, "running")

@@ -8,13 +8,14 @@ newest whole checkpoint. A trainer that is killed is started again, unless that 
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from data import job_pause, jobs
-from data.errors import AdapterRefused, NotFound, ToolkitError
+from data.errors import AdapterRefused, NotFound, StateConflict, ToolkitError
 from data.tables import Job, now
 from data.upgrades import UPGRADE
 from train.exit_cause import Cause, cause_of_exit
@@ -30,6 +31,8 @@ from train.workshop import Workshop
 
 POLL_S = 0.2
 MAX_CRASHES = 5
+
+log = logging.getLogger("hone.worker")
 
 
 def train_job(shop: Workshop, job: Job, lease: Lease) -> None:
@@ -64,7 +67,7 @@ class _Training:
         self.shop, self.job, self.lease = shop, job, lease
         self.run = shop.run_of(job)
         self.last_cause: Cause | None = None
-        self._reasons_to_stop = (lease.cancel, lease.pause, shop.stopping)
+        self._reasons_to_stop = (lease.pause, shop.stopping)
 
     def prepare(self) -> list[str]:
         """Lay out the run folder; returns the trainer's command."""
@@ -113,9 +116,6 @@ class _Training:
         place = f"from the checkpoint of step {step}" if step else "from the start"
         with self.shop.holding(self.job.id, self.lease) as (session, job):
             if job_pause.settle(session, job):
-                return False
-            if job.cancel_requested:
-                jobs.move(session, job, "cancelled")
                 return False
             if step > job.progress_step:
                 job.progress_step, job.attempts = step, 0
@@ -174,13 +174,10 @@ class _Training:
                 jobs.fail(session, job, cause.code, cause.message)
 
     def _settle_stop(self) -> None:
-        """The trainer was stopped on purpose: the job is cancelled, or given back as it stands."""
+        """The trainer was stopped on purpose: the job is given back as it stands."""
         with self.shop.holding(self.job.id, self.lease) as (session, job):
             job.attempts -= 1  # that was no crash
             if job_pause.settle(session, job):
-                return
-            if job.cancel_requested:
-                jobs.move(session, job, "cancelled")
                 return
             jobs.record_event(session, job.id, "The worker stops; training will go on later")
             job.worker_id = job.lease_expires_at = None
@@ -207,9 +204,12 @@ def fail_job(shop: Workshop, job: Job, lease: Lease, error: Exception) -> None:
         place = shop.settings.home.resolve()
         code = "disk_full"
         message = f"The disk of {place} is full; free some space and create the job again"
-    with shop.holding(job.id, lease) as (session, held):
-        if not job_pause.settle(session, held):
-            jobs.fail(session, held, code, message, param)
+    try:
+        with shop.holding(job.id, lease) as (session, held):
+            if not job_pause.settle(session, held):
+                jobs.fail(session, held, code, message, param)
+    except StateConflict as lost:  # cancelled meanwhile, or another worker's
+        log.warning("%s: left alone: %s", job.id, lost)
 
 
 def _make_room(run: RunFolder) -> None:

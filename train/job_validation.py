@@ -61,9 +61,6 @@ def _settle(
     """Tell what was found; False when the job ended or was paused."""
     if job_pause.settle(session, job):
         return False
-    if job.cancel_requested:
-        jobs.move(session, job, "cancelled")
-        return False
     for message, data in warnings:
         jobs.record_event(session, job.id, message, level="warn", data=data)
     if fault is not None:

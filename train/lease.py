@@ -27,8 +27,7 @@ class Lease:
     """Holds a claimed job for the length of a `with` block; does not give it back at the end.
 
     Attributes:
-        lost: Set when the job is no longer this worker's.
-        cancel: Set when the job's owner wants it to stop.
+        lost: Set when the job is no longer this worker's, as when it was cancelled.
         pause: Set when the job's owner wants it to go on later.
     """
 
@@ -36,7 +35,6 @@ class Lease:
         self, database: Database, job_id: str, worker_id: str, lease_s: float, heartbeat_s: float
     ):
         self.lost = threading.Event()
-        self.cancel = threading.Event()
         self.pause = threading.Event()
         self._database = database
         self._job_id = job_id
@@ -77,8 +75,6 @@ class Lease:
             if standing is jobs.Standing.LOST:
                 self.lost.set()
                 return
-            if standing is jobs.Standing.CANCEL:
-                self.cancel.set()
             if standing is jobs.Standing.PAUSE:
                 self.pause.set()
 
