@@ -248,7 +248,7 @@ def told(response: httpx.Response, ids: Iterable[str]) -> tuple[int, bytes, dict
     for known in ids:
         for form in (known, quote(known, safe="")):
             body = body.replace(form.encode(), b"ID")
-    skipped = {"x-request-id", "openai-processing-ms", "date", "content-length"}
+    skipped = {"x-request-id", "request-id", "openai-processing-ms", "date", "content-length"}
     headers = {name: value for name, value in response.headers.items() if name not in skipped}
     return response.status_code, body, headers
 

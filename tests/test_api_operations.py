@@ -136,6 +136,9 @@ def test_hangup_of_a_real_server(tmp_path: Path) -> None:
             assert time.monotonic() < deadline
             time.sleep(0.05)
         assert httpx.get(f"{match[1]}/v1/models", headers=headers).status_code == 200
+        while (tmp_path / "log").read_text().count("GET /v1/models") < 2:  # told after the answer
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
     finally:
         process.kill()
         process.communicate()
