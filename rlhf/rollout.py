@@ -15,10 +15,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from data.errors import InvalidInput
 from rlhf.prompts import Prompt
+from serve.engine import widened
 from serve.engine.base import GenerationRequest, MemoryAdapter, SamplingParams
 from serve.engine.local import EngineConfig, LocalEngine
 from train.base_model import Base
@@ -104,7 +106,11 @@ class Sampler:
             raise RuntimeError("the sampler is closed")
         base = self._base
         self._engine = self._start(
-            LocalEngine(self._shared, base.tokenizer, self._config, base.fingerprint)
+            LocalEngine(
+                self._shared,
+                *(base.tokenizer, self._config, base.fingerprint),
+                in_bfloat16=self._shared.dtype == torch.bfloat16 and widened.suits(self._shared),
+            )
         )
         try:
             yield self._engine

@@ -21,6 +21,7 @@ from transformers.utils import ModelOutput
 from data.render import IGNORED
 
 CHUNK = 1024  # positions whose logits exist at the same time
+ROUND = 16
 SCALED = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 
 
@@ -128,7 +129,7 @@ class _FrozenHead(torch.autograd.Function):
         for start in range(0, len(targets), CHUNK):
             at = slice(start, start + CHUNK)
             target = targets[at, None]
-            logits = (hidden[at] @ weight.t()).float()
+            logits = (_whole(hidden[at]) @ weight.t())[: len(target)].float()
             highest, index = logits.max(-1, keepdim=True)
             probs = torch.softmax(logits, -1)
             total = highest - probs.gather(-1, index).log()  # log of the sum of exponentials
@@ -137,7 +138,8 @@ class _FrozenHead(torch.autograd.Function):
             is_top1[at] = (index == target).squeeze(-1).float()
             if gradient is not None:
                 probs.scatter_add_(-1, target, torch.full_like(highest, -1))
-                gradient[at] = (probs.to(hidden.dtype) @ weight).neg_()
+                found = _whole(probs.to(hidden.dtype)) @ weight
+                gradient[at] = found[: len(target)].neg_()
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(entropy, is_top1)
         return log_probs, entropy, is_top1
@@ -147,6 +149,11 @@ class _FrozenHead(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
         (gradient,) = ctx.saved_tensors
         return (gradient * gradients[0][:, None]).to(gradient.dtype), None, None
+
+
+def _whole(rows: torch.Tensor) -> torch.Tensor:
+    """Add rows of zeros [N, D] up to a multiple of ROUND, so that products are of few shapes."""
+    return functional.pad(rows, (0, 0, 0, -len(rows) % ROUND))
 
 
 def _score_chunk(

@@ -33,6 +33,8 @@ from train.together import Seat
 
 Batch = dict[str, torch.Tensor]
 
+ROUND = 4  # tokens; libraries prepare a product anew, for milliseconds, for each length they meet
+
 
 class LoraTrainer(SFTTrainer):
     """Trains an adapter.
@@ -196,18 +198,19 @@ class LoraTrainer(SFTTrainer):
 def cut_batch(batch: Batch, max_rows: int, max_tokens: int) -> Iterator[Batch]:
     """Cut a padded batch [B, T] into parts of rows of similar length, each as short as it can be.
 
-    Rows are padded on the right. A part has at most `max_rows` rows and `max_tokens` tokens, but
-    always one row.
+    Rows are padded on the right, to a multiple of ROUND where the batch is so long. A part has at
+    most `max_rows` rows and `max_tokens` tokens, but always one row.
     """
     lengths = batch["attention_mask"].sum(1)
     order = torch.argsort(lengths, stable=True).tolist()
-    longest: list[int] = lengths.tolist()
+    most = batch["attention_mask"].shape[1]
+    widths = [min(most, length + -length % ROUND) for length in lengths.tolist()]
     start = 0
     for end in range(1, len(order) + 1):
         is_full = end < len(order) and (
-            end - start == max_rows or (end - start + 1) * longest[order[end]] > max_tokens
+            end - start == max_rows or (end - start + 1) * widths[order[end]] > max_tokens
         )
         if is_full or end == len(order):
             rows = order[start:end]
-            yield {name: value[rows, : longest[rows[-1]]] for name, value in batch.items()}
+            yield {name: value[rows, : widths[rows[-1]]] for name, value in batch.items()}
             start = end

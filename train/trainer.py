@@ -30,7 +30,7 @@ from train.publish import PROBE_ROWS, write_adapter
 from train.regression import compare_with
 from train.report import write_report
 from train.run import RunFolder
-from train.sft_trainer import LoraTrainer
+from train.sft_trainer import ROUND, LoraTrainer
 from train.start import read_shape, set_weights
 from train.together import Seat
 
@@ -219,6 +219,7 @@ def _training_arguments(job: TrainingJob, run: RunFolder) -> SFTConfig:
         data_seed=config.seed,
         max_length=None,  # rows are cut already
         packing=False,
+        pad_to_multiple_of=ROUND,
         dataset_kwargs={"skip_prepare_dataset": True},  # rows are read when they are asked for
         remove_unused_columns=False,
         activation_checkpointing=config.gradient_checkpointing,

@@ -18,7 +18,7 @@ from train.callbacks import Stopper
 from train.config import SftConfig
 from train.prepare import TrainingJob, prepare
 from train.run import RunFolder
-from train.sft_trainer import cut_batch
+from train.sft_trainer import ROUND, cut_batch
 
 
 def main() -> None:
@@ -74,7 +74,7 @@ def measure(given: argparse.Namespace, folder: Path) -> dict[str, object]:
     for step in batches(job, given.batch)[: given.steps]:
         real = [len(job.train.examples[index]) for index in step]
         lengths.append(real)
-        mask = torch.arange(max(real))[None] < torch.tensor(real)[:, None]
+        mask = torch.arange(max(real) + -max(real) % ROUND)[None] < torch.tensor(real)[:, None]
         parts = cut_batch(
             {"attention_mask": mask.long()}, job.plan.micro_batch_size, job.plan.micro_batch_tokens
         )

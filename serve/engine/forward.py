@@ -254,8 +254,6 @@ def parts_of(
     Args:
         how: By layer, what transformers asks of attention: scale, window, softcap.
     """
-    if not kernels.usable(model):
-        return None
     inside: Any = getattr(model, model.base_model_prefix, None)
     if set(_children(inside)) != {"embed_tokens", "layers", "norm", "rotary_emb"}:
         return None

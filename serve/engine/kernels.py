@@ -33,6 +33,8 @@ MAX_SIBLINGS = 8
 LANES = 16
 BLOCK = 32  # inputs that share a scale
 F32, BF16, Q8, Q8_OFFSET, PAIRS, PAIRS_Q8, PAIRS_Q8_OFFSET = range(7)
+NUMBERS = {BF16: torch.int16, Q8: torch.int8, Q8_OFFSET: torch.int8}
+PAIRED = {torch.int16: torch.int32, torch.int8: torch.int16}  # two numbers as one
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +95,7 @@ class Product:
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, in_bfloat16: bool = False):
         self.packed = Packed(weight, in_bfloat16)
-        self._bias = bias
+        self._bias = bias = None if bias is None else bias.float()
         scale = self.packed.scale
         self.struct = ProductStruct(
             weight=self.packed.weight.data_ptr(),
@@ -190,32 +192,31 @@ class Packed:
         self.is_exact = True
         small = weight.to(torch.bfloat16)
         parts = None
-        if torch.equal(small.to(weight.dtype), weight):
-            self.format, panels = BF16, _panels(small.view(torch.int16))
+        if small is weight or torch.equal(small.to(weight.dtype), weight):
+            self.format, numbers = BF16, small.view(torch.int16)
         elif (parts := _as_q8(weight)) is not None:
             integers, factor, offset = parts
-            self.format, panels = Q8_OFFSET if offset.any() else Q8, _panels(integers)
+            self.format, numbers = Q8_OFFSET if offset.any() else Q8, integers
             scales = [_panels(factor), *([_panels(offset)] if offset.any() else [])]
             self.scale = torch.stack(scales, dim=2).contiguous()
         elif in_pairs:
-            self.format, panels = BF16, _panels(small.view(torch.int16))
+            self.format, numbers = BF16, small.view(torch.int16)
             self.is_exact = False
         else:
-            self.format, panels = F32, _panels(weight)
-        self.weight = panels
+            self.format, numbers = F32, weight
         if in_pairs:
             self.format += PAIRS - BF16
-            self.weight = _pairs(panels)
+            numbers = _pairs(numbers)
+        self.weight = _panels(numbers)
 
-    def dense(self) -> torch.Tensor:
-        """Return the weight [N, K] in float32."""
-        panels, kind = self.weight, self.format
+    def dense(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Return the weight [N, K]."""
+        kind, plain = self.format, _from_panels(self.weight, self.num_outputs)
         if kind >= PAIRS:
             kind -= PAIRS - BF16
-            panels = _from_pairs(panels, self.num_inputs)
-        plain = _from_panels(panels, self.num_outputs)
+            plain = plain.contiguous().view(NUMBERS[kind])[:, : self.num_inputs]
         if kind == BF16:
-            return plain.contiguous().view(torch.bfloat16).float()
+            return plain.contiguous().view(torch.bfloat16).to(dtype)
         plain = plain.float()
         if self.scale is None:
             return plain
@@ -223,7 +224,7 @@ class Packed:
             _from_panels(part, self.num_outputs).repeat_interleave(BLOCK, 1)[:, : self.num_inputs]
             for part in self.scale.unbind(2)
         )
-        return plain * factor + offset[0] if offset else plain * factor
+        return (plain * factor + offset[0] if offset else plain * factor).to(dtype)
 
 
 @functools.cache
@@ -326,18 +327,16 @@ def _processor() -> str:
 
 def _panels(matrix: torch.Tensor) -> torch.Tensor:
     """Turn [N, K] into [ceil(N / 16), K, 16], zeros at the end."""
-    padded = torch.nn.functional.pad(matrix, (0, 0, 0, -len(matrix) % LANES))
-    return padded.view(-1, LANES, matrix.shape[1]).transpose(1, 2).contiguous()
+    if len(matrix) % LANES:
+        matrix = torch.nn.functional.pad(matrix, (0, 0, 0, -len(matrix) % LANES))
+    return matrix.view(-1, LANES, matrix.shape[1]).transpose(1, 2).contiguous()
 
 
-def _pairs(panels: torch.Tensor) -> torch.Tensor:
-    """Turn [P, K, 16] into [P, ceil(K / 2), 16, 2], a zero at the end of odd K."""
-    padded = torch.nn.functional.pad(panels, (0, 0, 0, panels.shape[1] % 2))
-    return padded.unflatten(1, (-1, 2)).transpose(2, 3).contiguous()
-
-
-def _from_pairs(pairs: torch.Tensor, num_inputs: int) -> torch.Tensor:
-    return pairs.transpose(2, 3).flatten(1, 2)[:, :num_inputs]
+def _pairs(matrix: torch.Tensor) -> torch.Tensor:
+    """Turn numbers [N, K] into pairs of them as one [N, ceil(K / 2)], a zero at the end of odd K."""
+    if matrix.shape[1] % 2:
+        matrix = torch.nn.functional.pad(matrix, (0, 1))
+    return matrix.contiguous().view(PAIRED[matrix.dtype])
 
 
 def _from_panels(panels: torch.Tensor, num_outputs: int) -> torch.Tensor:

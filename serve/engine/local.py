@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedModel
 
 from data.errors import ContextTooLong, InvalidInput
-from serve.engine import base_model, collect, kernels
+from serve.engine import base_model, collect, kernels, widened
 from serve.engine.adapter_weights import lora_sites
 from serve.engine.adapters import AdapterStore
 from serve.engine.base import Adapter, AdapterState, Completion, Delta, GenerationRequest
@@ -43,9 +43,9 @@ class LocalEngine:
         config: Limits; the defaults suit a small model.
         fingerprint: Of the base weights (`base_model.fingerprint`); adapters trained on another
             base are refused.
-        in_bfloat16: Round both sides of matrix products to bfloat16, for a float32 model on a CPU
-            that multiplies bfloat16, and hold adapters, keys and values in it; sums, attention and
-            norms stay float32.
+        in_bfloat16: Round both sides of matrix products to bfloat16, and hold adapters, keys and
+            values in it; sums, attention and norms are float32. For a model on a CPU whose kernels
+            multiply bfloat16, see `widened.suits`.
 
     Raises:
         ModelUnavailable: The model's architecture cannot be served.
@@ -61,10 +61,10 @@ class LocalEngine:
         fingerprint: str = "",
         in_bfloat16: bool = False,
     ):
-        if in_bfloat16 and not (kernels.usable(model) and kernels.multiply_bfloat16()):
+        if in_bfloat16 and not widened.suits(model):
             raise InvalidInput(
-                f"Products in bfloat16 are for float32 models on a CPU with AVX512-BF16 and a C "
-                f"compiler; this model is {model.dtype} on {model.device.type}.",
+                f"Products in bfloat16 are for models on a CPU with AVX512-BF16 and a C compiler; "
+                f"this one is {type(model).__name__}, {model.dtype} on {model.device.type}.",
                 param="in_bfloat16",
             )
         self.config = config or EngineConfig()

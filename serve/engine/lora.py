@@ -260,16 +260,16 @@ class LoraBank:
         head_step: The same of those that reach the head.
         num_claimed: Rows that some adapter had, so that they hold finite numbers.
         version: Changes whenever an adapter comes or goes.
-        like: A tensor of the model's dtype and device.
+        like: A tensor of the dtype that adapters are computed in, on the model's device.
     """
 
-    def __init__(self, model: PreTrainedModel, max_rows: int):
+    def __init__(self, model: PreTrainedModel, max_rows: int, dtype: torch.dtype | None = None):
         self.max_rows = max_rows
         self.step: LoraStep | None = None
         self.head_step: LoraStep | None = None
         self.num_claimed = 0
         self.version = 0
-        self.like = torch.empty(0, dtype=model.dtype, device=model.device)
+        self.like = torch.empty(0, dtype=dtype or model.dtype, device=model.device)
         self._stacks: list[LoraStack] = []
         self._held: dict[str, Holding] = {}  # by digest, least recently used first
         self._next_number = 0

@@ -21,9 +21,9 @@ TOLERANCE = 1e-5
 class Norms:
     """The norms of a model, while an engine has it."""
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, has_kernels: bool):
         self._replaced: list[nn.Module] = []
-        if not kernels.usable(model):
+        if not has_kernels:
             return
         for module in model.modules():
             if type(module).__name__.endswith("RMSNorm"):
@@ -49,7 +49,7 @@ def _matching(module: nn.Module) -> kernels.RmsNorm | None:
     probe = torch.randn(PROBE_ROWS, len(weight), generator=generator)
     expected = module(probe)
     for offset in OFFSETS:
-        forward = kernels.RmsNorm(weight.data, offset, eps)
+        forward = kernels.RmsNorm(weight.data.float(), offset, eps)
         if torch.allclose(forward(probe), expected, rtol=TOLERANCE, atol=TOLERANCE):
             return forward
     return None

@@ -199,11 +199,12 @@ class _Product:
 
 def _product(weight: torch.Tensor, bias: torch.Tensor | None, in_bfloat16: bool) -> _Product:
     """Choose: our kernels for float32 on a CPU, oneDNN for bfloat16 there, torch elsewhere."""
-    if kernels.usable(weight):
+    dtype = weight.dtype
+    if in_bfloat16 or kernels.usable(weight):
         product = kernels.Product(weight, bias, in_bfloat16)
         return _Product(
             lambda x, stack: product(x, stack.plan_for(product.struct)),
-            product.packed.dense if product.packed.is_exact else None,
+            (lambda: product.packed.dense(dtype)) if product.packed.is_exact else None,
             product,
         )
     if weight.device.type == "cpu" and _can_reorder(weight.dtype):

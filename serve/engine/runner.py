@@ -25,6 +25,7 @@ from serve.engine.lora import LoraBank
 from serve.engine.norms import Norms
 from serve.engine.projections import Projections, noting_siblings
 from serve.engine.scheduler import Work
+from serve.engine.widened import widened
 
 PROBE_TOKENS = 6
 TOLERANCE, TOLERANCE_BFLOAT16 = 1e-4, 0.05  # of the logits' norm, at most tokens
@@ -56,7 +57,7 @@ class ModelRunner:
         kv_budget_bytes: Memory for keys and values of all sequences together; less is taken
             where `max_batch` sequences of `max_context` need less.
         max_lora_rows: Ranks of all adapters of a step together.
-        in_bfloat16: Whether products of a float32 model on a CPU round both sides to bfloat16.
+        in_bfloat16: Whether products on a CPU round both sides to bfloat16, and all else is float32.
     """
 
     def __init__(
@@ -77,22 +78,23 @@ class ModelRunner:
         except BaseException:
             model.set_attn_implementation(self._previous_attention)
             raise
-        self.bank = LoraBank(model, max_lora_rows)
+        dtype = torch.float32 if in_bfloat16 else model.dtype
+        self._has_kernels = in_bfloat16 or kernels.usable(model)
+        self._widened = widened(model) if in_bfloat16 else None
+        self.bank = LoraBank(model, max_lora_rows, dtype)
         self._projections = Projections(model, self.bank, self._siblings, in_bfloat16)
-        self._norms = Norms(model)
-        self._has_kernels = kernels.usable(model)
+        self._norms = Norms(model, self._has_kernels)
         self._threads = torch.get_num_threads()
-        parts = parts_of(model, self._projections, self._how)
+        parts = parts_of(model, self._projections, self._how) if self._has_kernels else None
         tolerance = TOLERANCE_BFLOAT16 if in_bfloat16 else TOLERANCE
         # The kernels' pass on an arena of a few tokens: it tries them, and later adapters.
         self._prober: Forward | None = None
         if parts is not None:
-            dtype = torch.bfloat16 if in_bfloat16 else model.dtype
-            small = KVCache(shapes, PROBE_TOKENS, dtype, self.device)
+            narrow = torch.bfloat16 if in_bfloat16 else dtype
+            small = KVCache(shapes, PROBE_TOKENS, narrow, self.device)
             prober = Forward(model, self.bank, parts, small, PROBE_TOKENS)
             self._prober = prober if self._agrees(prober, tolerance) else None
-        narrow = in_bfloat16 and self._prober is not None
-        kept = torch.bfloat16 if narrow else model.dtype
+        kept = torch.bfloat16 if in_bfloat16 and self._prober is not None else dtype
         self.bytes_per_token = bytes_per_token(shapes, kept)
         longest = min(max_context or 2**62, _max_positions(model))
         useful = max_batch * block_size(longest)
@@ -174,6 +176,8 @@ class ModelRunner:
         self._norms.close()
         self._projections.close()
         self.bank.close()
+        if self._widened is not None:
+            self._widened.remove()
         self.model.set_attn_implementation(self._previous_attention)
 
     def _arrange(self, works: Sequence[Work]) -> tuple[list[Work], list[Group | Singles]]:

@@ -4,7 +4,7 @@
  * are multiplied, each thread its own, and the adapters of their columns added.
  */
 #pragma once
-#include "panels.h"
+#include "matrix_unit.h"
 
 #define FEW 16      /* rows that one tile takes; more go in tiles of TALL by GROUP panels */
 #define TALL 8
@@ -44,11 +44,21 @@ typedef struct {
     const float *x;
     int64_t M;
     float *y, *xt, *products;
-    int tall, group, unpacks;
+    int tall, group, unpacks, by_unit;
     int64_t tiles, panels, groups;
     atomic_long next[3];
     atomic_int failed;
 } Multiplication;
+
+/* Whether the matrix unit computes a product, whatever its rows: how many there are changes no sum. */
+static int uses_unit(const Product *P) {
+#if HAS_MATRIX_UNIT
+    return is_pairs(P->format) && P->K % UNIT_INPUTS == 0 && has_matrix_unit();
+#else
+    (void)P;
+    return 0;
+#endif
+}
 
 static Multiplication multiplication(const Product *P, const Adapters *A, const float *x, int64_t M,
                                      float *y) {
@@ -56,20 +66,27 @@ static Multiplication multiplication(const Product *P, const Adapters *A, const 
     const int few = M <= FEW;
     w.tall = !few ? TALL : M == 1 ? 1 : M <= 4 ? 4 : M <= 8 ? 8 : 16;
     w.group = w.tall == 1 ? together(1) : GROUP;
+    w.by_unit = uses_unit(P);
+    if (w.by_unit) w.tall = few ? M : UNIT_ROWS, w.group = UNIT_PANELS;
     w.panels = (P->N + LANES - 1) / LANES;
     w.groups = (w.panels + w.group - 1) / w.group;
     w.tiles = (M + w.tall - 1) / w.tall;
-    w.unpacks = !few && P->format != F32 && P->format != PAIRS;
+    w.unpacks = (!few || w.by_unit) && P->format != F32 && P->format != PAIRS;
     w.A = A && P->siblings && A->most ? A : NULL;
     return w;
 }
 
-/* Floats of `xt` and `products`. */
+/* Floats of `xt`, `products` and a thread's unpacked weights. */
 static int64_t xt_floats(const Multiplication *w) {
     return w->tiles * w->tall * steps_of(w->P->K, w->P->format);
 }
 static int64_t products_floats(const Multiplication *w) {
     return w->A ? w->A->num_tokens * w->P->siblings * w->A->most : 0;
+}
+
+static int64_t plain_floats(const Multiplication *w) {
+    if (!w->unpacks) return 0;
+    return w->group * LANES * (w->by_unit ? steps_of(w->P->K, w->P->format) : STRETCH);
 }
 
 /* ---- rows to where a tile reads them ---- */
@@ -112,6 +129,17 @@ static void place_strip(const Multiplication *w, int64_t tile, int64_t from, int
     const int64_t rows = w->M - first < tall ? w->M - first : tall;
     const float *x = w->x + first * K;
     float *out = w->xt + first * steps;
+#if HAS_MATRIX_UNIT
+    if (w->by_unit) { /* a strip is UNIT_INPUTS pairs, the last may be half of it */
+        for (int64_t m = 0; m < tall; m++)
+            for (int64_t s = from; s < to; s += LANES) {
+                uint16_t *place = (uint16_t *)(out + m * steps + s);
+                if (m < rows) narrow_inputs(x + m * K + 2 * s, place);
+                else memset(place, 0, UNIT_INPUTS * sizeof *place);
+            }
+        return;
+    }
+#endif
     if (tall < 8 || to - from < STRIP || to * (1 + pairs) > K) {
         for (int64_t m = 0; m < tall; m++)
             for (int64_t s = from; s < to; s++)
@@ -229,6 +257,27 @@ static void multiply_group(Multiplication *w, int64_t g, float *plain) {
             }
     }
 }
+
+#if HAS_MATRIX_UNIT
+static void multiply_group_by_unit(Multiplication *w, int64_t g, float *plain) {
+    const Product *P = w->P;
+    const int64_t panel = g * w->group, left = w->panels - panel;
+    const int64_t steps = steps_of(P->K, P->format), bytes = steps * step_bytes(P->format);
+    const int some = left < w->group ? (int)left : w->group;
+    const char *weight = (const char *)P->weight + panel * bytes;
+    if (plain) {
+        const int64_t floats = scale_floats(P->K, P->format);
+        const float *scales = P->scale ? P->scale + panel * floats : NULL;
+        for (int64_t p = 0; p < some; p++)
+            unpack(P->format, weight + p * bytes, scales ? scales + p * floats : NULL, steps,
+                   plain + p * steps * LANES);
+        weight = (const char *)plain;
+    }
+    const UnitTile t = {.x = (const uint16_t *)w->xt, .weight = weight, .K = P->K, .N = P->N,
+                        .column = panel * LANES, .tall = w->tall, .y = w->y, .bias = P->bias};
+    multiply_by_unit(t, w->M, some);
+}
+#endif
 
 INLINE vec factors(const void *place, const int narrow, int64_t i) {
     return narrow ? from_bfloat16((const uint16_t *)place + i) : *(const vec *)((const float *)place + i);
@@ -371,16 +420,30 @@ static void multiply_part(void *work, int part, int parts) {
     if (w->xt != w->x) place_rows(w, parts);
     if (w->A) multiply_a(w, parts);
     if (w->A || w->xt != w->x) meet(parts);
-    float *plain = w->unpacks ? scratch(2, GROUP * STRETCH * LANES) : NULL;
+    float *plain = w->unpacks ? scratch(2, plain_floats(w)) : NULL;
     if (w->unpacks && !plain) atomic_store(&w->failed, 1);
+#if HAS_MATRIX_UNIT
+    if (w->by_unit) enter_matrix_unit(w->tall);
+#endif
     int64_t from, to;
     while (take(&w->next[1], piece_of(w->groups, parts), w->groups, &from, &to)) {
         const int64_t columns = w->group * LANES, first = from * columns;
         const int64_t end = to * columns < w->P->N ? to * columns : w->P->N;
         if (w->A && w->M <= FEW) add_b(w, first, end, 1); /* while the base's part is computed */
-        for (int64_t g = from; g < to && !(w->unpacks && !plain); g++) multiply_group(w, g, plain);
+        for (int64_t g = from; g < to && !(w->unpacks && !plain); g++) {
+#if HAS_MATRIX_UNIT
+            if (w->by_unit) {
+                multiply_group_by_unit(w, g, plain);
+                continue;
+            }
+#endif
+            multiply_group(w, g, plain);
+        }
         if (w->A) add_b(w, first, end, 0);
     }
+#if HAS_MATRIX_UNIT
+    if (w->by_unit) leave_matrix_unit();
+#endif
 }
 
 /* y [M, N] = x [M, K] * weight' + bias + adapters. Returns 0, or 1 where memory ran out. */
