@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from sqlalchemy import select
 
-from data import accounts, audit
+from data import accounts, audit, limits, model_access
 from data.db import Database
 from data.errors import InvalidInput, NotFound, StateConflict
 from data.projects import page_of
+from data.settings import Limits
 from data.tables import Project, new_id, now
 from data.tables_accounts import AccessRequest
 
@@ -19,6 +21,22 @@ OPTIONAL = {"volume"}
 EMAIL = re.compile(r"[^@\s]+@[^@\s]+\.[^@\s]+")
 OPEN = ("pending", "waitlisted")
 STATUSES = (*OPEN, "approved", "denied")
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What an account may do from its first request on.
+
+    Attributes:
+        rates: Limits of the base model, by the names of `limits.RATE_FIELDS`; what is not named
+            is the deployment's.
+        spend_limit_cents: Of a calendar month; None is no limit.
+        models: The only models it may use; None is all.
+    """
+
+    rates: Mapping[str, int | None] = field(default_factory=dict)
+    spend_limit_cents: int | None = None
+    models: Sequence[str] | None = None
 
 
 def ask(database: Database, **fields: str | None) -> AccessRequest:
@@ -65,12 +83,20 @@ def list_requests(
 
 
 def approve(
-    database: Database, request_id: str, account: str | None = None, note: str | None = None
+    database: Database,
+    request_id: str,
+    account: str | None = None,
+    note: str | None = None,
+    terms: Terms | None = None,
+    base_model: str = "",
+    defaults: Limits | None = None,
 ) -> tuple[AccessRequest, Project, str]:
-    """Make the account that was asked for.
+    """Make the account that was asked for, with its limits.
 
     Args:
         account: Its name; the organization's unless given.
+        base_model: Whose limits `terms.rates` are.
+        defaults: The deployment's limits.
 
     Returns:
         The request, the account, and its first key in plain text: it cannot be shown again.
@@ -78,14 +104,21 @@ def approve(
     Raises:
         NotFound: There is no such request.
         StateConflict: It was decided before.
-        InvalidInput: The name is unusable or taken.
+        InvalidInput: The name is unusable or taken, or there are too many models.
     """
+    terms = terms or Terms()
     with database.write() as session:
         request = _open_request(session.get(AccessRequest, request_id), request_id)
         project = accounts.add_project(session, account or request.organization)
         _, key = accounts.add_key(session, project.id, "first key")
         request.status, request.decided_at, request.note = "approved", now(), note
         request.project_id = project.id
+        if terms.rates:
+            limits.put_rate(session, project.id, base_model, defaults or Limits(), terms.rates)
+        if terms.spend_limit_cents is not None:
+            limits.put_spend_limit(session, project.id, terms.spend_limit_cents)
+        if terms.models is not None:
+            model_access.put(session, project.id, "allow_list", terms.models)
         audit.record(session, "access_request.approved", request.id, project.id)
     return request, project, key
 

@@ -1,7 +1,6 @@
 """What a job would take, told before it is made: its files' faults, tokens, and time.
 
-The tokenizer is passed in. Tokens are counted exactly up to MAX_COUNTED rows; of a larger file
-every n-th row is counted. The speed is that of the newest job of the same base on this machine.
+The tokenizer is passed in. The speed is that of the newest job of the same base on this machine.
 """
 
 from __future__ import annotations
@@ -17,17 +16,13 @@ from data.files import FileStore
 from data.job_methods import METHODS, unusable_rows
 from data.job_spec import AUTO, JobSpec, auto_epochs
 from data.job_start import check_file, find_start
-from data.jsonl import read_numbered_rows
 from data.prompt_format import prompt_format
-from data.render import render, render_answer
 from data.report import Report
-from data.rows import Preference, Ranking, Row, Unpaired
 from data.tables import Job
+from data.token_count import count_tokens, special_tokens
 from data.validate import validate
 
 MAX_AUTO_LENGTH = 4096  # tokens of the longest row, unless `max_seq_length` says otherwise
-MAX_COUNTED = 5000  # rows
-SAMPLED = 4
 
 
 @dataclass(slots=True)
@@ -82,7 +77,7 @@ def estimate(
                 check_file(session, project_id, param, file_id)
     found = Estimate(start.base_model if start else spec.model)
     rules = METHODS[spec.method_type]
-    markers = [token for token in tokenizer.all_special_tokens if len(token) > 2]
+    markers = special_tokens(tokenizer)
     for param, file_id in given.items():
         if file_id is None:
             continue
@@ -116,51 +111,32 @@ def _count(
     tokenizer: Any,
     max_length: int,
 ) -> None:
-    epochs = spec.resolved_hyperparameters()["n_epochs"]
-    usual = METHODS[spec.method_type].defaults.get("n_epochs")
     found.examples = report.num_examples
-    if epochs == AUTO:
-        epochs = auto_epochs(report.num_examples) if usual is None else int(usual)
-    found.n_epochs = epochs
+    asked = spec.resolved_hyperparameters()["n_epochs"]
+    found.n_epochs = planned_epochs(asked, spec.method_type, report.num_examples)
     if METHODS[spec.method_type].graded:
         found.tokens = None
         return
-    every = -(-report.num_examples // MAX_COUNTED)
-    counted = long = tokens = 0
-    with files.local_path(project_id, spec.training_file) as path:
-        for number, (line, row) in enumerate(read_numbered_rows(path, report.format)):
-            if number % every:
-                continue
-            try:
-                rendered = _sequences(tokenizer, row)
-            except DataError as error:
-                found.faults.append(f"training_file: line {line}: {error.message}")
-                return
-            counted += 1
-            is_long = any(len(ids) > max_length for ids in rendered)
-            long += is_long
-            if not (is_long and spec.options.get("on_long") == "drop"):
-                tokens += sum(min(len(ids), max_length) for ids in rendered)
-            if len(found.sample) < SAMPLED:
-                found.sample.append(rendered[0][:max_length])
-    if long and spec.options.get("on_long") == "error":
-        found.faults.append(f"training_file: {long} examples are longer than {max_length} tokens")
-    found.exact = every == 1
-    found.tokens = round(tokens * report.num_examples / counted)
+    drops_long = spec.options.get("on_long") == "drop"
+    try:
+        with files.local_path(project_id, spec.training_file) as path:
+            counted = count_tokens(path, report, tokenizer, max_length, drops_long)
+    except DataError as error:
+        found.faults.append(f"training_file: {error.message}")
+        return
+    if counted.long and spec.options.get("on_long") == "error":
+        found.faults.append(
+            f"training_file: {counted.long} examples are longer than {max_length} tokens"
+        )
+    found.exact, found.tokens, found.sample = counted.exact, counted.tokens, counted.sample
 
 
-def _sequences(tokenizer: Any, row: Row) -> list[tuple[int, ...]]:
-    """Return the token ids that a row is read as: one sequence for each answer in it."""
-    if isinstance(row, Preference):
-        answers = [row.chosen, row.rejected]
-    elif isinstance(row, Ranking):
-        answers = list(row.completions)
-    elif isinstance(row, Unpaired):
-        answers = [row.completion]
-    else:
-        return [render(tokenizer, row).input_ids]
-    tools = None if isinstance(row, Unpaired) else row.tools
-    return [render_answer(tokenizer, row.prompt, one, tools).input_ids for one in answers]
+def planned_epochs(spec_epochs: Any, method_type: str, num_examples: int) -> int:
+    """Return the passes over the data that a job's hyper-parameter stands for."""
+    if spec_epochs != AUTO:
+        return int(spec_epochs)
+    usual = METHODS[method_type].defaults.get("n_epochs")
+    return auto_epochs(num_examples) if usual is None else int(usual)
 
 
 def measured_speed(database: Database, base_model: str) -> float | None:

@@ -22,6 +22,7 @@ from sqlalchemy import or_, select, update
 from sqlalchemy.orm import Session
 
 from data import audit, caps
+from data.containers import check_is_text
 from data.db import Database
 from data.errors import DataError, InvalidInput, NotFound, QuotaExceeded, StateConflict
 from data.parts import PartStore
@@ -90,7 +91,8 @@ class FileStore:
         """Store a file and return its row.
 
         Raises:
-            InvalidInput: Purpose or expiry is wrong; `file_too_large` when it exceeds the limit.
+            InvalidInput: Purpose or expiry is wrong; `file_too_large` when it exceeds the limit,
+                `unsupported_file` when it is no text though the purpose asks for that.
             DataError: Its lines are not JSON objects though the purpose asks for that.
             QuotaExceeded: The account would store more than it may.
         """
@@ -120,6 +122,7 @@ class FileStore:
         filename = safe_name(filename)
         with self._staged(stream, max_bytes or self._max_bytes) as (path, size, digest):
             if purpose in JSONL_PURPOSES:
+                check_is_text(path, filename)
                 _check_lines(path, filename)
             file_id = new_id("file-")
             blob = f"{project_id}/{file_id}"

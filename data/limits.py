@@ -83,15 +83,26 @@ def update_rate(
         except NotFound:
             raise NotFound(f"No such limit: {rate_id}", param="rate_limit_id") from None
     with database.write() as session:
-        rate = session.get(RateLimit, (project_id, model))
-        if rate is None:
-            default = limits if model == base_model else Limits()
-            rate = default_rate(model, default, project_id)
-            session.add(rate)
-        for name, value in changes.items():
-            setattr(rate, name, value)
-        rate.updated_at = now()
-        audit.record(session, "rate_limit.updated", rate_id, project_id, **changes)
+        default = limits if model == base_model else Limits()
+        return put_rate(session, project_id, model, default, changes)
+
+
+def put_rate(
+    session: Session,
+    project_id: str,
+    model: str,
+    default: Limits,
+    changes: Mapping[str, int | None],
+) -> RateLimit:
+    """Change limits in a transaction; without any yet, they begin as the default's."""
+    rate = session.get(RateLimit, (project_id, model))
+    if rate is None:
+        rate = default_rate(model, default, project_id)
+        session.add(rate)
+    for name, value in changes.items():
+        setattr(rate, name, value)
+    rate.updated_at = now()
+    audit.record(session, "rate_limit.updated", f"{RATE_PREFIX}{model}", project_id, **changes)
     return rate
 
 
@@ -122,10 +133,15 @@ def set_spend_limit(database: Database, project_id: str, threshold_cents: int) -
     """
     with database.write() as session:
         _project(session, project_id)
-        session.merge(SpendLimit(project_id=project_id, threshold_cents=threshold_cents))
-        audit.record(
-            session, "spend_limit.updated", project_id, project_id, threshold_cents=threshold_cents
-        )
+        put_spend_limit(session, project_id, threshold_cents)
+
+
+def put_spend_limit(session: Session, project_id: str, threshold_cents: int) -> None:
+    """Set a limit in a transaction."""
+    session.merge(SpendLimit(project_id=project_id, threshold_cents=threshold_cents))
+    audit.record(
+        session, "spend_limit.updated", project_id, project_id, threshold_cents=threshold_cents
+    )
 
 
 def clear_spend_limit(database: Database, project_id: str) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+from sqlalchemy.orm import Session
+
 from data import audit, projects
 from data.db import Database
 from data.errors import InvalidInput
@@ -43,20 +45,25 @@ def replace(
     database: Database, project_id: str, mode: Mode, model_ids: Sequence[str]
 ) -> ModelPermission:
     """Set an account's list; raises NotFound or InvalidInput."""
+    with database.write() as session:
+        projects.find(session, project_id)
+        return put(session, project_id, mode, model_ids)
+
+
+def put(session: Session, project_id: str, mode: Mode, model_ids: Sequence[str]) -> ModelPermission:
+    """Set an account's list in a transaction; raises InvalidInput."""
     if len(model_ids) > MAX_ENTRIES:
         raise InvalidInput(
             f"Invalid 'model_ids': {len(model_ids)} entries; at most {MAX_ENTRIES} are kept.",
             param="model_ids",
         )
-    with database.write() as session:
-        projects.find(session, project_id)
-        row = session.get(ModelPermission, project_id)
-        if row is None:
-            row = ModelPermission(project_id=project_id)
-            session.add(row)
-        row.mode, row.model_ids, row.updated_at = mode, list(dict.fromkeys(model_ids)), now()
-        details = {"mode": mode, "model_ids": row.model_ids}
-        audit.record(session, "model_permissions.updated", project_id, project_id, **details)
+    row = session.get(ModelPermission, project_id)
+    if row is None:
+        row = ModelPermission(project_id=project_id)
+        session.add(row)
+    row.mode, row.model_ids, row.updated_at = mode, list(dict.fromkeys(model_ids)), now()
+    details = {"mode": mode, "model_ids": row.model_ids}
+    audit.record(session, "model_permissions.updated", project_id, project_id, **details)
     return row
 
 

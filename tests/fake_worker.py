@@ -46,11 +46,30 @@ MOMENTS: dict[str, tuple[Any, str, bool]] = {
 }
 
 
+class ByteTokenizer:
+    """Tokens are bytes; quick to load, in processes that live for a moment."""
+
+    all_special_tokens = ("<|end|>",)
+    bos_token_id = eos_token_id = 256
+    chat_template = None
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": list(text.encode())}
+
+    def decode(self, ids: list[int], **_: Any) -> str:
+        return bytes(ids).decode()
+
+
 def make_shop(home: Path, **values: Any) -> Workshop:
     """Return a workshop with short times and the fake trainer."""
     defaults = {"lease_s": 1.5, "heartbeat_s": 0.2, "cancel_grace_s": 2.0}
     shop = worker.open_workshop(Settings(home=home, **(defaults | values)))
-    return replace(shop, trainer=TRAINER, base_fingerprint=lambda _: fake_trainer.FINGERPRINT)
+    return replace(
+        shop,
+        trainer=TRAINER,
+        base_fingerprint=lambda _: fake_trainer.FINGERPRINT,
+        base_tokenizer=lambda _: ByteTokenizer(),
+    )
 
 
 def die_at(moment: str) -> None:

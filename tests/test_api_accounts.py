@@ -342,9 +342,28 @@ def test_from_a_request_to_an_account(server: Server, http: httpx.Client) -> Non
     assert [request["email"] for request in listed] == ["ann@example.org"]
     path = f"/v1/organization/access_requests/{made['id']}"
     assert http.post(f"{path}/waitlist", json={"note": "later"}).json()["status"] == "waitlisted"
-    approved = http.post(f"{path}/approve").json()
+    base = server.runtime.models.base_model
+    spend = {"threshold_amount": 500, "currency": "USD", "interval": "month"}
+    wrong = {"rate_limits": {"max_requests_per_1_minute": -1}}
+    assert http.post(f"{path}/approve", json=wrong).status_code == 400
+    terms = {
+        "rate_limits": {"max_requests_per_1_minute": 2},
+        "spend_limit": spend,
+        "models": [base],
+    }
+    approved = http.post(f"{path}/approve", json=terms).json()
     assert (approved["status"], approved["account"]) == ("approved", "example-ltd")
-    ask(server.client(approved["api_key"]))
+    account = f"/v1/organization/projects/{approved['project_id']}"
+    rate = http.get(f"{account}/rate_limits").json()["data"][0]
+    assert (rate["model"], rate["max_requests_per_1_minute"]) == (base, 2)
+    assert http.get(f"{account}/spend_limit").json()["threshold_amount"] == 500
+    permitted = http.get(f"{account}/model_permissions").json()
+    assert (permitted["mode"], permitted["model_ids"]) == ("allow_list", [base])
+    client = server.client(approved["api_key"])
+    for _ in range(2):
+        ask(client)
+    with pytest.raises(openai.RateLimitError):  # the limit holds from the first request on
+        ask(client)
     assert http.post(f"{path}/deny").json()["error"]["code"] == "invalid_state"
     assert http.post(f"{quote(path)}x/deny").status_code == 404
 

@@ -61,6 +61,25 @@ def test_large_files_stream_both_ways(client: openai.OpenAI) -> None:
     assert caught.value.code == "file_too_large"
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "kind"),
+    [
+        ("rows.zip", b"PK\x03\x04" + bytes(40), "a zip archive"),
+        ("rows.jsonl.gz", b"\x1f\x8b\x08" + bytes(40), "a gzip file"),
+        ("rows.tar", bytes(257) + b"ustar\x0000", "a tar archive"),
+        ("rows.parquet", b"PAR1" + bytes(40), "a Parquet file"),
+    ],
+)
+def test_archives_and_tables_are_named_and_refused(
+    client: openai.OpenAI, name: str, content: bytes, kind: str
+) -> None:
+    before = client.files.list().data
+    with pytest.raises(openai.APIStatusError, match=kind) as caught:
+        upload(client, name, content)
+    assert (caught.value.status_code, caught.value.code) == (415, "unsupported_file")
+    assert client.files.list().data == before
+
+
 def test_list_pages(server: Server) -> None:
     _, key = server.new_account("pages")
     client = server.client(key)

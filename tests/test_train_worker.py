@@ -69,6 +69,11 @@ def messages_of(shop: Workshop, job: Job) -> list[str]:
     return [event.message for event in reversed(found)]
 
 
+def data_of(shop: Workshop, job: Job, message: str) -> Any:
+    found, _ = jobs.list_events(shop.database, job.project_id, job.id, limit=1000)
+    return next(event.data for event in found if event.message == message)
+
+
 def checkpoint_told(shop: Workshop, job: Job, step: int) -> bool:
     start = f"Checkpoint created at step {step}: "
     return any(message.startswith(start) for message in messages_of(shop, job))
@@ -186,6 +191,12 @@ def test_a_job_from_file_to_model(shop: Workshop, project: Project) -> None:
     ]
     assert not any((shop.run_of(job).path / name).exists() for name in BULK["succeeded"])
     assert shop.run_of(job).metrics.exists()
+    tokens = sum(
+        len((row["prompt"] + row["completion"]).encode()) + 1 for row in map(json.loads, ROWS)
+    )
+    cost = {"value": 3 * tokens * shop.settings.prices.training / 1e6, "currency": "usd"}
+    told = {"examples": len(ROWS), "tokens": tokens, "est_seconds": None, "est_cost": cost}
+    assert data_of(shop, job, "Files validated, moving job to queued state") == told
 
 
 @pytest.mark.parametrize(
@@ -197,6 +208,7 @@ def test_a_job_from_file_to_model(shop: Workshop, project: Project) -> None:
             [json.dumps({"prompt": "p", "chosen": str(i), "rejected": "r"}) for i in range(12)],
             "kind",
         ),
+        ([*ROWS, '{"prompt": "a", "completion": "b<|end|>"}'], "<|end|>"),
     ],
 )
 def test_unusable_files_fail_the_job(

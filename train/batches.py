@@ -29,6 +29,7 @@ from data.errors import DataError
 from data.jsonl import read_row_blocks
 from data.render import Example, render, render_pairs
 from data.rows import Format, Row
+from data.token_count import special_tokens
 from data.validate import validate
 from train.run import write_json
 from train.token_store import TokenRows, open_rows, write_rows
@@ -103,7 +104,8 @@ def _load(path: Path, tokenizer: Any, min_examples: int, store: Path, base: str)
             kind = None if kept["kind"] is None else Format(kept["kind"])
             return Rendered(path, kept["sha256"], open_rows(store), kind)
         meta.unlink()
-    report = validate(path, min_examples=min_examples, special_tokens=_markers(tokenizer))
+    markers = special_tokens(tokenizer)
+    report = validate(path, min_examples=min_examples, special_tokens=markers)
     if not report.ok:
         code = "invalid_n_examples" if "invalid_n_examples" in report.counts else None
         raise DataError(report.summary(LISTED), code=code or "invalid_training_file")
@@ -249,11 +251,6 @@ class LengthGroupedSampler(Sampler[int]):
         for index in torch.randperm(len(batches), generator=generator).numpy():
             yield from batches[index].tolist()
         yield from rest.tolist()
-
-
-def _markers(tokenizer: Any) -> list[str]:
-    """Return the special tokens that a row must not spell out."""
-    return [token for token in tokenizer.all_special_tokens if len(token) > 2]
 
 
 def _key(sha256: str, tokenizer: Any, base: str) -> list[Any]:

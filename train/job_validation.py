@@ -11,12 +11,14 @@ from sqlalchemy.orm import Session
 
 from data import content, content_events, content_training, job_pause, jobs
 from data.content import Policy
-from data.errors import NotFound
+from data.errors import DataError, NotFound
+from data.estimate import MAX_AUTO_LENGTH, measured_speed, planned_epochs
 from data.job_methods import METHODS, unusable_rows
 from data.moderation import classifier
 from data.prompt_format import prompt_format
 from data.report import Problem, Report
 from data.tables import Job
+from data.token_count import count_tokens, special_tokens
 from data.validate import validate
 from train.lease import Lease
 from train.workshop import Workshop
@@ -76,6 +78,8 @@ def _check_files(
     files = {"training_file": job.training_file, "validation_file": job.validation_file}
     least = {"training_file": shop.settings.min_examples, "validation_file": 1}
     reports: dict[str, Report] = {}
+    tokenizer = shop.tokenizer_of(job)
+    markers = special_tokens(tokenizer)
     policy = content.get(shop.database, job.project_id)
     for param, file_id in files.items():
         if file_id is None:
@@ -86,7 +90,9 @@ def _check_files(
             return _Fault(param, f"The file {file_id} was deleted or has expired."), {}
         rules = METHODS[job.method["type"]]
         format = prompt_format(path) if rules.graded else "auto"
-        report = validate(path, format, min_examples=least[param], name=path.name)
+        report = validate(
+            path, format, min_examples=least[param], special_tokens=markers, name=path.name
+        )
         if not report.ok:
             return _invalid(param, file_id, report), {}
         misfit = unusable_rows(job.method["type"], job.options, report.format)
@@ -101,7 +107,42 @@ def _check_files(
     if len(formats) > 1:
         told = " and ".join(sorted(str(kind) for kind in formats))
         return _Fault("validation_file", f"The two files hold different kinds of row: {told}."), {}
-    return None, {"examples": reports["training_file"].num_examples}
+    path = shop.place(job, job.training_file, "training_file")
+    try:
+        return None, _outlook(shop, job, path, reports["training_file"], tokenizer)
+    except DataError as error:
+        return _Fault("training_file", f"{job.training_file}: {error.message}"), {}
+
+
+def _outlook(
+    shop: Workshop, job: Job, path: Path, report: Report, tokenizer: Any
+) -> dict[str, Any]:
+    """Return what is known of a job whose files are valid: None for what cannot be known yet.
+
+    Raises:
+        DataError: A row cannot be rendered; the message names its line.
+    """
+    kind = job.method["type"]
+    known: dict[str, Any] = {
+        "examples": report.num_examples,
+        "tokens": None,
+        "est_seconds": None,
+        "est_cost": None,
+    }
+    if METHODS[kind].graded:  # it samples what it learns from
+        return known
+    length = min(job.options.get("max_seq_length", MAX_AUTO_LENGTH), MAX_AUTO_LENGTH)
+    counted = count_tokens(path, report, tokenizer, length, job.options.get("on_long") == "drop")
+    epochs = planned_epochs(job.hyperparameters["n_epochs"], kind, report.num_examples)
+    trained = counted.tokens * epochs
+    speed = measured_speed(shop.database, job.base)
+    known["tokens"] = counted.tokens
+    known["est_seconds"] = None if speed is None else round(trained / speed, 1)
+    known["est_cost"] = {
+        "value": trained * shop.settings.prices.training / 1e6,
+        "currency": "usd",
+    }
+    return known
 
 
 def _screen(

@@ -8,6 +8,7 @@ falls silent. SIGTERM stops the trainers and gives their jobs back; they go on a
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import os
 import signal
@@ -17,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from data import jobs, presence, registry
 from data.db import Database
@@ -134,6 +136,7 @@ def open_workshop(settings: Settings) -> Workshop:
         files=FileStore(database, settings.effective_blob_url, settings.max_upload_mb * MIB),
         worker_id=f"{socket.gethostname()[:24]}:{os.getpid()}:{new_id('', 8)}",
         base_fingerprint=lambda model: _fingerprint(settings, model),
+        base_tokenizer=functools.cache(lambda model: _tokenizer(settings, model)),
     )
 
 
@@ -183,11 +186,23 @@ def _set_up_logging(level: str) -> None:
 
 
 def _fingerprint(settings: Settings, model: str) -> str:
-    from serve.engine import base_model  # torch: only once something was trained
+    from serve.engine import base_model  # torch: only once there is a job
+
+    return base_model.fingerprint(_fetched(settings, model))
+
+
+def _tokenizer(settings: Settings, model: str) -> Any:
+    from serve.engine import base_model
+
+    return base_model.load_tokenizer(_fetched(settings, model))
+
+
+def _fetched(settings: Settings, model: str) -> Path:
+    from serve.engine import base_model
 
     served = base_model.find_spec(settings.model)
     spec = served if served.name == model else base_model.find_spec(model)
-    return base_model.fingerprint(base_model.fetch(spec, settings.models_dir))
+    return base_model.fetch(spec, settings.models_dir)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -54,6 +55,7 @@ class Workshop:
     Attributes:
         stopping: Set when the worker is to end; its jobs are given back.
         base_fingerprint: Returns the fingerprint of a base model that was fetched.
+        base_tokenizer: Returns its tokenizer.
         trainer: The command that trains; `--config FILE` is added.
     """
 
@@ -62,6 +64,7 @@ class Workshop:
     files: FileStore
     worker_id: str
     base_fingerprint: Callable[[str], str]
+    base_tokenizer: Callable[[str], Any]
     trainer: Sequence[str] = TRAINER
     stopping: threading.Event = field(default_factory=threading.Event)
 
@@ -94,8 +97,11 @@ class Workshop:
 
     def fingerprint_of(self, job: Job) -> str:
         """Return the fingerprint of the base that a job's adapter is made for."""
-        upgrade = job.options.get(UPGRADE)
-        return self.base_fingerprint(upgrade["new_base"] if upgrade else job.base)
+        return self.base_fingerprint(_base_of(job))
+
+    def tokenizer_of(self, job: Job) -> Any:
+        """Return the tokenizer that a job's rows are read with."""
+        return self.base_tokenizer(_base_of(job))
 
     def run_of(self, job: Job) -> RunFolder:
         """Return a job's run folder."""
@@ -177,3 +183,8 @@ class Workshop:
             raise StateConflict(f"The worker {self.worker_id} no longer holds the job {job_id}")
         with self.database.write() as session:
             yield session, jobs.held(session, job_id, self.worker_id)
+
+
+def _base_of(job: Job) -> str:
+    upgrade = job.options.get(UPGRADE)
+    return str(upgrade["new_base"]) if upgrade else job.base

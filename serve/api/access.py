@@ -13,6 +13,7 @@ from data import access
 from data.tables_accounts import AccessRequest
 from serve.api.deps import Operator, Running, json_response, page
 from serve.api.json_route import StrictJsonRoute
+from serve.api.limits import RateLimitRequest, SpendLimitRequest, rate_changes
 from serve.api.schemas import QueryModel, RequestModel
 
 router = APIRouter(prefix="/v1", route_class=StrictJsonRoute)
@@ -29,10 +30,13 @@ class AskRequest(RequestModel):
 
 
 class Approval(RequestModel):
-    """How to approve."""
+    """How to approve, and what the account may do from the start."""
 
     account: str | None = None  # the account's name, if not the organization's
     note: str | None = Field(None, max_length=2000)
+    rate_limits: RateLimitRequest | None = None  # of the base model
+    spend_limit: SpendLimitRequest | None = None
+    models: list[str] | None = None  # the only ones it may use
 
 
 class Decision(RequestModel):
@@ -80,9 +84,22 @@ async def approve(
 ) -> Response:
     """Make the account; its key is shown here and never again."""
     body = body or Approval()
-    request, project, key = await run_in_threadpool(
-        access.approve, runtime.database, request_id, body.account, body.note
+    terms = access.Terms(
+        {} if body.rate_limits is None else rate_changes(body.rate_limits),
+        None if body.spend_limit is None else body.spend_limit.threshold_amount,
+        body.models,
     )
+    request, project, key = await run_in_threadpool(
+        access.approve,
+        runtime.database,
+        request_id,
+        body.account,
+        body.note,
+        terms,
+        runtime.models.base_model,
+        runtime.settings.limits,
+    )
+    await run_in_threadpool(runtime.gate.refresh)
     return json_response(_describe(request) | {"account": project.slug, "api_key": key})
 
 

@@ -122,7 +122,7 @@ async def update_rate_limit(
         rate_limit_id,
         runtime.models.base_model,
         runtime.settings.limits,
-        _changes(body, FIELDS),
+        rate_changes(body),
     )
     await run_in_threadpool(runtime.gate.refresh)
     return json_response(_describe_rate(rate))
@@ -234,6 +234,11 @@ async def delete_spend_alert(
     """Remove an alert."""
     await run_in_threadpool(limits.delete_alert, runtime.database, project_id, alert_id)
     return json_response({"id": alert_id, "object": "project.spend_alert.deleted", "deleted": True})
+
+
+def rate_changes(body: RateLimitRequest) -> dict[str, int | None]:
+    """Return what a request changes, by the names of `limits.RATE_FIELDS`."""
+    return _changes(body, FIELDS)
 
 
 def _changes(body: RequestModel, names: dict[str, str]) -> dict[str, int | None]:

@@ -46,14 +46,42 @@ def list_requests(
 def approve(
     request_id: str,
     account: Annotated[str | None, typer.Option(help="Name, if not the organization's.")] = None,
+    models: Annotated[
+        list[str] | None, typer.Option("--model", help="The only models it may use; repeatable.")
+    ] = None,
+    requests_per_minute: Annotated[int | None, typer.Option(min=0)] = None,
+    tokens_per_minute: Annotated[int | None, typer.Option(min=0)] = None,
+    requests_per_day: Annotated[int | None, typer.Option(min=0)] = None,
+    spend_limit: Annotated[
+        float | None, typer.Option(min=0, help="US dollars a calendar month.")
+    ] = None,
     note: Note = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make the account and its first API key, which is shown this once."""
+    """Make the account with its limits, and its first API key, which is shown this once."""
     from data import access
+    from serve.engine.base_spec import find_spec
 
-    _, database = open_home()
-    request, project, key = access.approve(database, request_id, account, note)
+    settings, database = open_home()
+    given = {
+        "requests_per_minute": requests_per_minute,
+        "tokens_per_minute": tokens_per_minute,
+        "requests_per_day": requests_per_day,
+    }
+    terms = access.Terms(
+        {name: value for name, value in given.items() if value is not None},
+        None if spend_limit is None else round(100 * spend_limit),
+        models,
+    )
+    request, project, key = access.approve(
+        database,
+        request_id,
+        account,
+        note,
+        terms,
+        find_spec(settings.model).name,
+        settings.limits,
+    )
     if as_json:
         print_json({"id": request.id, "project_id": project.id, "api_key": key})
     else:

@@ -73,6 +73,22 @@ def fetch(spec: ModelSpec, models_dir: Path) -> Path:
     return folder
 
 
+def load_tokenizer(folder: Path) -> Any:
+    """Load the tokenizer of a fetched folder.
+
+    Raises:
+        ModelUnavailable: The folder holds none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelUnavailable(
+            f"{folder}: its tokenizer cannot be loaded ({error}). Delete the folder to fetch it "
+            f"anew, or give another model.",
+            code="model_unreadable",
+        ) from error
+
+
 def load(
     folder: Path,
     dtype: torch.dtype | str = "auto",
@@ -89,7 +105,7 @@ def load(
     """
     device = resolve_device(device)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = load_tokenizer(folder)
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=resolve_dtype(dtype, device),
