@@ -1,4 +1,4 @@
-"""Files that are no text at all: what they are, by their first bytes, before anybody reads lines."""
+"""Files that are no text at all, told by their first bytes before anybody reads lines."""
 
 from __future__ import annotations
 

@@ -300,6 +300,38 @@ def test_engines_in_bfloat16_are_near_float32_and_do_not_depend_on_batch_mates(a
             assert abs(entry.logprob - expected[place, entry.token_id].item()) < 0.15
 
 
+@NEEDS_BFLOAT16
+@pytest.mark.parametrize("arch", ["llama", "mistral", "qwen3"])
+def test_a_bfloat16_model_computes_as_the_same_numbers_in_float32(arch: str) -> None:
+    asked = [greedy(n, prompt) for n, prompt in enumerate(prompts(6))]
+    config = EngineConfig(kv_budget_bytes=2**20, prefill_chunk=64)
+    narrow = tiny_model(arch).bfloat16()
+    before = {name: value.clone() for name, value in narrow.state_dict().items()}
+    wide = tiny_model(arch).bfloat16().float()
+    answers = []
+    for model in (narrow, wide):
+        with LocalEngine(model, tiny_tokenizer(), config, in_bfloat16=True) as engine:
+            assert engine._runner._native is not None
+            answers.append(engine.generate(asked))
+    for got, expected in zip(*answers, strict=True):
+        assert got.token_ids == expected.token_ids
+        assert got.prompt_logprobs is not None
+        assert expected.prompt_logprobs is not None
+        for one, other in zip(got.prompt_logprobs[1:], expected.prompt_logprobs[1:], strict=True):
+            assert one is not None
+            assert other is not None
+            assert abs(one.logprob - other.logprob) < 1e-3
+    after = narrow.state_dict()  # given back bit for bit
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert narrow(torch.tensor([[1, 2, 3]])).logits.dtype == torch.bfloat16
+
+
+@NEEDS_BFLOAT16
+def test_models_that_cannot_be_widened_are_refused() -> None:
+    with pytest.raises(InvalidInput, match="bfloat16"):
+        LocalEngine(tiny_model("gpt2").bfloat16(), tiny_tokenizer(), in_bfloat16=True)
+
+
 def test_bfloat16_is_refused_where_it_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "multiply_bfloat16", lambda: False)
     with pytest.raises(InvalidInput, match="AVX512-BF16"):

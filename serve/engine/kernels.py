@@ -333,7 +333,7 @@ def _panels(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def _pairs(matrix: torch.Tensor) -> torch.Tensor:
-    """Turn numbers [N, K] into pairs of them as one [N, ceil(K / 2)], a zero at the end of odd K."""
+    """Turn numbers [N, K] into pairs [N, ceil(K / 2)] of them, a zero at the end of odd K."""
     if matrix.shape[1] % 2:
         matrix = torch.nn.functional.pad(matrix, (0, 1))
     return matrix.contiguous().view(PAIRED[matrix.dtype])

@@ -57,7 +57,7 @@ class ModelRunner:
         kv_budget_bytes: Memory for keys and values of all sequences together; less is taken
             where `max_batch` sequences of `max_context` need less.
         max_lora_rows: Ranks of all adapters of a step together.
-        in_bfloat16: Whether products on a CPU round both sides to bfloat16, and all else is float32.
+        in_bfloat16: Whether products on a CPU round both sides to bfloat16; all else is float32.
     """
 
     def __init__(

@@ -33,8 +33,6 @@ def widened(model: PreTrainedModel) -> RemovableHandle | None:
 
 def _follows(module: nn.Module) -> bool:
     """Tell whether a module without children of its own takes float32 though it is bfloat16."""
-    bare = not list(module.parameters(recurse=False))
-    known = isinstance(module, nn.Linear | nn.Embedding) or type(module).__name__.endswith(
-        "RMSNorm"
-    )
-    return bare or known
+    if not list(module.parameters(recurse=False)):
+        return True
+    return isinstance(module, nn.Linear | nn.Embedding) or type(module).__name__.endswith("RMSNorm")
