@@ -179,6 +179,16 @@ def test_refusals(client: openai.OpenAI, fields: Any, param: str) -> None:
     assert caught.value.param == param
 
 
+def test_a_rank_that_could_not_be_served(
+    server: Server, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = server.runtime.settings.model_copy(update={"max_lora_rows": 8})
+    monkeypatch.setattr(server.runtime, "settings", settings)
+    with pytest.raises(openai.BadRequestError, match="largest rank that this server serves, 8"):
+        create(client, extra_body={"lora": {"r": 16}})
+    assert create(client, extra_body={"lora": {"r": 8}}).status == "validating_files"
+
+
 def test_a_file_of_another_purpose(client: openai.OpenAI) -> None:
     batch = client.files.create(file=("rows.jsonl", ROWS), purpose="batch")
     with pytest.raises(openai.BadRequestError, match="purpose"):
