@@ -18,10 +18,11 @@ import re
 import shutil
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -381,6 +382,22 @@ def export(version: AdapterVersion, adapters_dir: Path, destination: Path) -> Pa
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return destination
+
+
+def write_zip(version: AdapterVersion, adapters_dir: Path, stream: BinaryIO) -> None:
+    """Write a version's folder as a zip archive, with its lineage as `lineage.json`.
+
+    Raises:
+        AdapterRefused: The version's files are damaged.
+    """
+    verify(version, adapters_dir)
+    folder = adapters_dir / version.path
+    lineage = {"name": version.name, "base_model": version.base_model, **version.lineage}
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                archive.write(path, path.relative_to(folder))
+        archive.writestr("lineage.json", json.dumps(lineage, indent=2) + "\n")
 
 
 def delete(database: Database, project_id: str, name: str) -> AdapterVersion:

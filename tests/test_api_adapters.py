@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import threading
 import time
+import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -168,6 +170,32 @@ def test_models_are_listed_described_and_deleted(
             complete(client, name)
     with pytest.raises(openai.PermissionDeniedError):
         client.models.delete(MODEL)
+
+
+def test_weights_are_downloaded_and_give_the_same_tokens(
+    server: Server, client: openai.OpenAI, tmp_path: Path
+) -> None:
+    version = publish(server, tmp_path / "a", 40, "out")
+    with server.http() as http:
+        for name in (version.name, version.name.rpartition(":")[0]):  # the alias too
+            got = http.get(f"/v1/models/{quote(name, safe='')}/download")
+            assert got.status_code == 200
+            assert "-out-" in got.headers["content-disposition"]
+            with zipfile.ZipFile(io.BytesIO(got.content)) as archive:
+                archive.extractall(tmp_path / name)
+    answer = complete(client, version.name).choices[0].token_ids
+    assert truth(tmp_path / version.name) == answer
+    lineage = json.loads((tmp_path / version.name / "lineage.json").read_text())
+    assert (lineage["name"], lineage["base_model"]) == (version.name, MODEL)
+    _, key = server.new_account("downloads")
+    with server.http(key) as http:
+        foreign, missing = (
+            http.get(f"/v1/models/{quote(name, safe='')}/download")
+            for name in (version.name, "ft:none")
+        )
+        assert foreign.status_code == missing.status_code == 404
+        assert foreign.text == missing.text.replace("ft:none", version.name)
+        assert http.get(f"/v1/models/{MODEL}/download").status_code == 404
 
 
 def test_another_accounts_model_is_as_absent(server: Server, tmp_path: Path) -> None:

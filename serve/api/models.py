@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import tempfile
 from typing import Any
 
 from fastapi import APIRouter
+from starlette.background import BackgroundTask
 from starlette.concurrency import run_in_threadpool
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 
 from data import model_access, registry
 from data.errors import Forbidden, ModelNotFound
 from data.tables import AdapterVersion
 from serve.api.deps import Account, Caller, Running, json_response
 from serve.runtime import Runtime
+
+CHUNK_BYTES = 1 << 20
 
 router = APIRouter(prefix="/v1")
 
@@ -23,6 +27,39 @@ async def list_models(caller: Caller, runtime: Running) -> Response:
     tuned = await run_in_threadpool(_tuned, runtime, caller)
     bases = [_base(runtime) for _ in await runtime.models.bases(caller.id)]
     return json_response({"object": "list", "data": [*bases, *tuned]})
+
+
+@router.get("/models/{model:path}/download")
+async def download_model(model: str, caller: Caller, runtime: Running) -> Response:
+    """Hand out a fine-tune of the account: PEFT's folder, its model card and lineage, as a zip."""
+    return await run_in_threadpool(_zipped, model, caller, runtime)
+
+
+def _zipped(model: str, account: Account, runtime: Runtime) -> Response:
+    with runtime.database.read() as session:
+        version = registry.find_own(session, account.id, model)
+    if not model_access.permits(runtime.database, account.id, version.name, version.base_model):
+        raise ModelNotFound(model)
+    stream = tempfile.TemporaryFile(dir=runtime.settings.adapters_dir)  # noqa: SIM115
+    try:
+        registry.write_zip(version, runtime.settings.adapters_dir, stream)
+    except BaseException:
+        stream.close()
+        raise
+    size = stream.tell()
+    stream.seek(0)
+    name = version.name.replace(":", "-").replace("/", "-")
+    headers = {
+        "content-length": str(size),
+        "content-disposition": f'attachment; filename="{name}.zip"',
+    }
+    chunks = iter(lambda: stream.read(CHUNK_BYTES), b"")
+    return StreamingResponse(
+        chunks,
+        headers=headers,
+        media_type="application/zip",
+        background=BackgroundTask(stream.close),
+    )
 
 
 @router.get("/models/{model:path}")
