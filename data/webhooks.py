@@ -37,6 +37,7 @@ EVENT_TYPES = (
     "safety.warning_issued",
     "safety.deactivation_issued",
     "safety_identifier.blocked",
+    "spend_alert.reached",
     "label_project.completed",
     "label_round.promoted",
     "label_round.rejected",

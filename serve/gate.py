@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 from sqlalchemy import select
 
-from data import limits, organization_limits
+from data import limits, organization_limits, webhooks
 from data.db import Database
 from data.errors import QuotaExceeded
 from data.metering import Meter, Usage, month_of
@@ -159,8 +159,15 @@ class Gate:
     def _fire(self) -> None:
         with self._database.write() as session:
             due = limits.due_alerts(session)
-            for alert, _ in due:
+            for alert, spent in due:
                 alert.fired_month = month_of(now())
+                told = {
+                    "id": alert.id,
+                    "threshold_amount": alert.threshold_cents,
+                    "spent_amount": spent // limits.NANO_PER_CENT,
+                    "currency": "USD",
+                }
+                webhooks.enqueue(session, alert.project_id, "spend_alert.reached", now(), told)
         for alert, spent in due:
             log.warning(
                 "spend alert %s: the account %s has spent %.2f USD this month, its threshold is "

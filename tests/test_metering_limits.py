@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 from api_server import MODEL, Server, running, tiny_settings
 from openai import BadRequestError, NotFoundError, OpenAI, RateLimitError
+from sqlalchemy import select
 
-from data import accounts
+from data import accounts, webhooks
 from data.settings import Limits, Prices
+from data.tables_jobs import WebhookDelivery
 
 DEFAULTS = Limits(requests_per_minute=100, tokens_per_minute=5000)
 PRICES = Prices(prompt=1000.0, cached=1000.0, completion=1000.0)  # a tenth of a cent a token
@@ -131,6 +133,14 @@ def test_spend_limit_stops_and_alert_tells_once(
 ) -> None:
     project, key = server.new_account("money")
     client = server.client(key)
+    webhooks.create(
+        server.runtime.database,
+        project.id,
+        "money",
+        "http://127.0.0.1:9/x",
+        ["spend_alert.reached"],
+        allow_private=True,
+    )
     alert = admin.spend_alerts.create(
         project.id,
         currency="USD",
@@ -154,6 +164,17 @@ def test_spend_limit_stops_and_alert_tells_once(
     told = [line for line in caplog.messages if alert.id in line]
     assert len(told) == 1
     assert "ops@example.com" in told[0]
+    with server.runtime.database.read() as session:
+        [sent] = session.scalars(select(WebhookDelivery)).all()
+    event = json.loads(sent.body)
+    assert event["type"] == "spend_alert.reached"
+    assert event["data"] | {"spent_amount": 0} == {
+        "id": alert.id,
+        "threshold_amount": 1,
+        "spent_amount": 0,
+        "currency": "USD",
+    }
+    assert 1 <= event["data"]["spent_amount"] <= 3
     error = caught.value
     assert (error.type, error.code) == ("insufficient_quota", "insufficient_quota")
     assert "You exceeded your current quota: " in error.message
