@@ -100,7 +100,7 @@ def test_products_in_bfloat16_round_both_sides_and_sum_in_float32(name: str) -> 
     rounded, _ = FORMATS[name]
     torch.manual_seed(1)
     for height, (outputs, inputs) in itertools.product(
-        (1, 3, 8, 16, 20, 47), ((1, 32), (40, 96), (130, 320))
+        (1, 3, 8, 16, 20, 47), ((1, 32), (40, 96), (130, 320), (70, 1184))
     ):
         weight, x = rounded(torch.randn(outputs, inputs)), torch.randn(height, inputs)
         bias = torch.randn(outputs)

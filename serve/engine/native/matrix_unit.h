@@ -16,6 +16,8 @@
 #define UNIT_ROWS 16
 #define UNIT_INPUTS 32
 #define UNIT_PANELS 4 /* columns of 4 panels, or 2 by 32 rows: as many sums as fit in the tiles */
+#define UNIT_UNPACKED 2  /* panels of 8-bit integers that are unpacked together for few rows, and */
+#define UNIT_STRETCH 576 /* their inputs: 36 KB, which stay in the nearest cache */
 
 #if HAS_MATRIX_UNIT
 
@@ -47,6 +49,8 @@ static void enter_matrix_unit(int rows) {
 
 static void leave_matrix_unit(void) { _tile_release(); }
 
+#define BARRIER __asm__ volatile("" ::: "memory") /* the intrinsics do not say that they read it */
+
 /* Rows of a product, all inputs of some panels. */
 typedef struct {
     const uint16_t *x; /* [rows][K] */
@@ -55,7 +59,29 @@ typedef struct {
     int tall; /* rows of a tile */
     float *y; /* [rows, N] */
     const float *bias; /* of all columns, or NULL */
+    /* of weights that are 8-bit integers: their factors, and where a stretch of inputs is unpacked */
+    int format;
+    const float *scale;
+    float *plain; /* [panels][stretch / 2][16][2]; NULL: the weight is read as it is */
 } UnitTile;
+
+/* Inputs that are unpacked together: for few rows no more than stay in the nearest cache. */
+INLINE int64_t unit_stretch(int64_t M, int64_t K) {
+    return M <= UNIT_ROWS && K > UNIT_STRETCH ? UNIT_STRETCH : K;
+}
+
+/* A stretch of the inputs to `plain`; what comes after it is asked for. */
+static void unpack_inputs(const UnitTile *t, int panels, int64_t from, int64_t stretch) {
+    const int64_t count = from + stretch < t->K ? stretch : t->K - from, steps = t->K / 2;
+    const int64_t bytes = step_bytes(t->format), floats = scale_floats(t->K, t->format);
+    const int64_t before = from / BLOCK * (1 + has_offset(t->format)) * LANES;
+    for (int p = 0; p < panels; p++) {
+        const char *weight = t->weight + (p * steps + from / 2) * bytes;
+        unpack(t->format, weight, t->scale ? t->scale + p * floats + before : NULL, count / 2,
+               t->plain + p * stretch / 2 * LANES);
+    }
+    BARRIER;
+}
 
 /* The sums of one tile to y. */
 #define KEEP_SUMS(SUM, ROW, PANEL)                                                                \
@@ -78,7 +104,6 @@ static void keep_sums(const UnitTile *t, float sums[UNIT_ROWS][LANES], int64_t f
             t->y[(first + m) * t->N + column + i] = sums[m][i] + (t->bias ? t->bias[column + i] : 0);
 }
 
-#define BARRIER __asm__ volatile("" ::: "memory") /* the intrinsics do not say that they read it */
 #define READ_AHEAD 4096 /* bytes of a panel that are asked for before they are needed */
 
 INLINE void fetch_operand(const char *place) {
@@ -87,22 +112,25 @@ INLINE void fetch_operand(const char *place) {
 
 #define ADD_PANEL(PANEL, TILE)                                                                    \
     if (panels > PANEL) {                                                                         \
-        fetch_operand(w + PANEL * apart);                                                         \
+        if (!unpacks) fetch_operand(w + PANEL * apart);                                           \
         _tile_loadd(TILE, w + PANEL * apart, 64);                                                 \
         _tile_dpbf16ps(PANEL, 4, TILE);                                                           \
     }
 
-/* 1 to 4 panels for up to 16 rows; `panels` is constant after inlining. */
-INLINE void unit_flat(const UnitTile *t, const int panels) {
+/* 1 to 4 panels for up to 16 rows; `panels` and `unpacks` are constant after inlining. */
+INLINE void unit_flat(const UnitTile *t, const int panels, const int unpacks) {
     float sums[UNIT_ROWS][LANES] __attribute__((aligned(64)));
-    const int64_t apart = t->K * 32, stride = t->K * 2;
+    const int64_t stretch = unpacks ? unit_stretch(t->rows, t->K) : t->K;
+    const int64_t apart = stretch * 32, stride = t->K * 2;
+    const char *weight = unpacks ? (const char *)t->plain : t->weight;
     BARRIER;
     _tile_zero(0);
     if (panels > 1) _tile_zero(1);
     if (panels > 2) _tile_zero(2);
     if (panels > 3) _tile_zero(3);
     for (int64_t k = 0; k < t->K; k += UNIT_INPUTS) {
-        const char *w = t->weight + k * 32;
+        if (unpacks && k % stretch == 0) unpack_inputs(t, panels, k, stretch);
+        const char *w = weight + (unpacks ? k % stretch : k) * 32;
         _tile_loadd(4, t->x + k, stride);
         ADD_PANEL(0, 6)
         ADD_PANEL(1, 7)
@@ -146,29 +174,45 @@ INLINE void unit_square(const UnitTile *t, const int panels) {
     }
 }
 
+#define FLAT(PANELS)                                                                              \
+    if (t->plain) unit_flat(t, PANELS, 1);                                                        \
+    else unit_flat(t, PANELS, 0)
+
+static void unit_few(const UnitTile *t, int panels) {
+    switch (panels) {
+        case 1: FLAT(1); break;
+        case 2: FLAT(2); break;
+        case 3: FLAT(3); break;
+        default: FLAT(4);
+    }
+}
+
 /* All rows [M] by some panels, at most UNIT_PANELS; rows are padded to a whole tile. */
 static void multiply_by_unit(UnitTile t, int64_t M, int panels) {
-    const uint16_t *x = t.x;
-    const char *weight = t.weight;
-    float *y = t.y;
-    const int64_t column = t.column;
+    const UnitTile all = t;
     if (M <= UNIT_ROWS) {
-        t.rows = M;
-        if (panels == 4) unit_flat(&t, 4);
-        else if (panels == 3) unit_flat(&t, 3);
-        else if (panels == 2) unit_flat(&t, 2);
-        else unit_flat(&t, 1);
+        const int together = t.plain ? UNIT_UNPACKED : UNIT_PANELS;
+        for (int p = 0; p < panels; p += together) {
+            t.rows = M, t.column = all.column + p * LANES;
+            t.weight = all.weight + p * t.K / 2 * step_bytes(t.format);
+            if (t.scale) t.scale = all.scale + p * scale_floats(t.K, t.format);
+            unit_few(&t, panels - p < together ? panels - p : together);
+        }
         return;
     }
+    if (t.plain) {
+        unpack_inputs(&t, panels, 0, t.K);
+        t.weight = (const char *)t.plain, t.plain = NULL;
+    }
+    const char *weight = t.weight;
     for (int p = 0; p < panels; p += 2) {
         const int some = panels - p < 2 ? 1 : 2;
-        t.weight = weight + p * t.K * 32, t.column = column + p * LANES;
+        t.weight = weight + p * t.K * 32, t.column = all.column + p * LANES;
         for (int64_t m = 0; m < M; m += 2 * UNIT_ROWS) {
-            t.x = x + m * t.K, t.y = y + m * t.N, t.rows = M - m;
-            if (M - m > UNIT_ROWS && some == 2) unit_square(&t, 2);
-            else if (M - m > UNIT_ROWS) unit_square(&t, 1);
-            else if (some == 2) unit_flat(&t, 2);
-            else unit_flat(&t, 1);
+            t.x = all.x + m * t.K, t.y = all.y + m * t.N, t.rows = M - m;
+            if (t.rows <= UNIT_ROWS) unit_few(&t, some);
+            else if (some == 2) unit_square(&t, 2);
+            else unit_square(&t, 1);
         }
     }
 }

@@ -83,6 +83,40 @@ INLINE __m512bh load_pairs(const char *weight, int format, int64_t step, Scale s
 }
 #endif
 
+INLINE void unpack_as(const int format, const char *weight, const float *scale, int64_t count,
+                      float *plain) {
+    for (int64_t from = 0, block = 0; from < count; from += block_steps(format), block++) {
+        const int64_t to = from + block_steps(format) < count ? from + block_steps(format) : count;
+        const Scale at = scale_at(scale, format, block);
+        for (int64_t k = from; k < to; k++) {
+#ifdef __AVX512BF16__
+            if (is_pairs(format)) {
+                if (k % 2 == 0) __builtin_prefetch(weight + k * 32 + 2048, 0, 3);
+                ((__m512bh *)plain)[k] = load_pairs(weight, format, k, at);
+                continue;
+            }
+#endif
+            ((vec *)plain)[k] = load(weight, format, k, at);
+        }
+    }
+}
+
+#define UNPACK(FORMAT)                                                                            \
+    case FORMAT: unpack_as(FORMAT, weight, scale, count, plain); break;
+
+/* A stretch of a panel as the numbers that are multiplied, [count][16]. */
+static void unpack(int format, const char *weight, const float *scale, int64_t count, float *plain) {
+    switch (format) {
+        UNPACK(BF16)
+        UNPACK(Q8)
+        UNPACK(Q8_OFFSET)
+#ifdef __AVX512BF16__
+        UNPACK(PAIRS_Q8)
+        UNPACK(PAIRS_Q8_OFFSET)
+#endif
+    }
+}
+
 /* ---- one tile ---- */
 
 /* A stretch of the inputs, for up to `tall` rows and some panels of 16 columns. */

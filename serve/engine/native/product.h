@@ -86,7 +86,7 @@ static int64_t products_floats(const Multiplication *w) {
 
 static int64_t plain_floats(const Multiplication *w) {
     if (!w->unpacks) return 0;
-    return w->group * LANES * (w->by_unit ? steps_of(w->P->K, w->P->format) : STRETCH);
+    return w->group * LANES * (w->by_unit ? unit_stretch(w->M, w->P->K) / 2 : STRETCH);
 }
 
 /* ---- rows to where a tile reads them ---- */
@@ -182,39 +182,6 @@ static void place_rows(Multiplication *w, int parts) {
 
 /* ---- the columns of a group of panels ---- */
 
-INLINE void unpack_as(const int format, const char *weight, const float *scale, int64_t count,
-                      float *plain) {
-    for (int64_t from = 0, block = 0; from < count; from += block_steps(format), block++) {
-        const int64_t to = from + block_steps(format) < count ? from + block_steps(format) : count;
-        const Scale at = scale_at(scale, format, block);
-        for (int64_t k = from; k < to; k++) {
-#ifdef __AVX512BF16__
-            if (is_pairs(format)) {
-                ((__m512bh *)plain)[k] = load_pairs(weight, format, k, at);
-                continue;
-            }
-#endif
-            ((vec *)plain)[k] = load(weight, format, k, at);
-        }
-    }
-}
-
-#define UNPACK(FORMAT)                                                                            \
-    case FORMAT: unpack_as(FORMAT, weight, scale, count, plain); break;
-
-/* A stretch of a panel as the numbers that are multiplied, [count][16]. */
-static void unpack(int format, const char *weight, const float *scale, int64_t count, float *plain) {
-    switch (format) {
-        UNPACK(BF16)
-        UNPACK(Q8)
-        UNPACK(Q8_OFFSET)
-#ifdef __AVX512BF16__
-        UNPACK(PAIRS_Q8)
-        UNPACK(PAIRS_Q8_OFFSET)
-#endif
-    }
-}
-
 static const float *scale_of(const Product *P, const float *scales, int64_t block) {
     return scales ? scales + block * (1 + has_offset(P->format)) * LANES : NULL;
 }
@@ -259,23 +226,17 @@ static void multiply_group(Multiplication *w, int64_t g, float *plain) {
 }
 
 #if HAS_MATRIX_UNIT
+/* The same by the matrix unit, all inputs at once. */
 static void multiply_group_by_unit(Multiplication *w, int64_t g, float *plain) {
     const Product *P = w->P;
     const int64_t panel = g * w->group, left = w->panels - panel;
-    const int64_t steps = steps_of(P->K, P->format), bytes = steps * step_bytes(P->format);
-    const int some = left < w->group ? (int)left : w->group;
-    const char *weight = (const char *)P->weight + panel * bytes;
-    if (plain) {
-        const int64_t floats = scale_floats(P->K, P->format);
-        const float *scales = P->scale ? P->scale + panel * floats : NULL;
-        for (int64_t p = 0; p < some; p++)
-            unpack(P->format, weight + p * bytes, scales ? scales + p * floats : NULL, steps,
-                   plain + p * steps * LANES);
-        weight = (const char *)plain;
-    }
-    const UnitTile t = {.x = (const uint16_t *)w->xt, .weight = weight, .K = P->K, .N = P->N,
-                        .column = panel * LANES, .tall = w->tall, .y = w->y, .bias = P->bias};
-    multiply_by_unit(t, w->M, some);
+    const int64_t bytes = steps_of(P->K, P->format) * step_bytes(P->format);
+    const int64_t floats = scale_floats(P->K, P->format);
+    UnitTile t = {.x = (const uint16_t *)w->xt, .weight = (const char *)P->weight + panel * bytes,
+                  .K = P->K, .N = P->N, .column = panel * LANES, .tall = w->tall, .y = w->y,
+                  .bias = P->bias, .format = P->format, .plain = plain,
+                  .scale = P->scale ? P->scale + panel * floats : NULL};
+    multiply_by_unit(t, w->M, left < w->group ? (int)left : w->group);
 }
 #endif
 
