@@ -327,6 +327,19 @@ def test_a_bfloat16_model_computes_as_the_same_numbers_in_float32(arch: str) -> 
 
 
 @NEEDS_BFLOAT16
+def test_chunks_of_a_prompt_that_reach_no_head_in_bfloat16() -> None:
+    request = GenerationRequest(
+        "1", tuple(range(1, 41)), SamplingParams(max_tokens=4, temperature=0)
+    )
+    answers = []
+    for chunk in (8, 64):
+        config = EngineConfig(kv_budget_bytes=2**20, prefill_chunk=chunk)
+        with LocalEngine(tiny_model("llama"), tiny_tokenizer(), config, in_bfloat16=True) as engine:
+            answers.append(engine.generate([request])[0].token_ids)
+    assert answers[0] == answers[1]
+
+
+@NEEDS_BFLOAT16
 def test_models_that_cannot_be_widened_are_refused() -> None:
     with pytest.raises(InvalidInput, match="bfloat16"):
         LocalEngine(tiny_model("gpt2").bfloat16(), tiny_tokenizer(), in_bfloat16=True)

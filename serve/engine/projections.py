@@ -78,9 +78,8 @@ class Projections:
 
     def close(self) -> None:
         """Give the modules back as they were."""
-        for replaced in self._replaced:
-            replaced.close()
-        self._replaced.clear()
+        while self._replaced:  # one by one: packed and plain weights are not all there at once
+            self._replaced.pop().close()
 
 
 @contextmanager
@@ -153,6 +152,7 @@ class _Linears:
         for module, part in zip(self._modules, self._parts(self._weight), strict=True):
             del module.forward
             module.weight.data = part
+        del self.product
 
     def _parts(self, weight: torch.Tensor) -> Sequence[torch.Tensor]:
         return weight.split(self._sizes) if len(weight) else [weight] * len(self._sizes)

@@ -173,6 +173,7 @@ class ModelRunner:
 
     def close(self) -> None:
         """Give the model back as it was."""
+        self._native = self._prober = None  # they hold packed weights
         self._norms.close()
         self._projections.close()
         self.bank.close()

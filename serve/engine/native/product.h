@@ -67,7 +67,7 @@ static Multiplication multiplication(const Product *P, const Adapters *A, const 
     w.tall = !few ? TALL : M == 1 ? 1 : M <= 4 ? 4 : M <= 8 ? 8 : 16;
     w.group = w.tall == 1 ? together(1) : GROUP;
     w.by_unit = uses_unit(P);
-    if (w.by_unit) w.tall = few ? M : UNIT_ROWS, w.group = UNIT_PANELS;
+    if (w.by_unit) w.tall = !few ? UNIT_ROWS : M ? M : 1, w.group = UNIT_PANELS;
     w.panels = (P->N + LANES - 1) / LANES;
     w.groups = (w.panels + w.group - 1) / w.group;
     w.tiles = (M + w.tall - 1) / w.tall;
