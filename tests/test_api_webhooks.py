@@ -29,8 +29,8 @@ EVENTS = [
     *("fine_tuning.job.succeeded", "fine_tuning.job.failed", "fine_tuning.job.cancelled"),
     *("batch.completed", "batch.failed", "batch.expired", "batch.cancelled"),
     *("safety.warning_issued", "safety.deactivation_issued", "safety_identifier.blocked"),
-    *("label_project.completed", "label_round.promoted", "label_round.rejected"),
-    *("label_round.failed", "label_round.cancelled"),
+    *("spend_alert.reached", "label_project.completed", "label_round.promoted"),
+    *("label_round.rejected", "label_round.failed", "label_round.cancelled"),
 ]
 ROWS = b'{"prompt": "a", "completion": "b"}\n' * 10
 
