@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import platform
+import shutil
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -324,6 +327,16 @@ def test_a_bfloat16_model_computes_as_the_same_numbers_in_float32(arch: str) -> 
     after = narrow.state_dict()  # given back bit for bit
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert narrow(torch.tensor([[1, 2, 3]])).logits.dtype == torch.bfloat16
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names processors of x86")
+@pytest.mark.parametrize("processor", ["x86-64", "x86-64-v3", "cooperlake"])
+def test_the_source_is_whole_for_other_processors(tmp_path: Path, processor: str) -> None:
+    """Without vectors, without AVX-512, with bfloat16 but no matrix unit."""
+    compiler = next(path for name in kernels.COMPILERS if (path := shutil.which(name)))
+    flags = [flag.replace("native", processor) for flag in kernels.FLAGS if flag != "-O3"]
+    command = [compiler, "-O1", *flags, "-Wl,--no-undefined", str(kernels.SOURCE), "-lm"]
+    subprocess.run([*command, "-o", str(tmp_path / "kernels.so")], check=True)
 
 
 @NEEDS_BFLOAT16

@@ -230,18 +230,27 @@ def _check_site(
                 f"{site}.lora_{half} has shape {list(pair[half].shape)}; expected {list(expected)}"
             )
             raise _refuse(path, reason, "wrong_shape")
-        if not pair[half].is_floating_point() or not bool(pair[half].isfinite().all()):
-            raise _refuse(path, f"{site}.lora_{half} holds NaN or infinity", "not_finite")
+        if not pair[half].is_floating_point():
+            reason = f"{site}.lora_{half} holds {pair[half].dtype}, no floating-point numbers"
+            raise _refuse(path, reason, "not_finite")
     alpha = _by_pattern(config.get("alpha_pattern"), site, config["lora_alpha"])
     scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     weights = Weights(  # copies: a file that changes under its mapping must not change these
         pair["A"].to(weight.dtype, copy=True).contiguous(),
         (pair["B"].T.float() * scaling).to(weight.dtype).contiguous(),
     )
-    if not bool(weights.a.isfinite().all() and weights.b.isfinite().all()):
+    if not (_is_finite(weights.a) and _is_finite(weights.b)):
+        for half, tensor in pair.items():
+            if not _is_finite(tensor):
+                raise _refuse(path, f"{site}.lora_{half} holds NaN or infinity", "not_finite")
         reason = f"{site} overflows {weight.dtype} when scaled by {scaling:g}"
         raise _refuse(path, reason, "not_finite")
     return weights
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Tell whether all numbers are finite, in one pass: NaN is its own minimum and maximum."""
+    return all(math.isfinite(extreme) for extreme in torch.stack(tensor.aminmax()).tolist())
 
 
 def _same(mine: torch.Tensor, theirs: torch.Tensor) -> bool:

@@ -169,8 +169,10 @@ class LoraStack:
                 self._users[index].add(adapter.digest)
                 rank = len(share.a)
                 mine = slice(first, first + rank) if dense else rows[:rank]
-                b = share.b if self._scale == 1 else (share.b * self._scale).to(self._a)
-                self._a[mine, index] = share.a.to(self._a)
+                a, b = share.a, share.b if self._scale == 1 else share.b * self._scale
+                if not dense:  # what is written by index has the stack's dtype already
+                    a, b = a.to(self._a), b.to(self._a)
+                self._a[mine, index] = a
                 self._b[index][mine] = b
             if rank < len(rows):
                 self._a[rows[rank:], index] = 0

@@ -19,6 +19,11 @@
 #define UNIT_UNPACKED 2  /* panels of 8-bit integers that are unpacked together for few rows, and */
 #define UNIT_STRETCH 576 /* their inputs: 36 KB, which stay in the nearest cache */
 
+/* Inputs that are unpacked together: for few rows no more than stay in the nearest cache. */
+INLINE int64_t unit_stretch(int64_t M, int64_t K) {
+    return M <= UNIT_ROWS && K > UNIT_STRETCH ? UNIT_STRETCH : K;
+}
+
 #if HAS_MATRIX_UNIT
 
 #define ARCH_REQ_XCOMP_PERM 0x1023
@@ -64,11 +69,6 @@ typedef struct {
     const float *scale;
     float *plain; /* [panels][stretch / 2][16][2]; NULL: the weight is read as it is */
 } UnitTile;
-
-/* Inputs that are unpacked together: for few rows no more than stay in the nearest cache. */
-INLINE int64_t unit_stretch(int64_t M, int64_t K) {
-    return M <= UNIT_ROWS && K > UNIT_STRETCH ? UNIT_STRETCH : K;
-}
 
 /* A stretch of the inputs to `plain`; what comes after it is asked for. */
 static void unpack_inputs(const UnitTile *t, int panels, int64_t from, int64_t stretch) {
