@@ -131,7 +131,7 @@ def _outlook(
     }
     if METHODS[kind].graded:  # it samples what it learns from
         return known
-    length = min(job.options.get("max_seq_length", MAX_AUTO_LENGTH), MAX_AUTO_LENGTH)
+    length = job.options.get("max_seq_length", MAX_AUTO_LENGTH)
     counted = count_tokens(path, report, tokenizer, length, job.options.get("on_long") == "drop")
     epochs = planned_epochs(job.hyperparameters["n_epochs"], kind, report.num_examples)
     trained = counted.tokens * epochs
