@@ -19,7 +19,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from data.errors import InvalidInput
 from serve.engine import kernels
 from serve.engine.base import GenerationRequest, SamplingParams
-from serve.engine.kernels import BF16, F32, PAIRS, Q8, Q8_OFFSET, AdapterPlan, Packed, Product
+from serve.engine.kernels import (
+    BF16,
+    F32,
+    PAIRS,
+    PAIRS_Q8,
+    Q8,
+    Q8_OFFSET,
+    AdapterPlan,
+    Packed,
+    Product,
+)
 from serve.engine.local import EngineConfig, LocalEngine
 from serve.engine.norms import Norms
 
@@ -50,6 +60,24 @@ FORMATS = {
 NEEDS_BFLOAT16 = pytest.mark.skipif(
     not kernels.multiply_bfloat16(), reason="needs a processor that multiplies bfloat16"
 )
+NEEDS_8BIT = pytest.mark.skipif(
+    not kernels.multiply_8bit(), reason="needs a processor that multiplies 8-bit integers"
+)
+
+
+@pytest.fixture
+def in_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of bfloat16 in whatever time they take here."""
+    if not (kernels.library() and kernels.library().multiplies_bfloat16()):
+        pytest.skip("needs a processor that multiplies bfloat16")
+    monkeypatch.setattr(kernels, "fast_in_bfloat16", lambda: True)
+
+
+def whole_numbers(x: torch.Tensor) -> torch.Tensor:
+    """Round rows to 16-bit integers by a factor for each 32 inputs."""
+    blocks = x.double().view(len(x), -1, 32)
+    factor = blocks.abs().amax(-1, keepdim=True) / 32767
+    return torch.where(factor > 0, (blocks / factor).round() * factor, 0).view_as(x)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -63,17 +91,33 @@ def test_packing_loses_nothing(name: str) -> None:
         assert torch.equal(packed.dense(), weight)
 
 
+@pytest.mark.usefixtures("in_pairs")
 @pytest.mark.parametrize("name", FORMATS)
 def test_packing_in_pairs_loses_nothing_but_float32(name: str) -> None:
     rounded, expected = FORMATS[name]
     torch.manual_seed(0)
     for rows, inputs in ((1, 32), (16, 96), (33, 64)):
         weight = rounded(torch.randn(rows, inputs))
-        packed = Packed(weight, in_pairs=True)
+        packed = Packed(weight, in_bfloat16=True)
         assert packed.format == PAIRS + max(expected - BF16, 0)  # float32 becomes bfloat16
         assert packed.is_exact == (name != "float32")
         kept = weight if packed.is_exact else weight.bfloat16().float()
         assert torch.equal(packed.dense(), kept)
+
+
+@NEEDS_8BIT
+@pytest.mark.parametrize("name", FORMATS)
+def test_only_8bit_weights_lie_in_pairs_where_bfloat16_is_slow(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "fast_in_bfloat16", lambda: False)
+    rounded, expected = FORMATS[name]
+    torch.manual_seed(0)
+    weight = rounded(torch.randn(33, 64))
+    packed = Packed(weight, in_bfloat16=True)
+    is_8bit = expected in (Q8, Q8_OFFSET)
+    assert packed.format == (PAIRS_Q8 - Q8 + expected if is_8bit else BF16)
+    assert torch.equal(packed.dense(), weight if name != "float32" else weight.bfloat16().float())
 
 
 def test_zeros_and_odd_weights_are_packed() -> None:
@@ -97,24 +141,70 @@ def test_products_of_any_size(name: str) -> None:
             assert torch.allclose(got.double(), expected, atol=1e-4), (height, outputs)
 
 
-@NEEDS_BFLOAT16
+@pytest.mark.usefixtures("in_pairs")
 @pytest.mark.parametrize("name", FORMATS)
 def test_products_in_bfloat16_round_both_sides_and_sum_in_float32(name: str) -> None:
-    rounded, _ = FORMATS[name]
+    rounded, kind = FORMATS[name]
+    whole = kind in (Q8, Q8_OFFSET) and multiplied_whole()
     torch.manual_seed(1)
     for height, (outputs, inputs) in itertools.product(
         (1, 3, 8, 16, 20, 47), ((1, 32), (40, 96), (130, 320), (70, 1184))
     ):
         weight, x = rounded(torch.randn(outputs, inputs)), torch.randn(height, inputs)
         bias = torch.randn(outputs)
-        expected = torch.nn.functional.linear(
-            x.bfloat16().double(), weight.bfloat16().double(), bias.double()
-        )
+        if whole:
+            sides = whole_numbers(x), weight.double()
+        else:
+            sides = x.bfloat16().double(), weight.bfloat16().double()
+        expected = torch.nn.functional.linear(*sides, bias.double())
         got = Product(weight, bias, in_bfloat16=True)(x, None)
-        assert torch.allclose(got.double(), expected, atol=1e-4), (height, outputs)
+        # A tie may be rounded to the other of two 16-bit integers, which are 1e-4 apart.
+        close = 1e-3 if whole else 1e-4
+        assert torch.allclose(got.double(), expected, atol=close), (height, outputs)
 
 
-@NEEDS_BFLOAT16
+def multiplied_whole() -> bool:
+    """Tell whether 8-bit weights are multiplied as such: not where there is a matrix unit."""
+    return kernels.multiply_8bit() and not torch.cpu.get_capabilities().get("amx_bf16")
+
+
+NEEDS_WHOLE = pytest.mark.skipif(
+    not multiplied_whole(), reason="needs AVX512-VNNI, and no matrix unit"
+)
+
+
+@NEEDS_WHOLE
+@pytest.mark.parametrize("name", ["q8_0", "q4_1"])
+def test_whole_numbers_are_near_float32_and_do_not_depend_on_other_rows(name: str) -> None:
+    rounded, _ = FORMATS[name]
+    torch.manual_seed(6)
+    weight, x = rounded(torch.randn(130, 640)), torch.randn(47, 640)
+    x[:, 7] *= 300  # one input that is far larger spoils its own block only
+    product = Product(weight, None, in_bfloat16=True)
+    got = product(x, None)
+    exact = x.double() @ weight.double().T
+    scale = (x.double().abs() @ weight.double().abs().T).mean()
+    assert (got.double() - exact).abs().max() < 2e-4 * scale
+    assert (x.bfloat16().double() @ weight.bfloat16().double().T - exact).abs().max() > 2e-4 * scale
+    for height in (1, 2, 5, 8, 16, 17, 31):
+        assert torch.equal(product(x[:height], None), got[:height])
+
+
+@NEEDS_WHOLE
+def test_whole_numbers_of_rows_that_are_zero_tiny_or_not_finite() -> None:
+    weight = q8_0(torch.randn(40, 96))
+    x = torch.zeros(6, 96)
+    x[1, 40], x[2, 50], x[3] = torch.nan, -torch.inf, 1e-38
+    x[4] = torch.randn(96)
+    got = Product(weight, None, in_bfloat16=True)(x, None)
+    assert torch.equal(got[0], torch.zeros(40))
+    assert not got[1].isfinite().any()
+    assert not got[2].isfinite().any()
+    assert got[3].abs().max() < 1e-35
+    assert torch.allclose(got[4].double(), whole_numbers(x)[4] @ weight.double().T, atol=1e-4)
+
+
+@pytest.mark.usefixtures("in_pairs")
 def test_odd_numbers_of_inputs_in_bfloat16() -> None:
     torch.manual_seed(2)
     for inputs in (1, 7, 33, 101):
@@ -330,9 +420,11 @@ def test_a_bfloat16_model_computes_as_the_same_numbers_in_float32(arch: str) -> 
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="names processors of x86")
-@pytest.mark.parametrize("processor", ["x86-64", "x86-64-v3", "cooperlake"])
+@pytest.mark.parametrize(
+    "processor", ["x86-64", "x86-64-v3", "icelake-server", "cooperlake", "sapphirerapids"]
+)
 def test_the_source_is_whole_for_other_processors(tmp_path: Path, processor: str) -> None:
-    """Without vectors, without AVX-512, with bfloat16 but no matrix unit."""
+    """Without vectors, without AVX-512, with 8-bit, bfloat16 but no matrix unit, with all."""
     compiler = next(path for name in kernels.COMPILERS if (path := shutil.which(name)))
     flags = [flag.replace("native", processor) for flag in kernels.FLAGS if flag != "-O3"]
     command = [compiler, "-O1", *flags, "-Wl,--no-undefined", str(kernels.SOURCE), "-lm"]
@@ -360,7 +452,7 @@ def test_models_that_cannot_be_widened_are_refused() -> None:
 
 def test_bfloat16_is_refused_where_it_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "multiply_bfloat16", lambda: False)
-    with pytest.raises(InvalidInput, match="AVX512-BF16"):
+    with pytest.raises(InvalidInput, match="AVX512-VNNI"):
         LocalEngine(tiny_model("llama"), tiny_tokenizer(), in_bfloat16=True)
 
 

@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from data.errors import ModelUnavailable
+from serve.engine import processor
 from serve.engine.base_sources import place
 from serve.engine.base_spec import DTYPES, ModelSpec, find_spec, read_spec
 
@@ -165,9 +166,7 @@ def fingerprint(folder: Path) -> str:
 def resolve_dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
     """Turn a dtype name into torch's; "auto" is bfloat16 where it is fast, else float32.
 
-    bfloat16 without hardware for it is about four times slower than float32 on a CPU. Intel's
-    processors without AMX have the instruction and are no faster by it: products of bfloat16 ran at
-    half of float32's rate on a Xeon whose AMX was hidden (165 against 305 GFLOP/s).
+    bfloat16 without hardware for it is about four times slower than float32 on a CPU.
     """
     if isinstance(dtype, torch.dtype):
         return dtype
@@ -178,15 +177,8 @@ def resolve_dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
-        fast = device.type == "cpu" and _cpu_is_fast_in_bfloat16()
+        fast = device.type == "cpu" and processor.is_fast_in_bfloat16()
     return torch.bfloat16 if fast else torch.float32
-
-
-def _cpu_is_fast_in_bfloat16() -> bool:
-    able = torch.cpu.get_capabilities()
-    if able.get("amx_bf16"):
-        return True
-    return bool(able.get("avx512_bf16")) and "intel" not in str(able.get("cpu_name", "")).lower()
 
 
 def resolve_device(device: torch.device | str) -> torch.device:

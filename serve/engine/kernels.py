@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from serve.engine import processor
+
 FOLDER = Path(__file__).with_name("native")
 SOURCE = FOLDER / "kernels.c"
 COMPILERS = ("cc", "gcc", "clang")
@@ -90,7 +92,8 @@ class Product:
     """x [M, K] times a weight [N, K], transposed, by the kernels.
 
     Args:
-        in_bfloat16: Round both sides to bfloat16 first; sums stay float32.
+        in_bfloat16: Both sides may be rounded to bfloat16, or to something finer, as `Packed` says;
+            sums stay float32.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, in_bfloat16: bool = False):
@@ -179,14 +182,15 @@ class Packed:
     read two to four times faster, and nothing is lost.
 
     Args:
-        in_pairs: For products of bfloat16: two inputs side by side, and what has no smaller form is
-            rounded to bfloat16.
+        in_bfloat16: What has no smaller form is rounded to bfloat16. Where the processor gains by
+            it, two inputs lie side by side and rows are rounded too: to 16-bit integers beside
+            8-bit ones (AVX512-VNNI), else to bfloat16.
 
     Attributes:
         is_exact: Whether nothing was rounded.
     """
 
-    def __init__(self, weight: torch.Tensor, in_pairs: bool = False):
+    def __init__(self, weight: torch.Tensor, in_bfloat16: bool = False):
         self.num_outputs, self.num_inputs = weight.shape
         self.scale: torch.Tensor | None = None
         self.is_exact = True
@@ -199,12 +203,12 @@ class Packed:
             self.format, numbers = Q8_OFFSET if offset.any() else Q8, integers
             scales = [_panels(factor), *([_panels(offset)] if offset.any() else [])]
             self.scale = torch.stack(scales, dim=2).contiguous()
-        elif in_pairs:
+        elif in_bfloat16:
             self.format, numbers = BF16, small.view(torch.int16)
             self.is_exact = False
         else:
             self.format, numbers = F32, weight
-        if in_pairs:
+        if in_bfloat16 and (fast_in_bfloat16() or (self.scale is not None and multiply_8bit())):
             self.format += PAIRS - BF16
             numbers = _pairs(numbers)
         self.weight = _panels(numbers)
@@ -281,8 +285,24 @@ def usable(like: torch.Tensor | nn.Module) -> bool:
 
 
 def multiply_bfloat16() -> bool:
-    """Tell whether there are kernels here for products of bfloat16."""
-    return library() is not None and bool(library().multiplies_bfloat16())
+    """Tell whether engines may be asked for bfloat16 on this CPU: kernels gain by it."""
+    return fast_in_bfloat16() or multiply_8bit()
+
+
+def fast_in_bfloat16() -> bool:
+    """Tell whether there are kernels for products of bfloat16 here, faster than float32's."""
+    able = library() is not None and bool(library().multiplies_bfloat16())
+    return able and processor.is_fast_in_bfloat16()
+
+
+def multiply_8bit() -> bool:
+    """Tell whether there are kernels that multiply 8-bit weights as whole numbers."""
+    return library() is not None and bool(library().multiplies_integers())
+
+
+def is_8bit(weight: torch.Tensor) -> bool:
+    """Tell whether 8-bit integers, factors and offsets give a weight [N, K] exactly."""
+    return _as_q8(weight.float()) is not None
 
 
 def _compiled(compiler: str) -> Path:

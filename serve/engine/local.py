@@ -43,9 +43,9 @@ class LocalEngine:
         config: Limits; the defaults suit a small model.
         fingerprint: Of the base weights (`base_model.fingerprint`); adapters trained on another
             base are refused.
-        in_bfloat16: Round both sides of matrix products to bfloat16, and hold adapters, keys and
-            values in it; sums, attention and norms are float32. For a model on a CPU whose kernels
-            multiply bfloat16, see `widened.suits`.
+        in_bfloat16: Round both sides of matrix products to bfloat16 or finer, and hold adapters,
+            keys and values in it; sums, attention and norms are float32. For a model on a CPU whose
+            kernels multiply so, see `widened.suits`.
 
     Raises:
         ModelUnavailable: The model's architecture cannot be served.
@@ -63,8 +63,8 @@ class LocalEngine:
     ):
         if in_bfloat16 and not widened.suits(model):
             raise InvalidInput(
-                f"Products in bfloat16 are for models on a CPU with AVX512-BF16 and a C compiler; "
-                f"this one is {type(model).__name__}, {model.dtype} on {model.device.type}.",
+                f"Products in bfloat16 are for models on a CPU with AVX512-BF16 or AVX512-VNNI "
+                f"and a C compiler; this one is {type(model).__name__}, {model.dtype} on {model.device.type}.",
                 param="in_bfloat16",
             )
         self.config = config or EngineConfig()
@@ -106,16 +106,20 @@ class LocalEngine:
         """Make an engine on a fetched base model; `start` it, or use it as a context.
 
         Where the kernels multiply bfloat16, that dtype on a CPU means float32 everywhere but in
-        matrix products: more exact than a bfloat16 model, and several times faster.
+        matrix products: more exact than a bfloat16 model, and several times faster. "auto" is that
+        too for a base of 8-bit weights where they are multiplied as whole numbers.
 
         Raises:
             ModelUnavailable: See `base_model.load`, and above.
         """
         device = base_model.resolve_device(device)
-        dtype = base_model.resolve_dtype(dtype, device)
-        products_only = dtype is torch.bfloat16 and device.type == "cpu"
+        resolved = base_model.resolve_dtype(dtype, device)
+        products_only = resolved is torch.bfloat16 and device.type == "cpu"
         in_bfloat16 = products_only and kernels.multiply_bfloat16()
-        model, tokenizer = base_model.load(folder, torch.float32 if in_bfloat16 else dtype, device)
+        loaded = torch.float32 if in_bfloat16 else resolved
+        model, tokenizer = base_model.load(folder, loaded, device)
+        if dtype == "auto" and loaded is torch.float32:
+            in_bfloat16 = in_bfloat16 or widened.gains(model)
         return cls(model, tokenizer, config, fingerprint, in_bfloat16)
 
     def start(self) -> Self:

@@ -24,6 +24,18 @@ def suits(model: PreTrainedModel) -> bool:
     return model.dtype == torch.bfloat16 and all(map(_follows, model.modules()))
 
 
+def gains(model: PreTrainedModel) -> bool:
+    """Tell whether a float32 model's weights are 8-bit integers that are multiplied as such here.
+
+    The first matrix of the first layer stands for all.
+    """
+    if not (suits(model) and kernels.multiply_8bit()):
+        return False
+    linears = (module for module in model.modules() if isinstance(module, nn.Linear))
+    first = next(linears, None)
+    return first is not None and kernels.is_8bit(first.weight.data)
+
+
 def widened(model: PreTrainedModel) -> RemovableHandle | None:
     """Have a bfloat16 model's embedding give float32, until the handle is removed."""
     if model.dtype == torch.float32:

@@ -7,21 +7,26 @@
  *
  * Products of bfloat16, where the processor has them, round both sides to bfloat16 first and sum in
  * float32. Their panels hold two inputs side by side, [panels][K/2][16][2], bfloat16 or 8-bit.
+ * Products of whole numbers (integers.h) read the same panels of 8-bit pairs.
  */
 #pragma once
-#include "base.h"
+#include "integers.h"
 
 #define BLOCK 32 /* inputs that share a factor */
 
-enum { F32, BF16, Q8, Q8_OFFSET, PAIRS, PAIRS_Q8, PAIRS_Q8_OFFSET };
+/* The last two are those before them, multiplied as whole numbers. */
+enum { F32, BF16, Q8, Q8_OFFSET, PAIRS, PAIRS_Q8, PAIRS_Q8_OFFSET, INTEGERS, INTEGERS_OFFSET };
 
 /* ---- numbers of a panel ---- */
 
 INLINE int is_pairs(int format) { return format >= PAIRS; }
 INLINE int is_q8(int format) {
-    return format == Q8 || format == Q8_OFFSET || format == PAIRS_Q8 || format == PAIRS_Q8_OFFSET;
+    return format == Q8 || format == Q8_OFFSET || format >= PAIRS_Q8;
 }
-INLINE int has_offset(int format) { return format == Q8_OFFSET || format == PAIRS_Q8_OFFSET; }
+INLINE int is_whole(int format) { return format >= INTEGERS; }
+INLINE int has_offset(int format) {
+    return format == Q8_OFFSET || format == PAIRS_Q8_OFFSET || format == INTEGERS_OFFSET;
+}
 
 /* Steps along the inputs: of one, or of two where they are pairs. */
 INLINE int64_t steps_of(int64_t K, int format) { return is_pairs(format) ? (K + 1) / 2 : K; }
@@ -126,6 +131,7 @@ typedef struct {
     const char *ahead;  /* what is multiplied next, read into the cache meanwhile; or NULL */
     int64_t ahead_step, ahead_apart; /* bytes of a step, and from one panel to the next */
     const float *scale; /* of the first panel's first block; panels `blocks` from one to the next */
+    const float *factor, *sum; /* of whole numbers: [blocks][tall] of the rows of x */
     int64_t steps, apart, blocks;
     int64_t rows, column, N;
     float *y;          /* [rows, N] */
@@ -165,8 +171,39 @@ INLINE void store(const Tile *t, int tall, int panels, const vec *acc) {
     }
 }
 
+#if HAS_INTEGERS
+/* The same as `tile`, block by block. */
+INLINE void whole_tile(const Tile *t, const int tall, const int panels, const int format, vec *acc) {
+    const int64_t apart = t->apart * step_bytes(format), steps = BLOCK / 2;
+    for (int64_t b = 0; b * steps < t->steps; b++) {
+        __m512i sums[24];
+        if (t->ahead && tall > 1)
+            for (int p = 0; p < panels; p++)
+                for (int64_t k = b * steps; k < (b + 1) * steps; k++)
+                    __builtin_prefetch(t->ahead + p * t->ahead_apart + k * t->ahead_step, 0, 3);
+        sum_block((const int32_t *)t->xt + b * steps * tall, t->weight + b * steps * step_bytes(format),
+                  apart, tall, panels, sums);
+        __asm__ volatile("" : : "r"(sums) : "memory"); /* they leave the registers here, once */
+        for (int p = 0; p < panels; p++) {
+            const vec *place = (const vec *)t->scale + (p * t->blocks + b) * (1 + has_offset(format));
+            for (int m = 0; m < tall; m++) {
+                vec *sum = &acc[p * tall + m];
+                *sum += (vec)_mm512_cvtepi32_ps(sums[p * tall + m]) * (place[0] * t->factor[b * tall + m]);
+                if (has_offset(format)) *sum += place[1] * t->sum[b * tall + m];
+            }
+        }
+    }
+}
+#endif
+
 /* acc[panels][tall] += xt' * weight; `tall`, `panels` and `format` are constants after inlining. */
 INLINE void tile(const Tile *t, const int tall, const int panels, const int format, vec *acc) {
+#if HAS_INTEGERS
+    if (is_whole(format)) {
+        whole_tile(t, tall, panels, format, acc);
+        return;
+    }
+#endif
     const float *xt = t->xt;
     const char *weight = t->weight, *ahead = t->ahead;
     const int64_t steps = t->steps, apart = t->apart;
@@ -212,6 +249,13 @@ INLINE void tile(const Tile *t, const int tall, const int panels, const int form
 #else
 #define RUN_PAIRS(HEIGHT, PANELS)
 #endif
+#if HAS_INTEGERS
+#define RUN_INTEGERS(HEIGHT, PANELS)                                                              \
+    RUN_FORMAT(HEIGHT, PANELS, INTEGERS)                                                          \
+    RUN_FORMAT(HEIGHT, PANELS, INTEGERS_OFFSET)
+#else
+#define RUN_INTEGERS(HEIGHT, PANELS)
+#endif
 #define SHAPE(HEIGHT, PANELS)                                                                     \
     static void tile_##HEIGHT##_##PANELS(const Tile *t, int format) {                             \
         vec acc[HEIGHT * PANELS];                                                                 \
@@ -222,6 +266,7 @@ INLINE void tile(const Tile *t, const int tall, const int panels, const int form
             RUN_FORMAT(HEIGHT, PANELS, Q8)                                                        \
             RUN_FORMAT(HEIGHT, PANELS, Q8_OFFSET)                                                 \
             RUN_PAIRS(HEIGHT, PANELS)                                                             \
+            RUN_INTEGERS(HEIGHT, PANELS)                                                          \
         }                                                                                         \
         store(t, HEIGHT, PANELS, acc);                                                            \
     }

@@ -45,6 +45,7 @@ typedef struct {
     int64_t M;
     float *y, *xt, *products;
     int tall, group, unpacks, by_unit;
+    int format; /* the product's, or that of whole numbers */
     int64_t tiles, panels, groups;
     atomic_long next[3];
     atomic_int failed;
@@ -60,6 +61,11 @@ static int uses_unit(const Product *P) {
 #endif
 }
 
+/* Whether a product is one of whole numbers. */
+static int uses_integers(const Product *P) {
+    return HAS_INTEGERS && is_q8(P->format) && is_pairs(P->format) && !uses_unit(P);
+}
+
 static Multiplication multiplication(const Product *P, const Adapters *A, const float *x, int64_t M,
                                      float *y) {
     Multiplication w = {.P = P, .x = x, .M = M, .y = y};
@@ -68,17 +74,28 @@ static Multiplication multiplication(const Product *P, const Adapters *A, const 
     w.group = w.tall == 1 ? together(1) : GROUP;
     w.by_unit = uses_unit(P);
     if (w.by_unit) w.tall = !few ? UNIT_ROWS : M ? M : 1, w.group = UNIT_PANELS;
+    w.format = uses_integers(P) ? P->format - PAIRS_Q8 + INTEGERS : P->format;
     w.panels = (P->N + LANES - 1) / LANES;
     w.groups = (w.panels + w.group - 1) / w.group;
     w.tiles = (M + w.tall - 1) / w.tall;
-    w.unpacks = (!few || w.by_unit) && P->format != F32 && P->format != PAIRS;
+    w.unpacks = (!few || w.by_unit) && w.format != F32 && w.format != PAIRS && !is_whole(w.format);
     w.A = A && P->siblings && A->most ? A : NULL;
     return w;
 }
 
 /* Floats of `xt`, `products` and a thread's unpacked weights. */
+static int64_t placed_floats(const Multiplication *w) {
+    return w->tiles * w->tall * steps_of(w->P->K, w->format);
+}
 static int64_t xt_floats(const Multiplication *w) {
-    return w->tiles * w->tall * steps_of(w->P->K, w->P->format);
+    return placed_floats(w) + (is_whole(w->format) ? 2 * w->tiles * w->tall * w->P->K / BLOCK : 0);
+}
+/* Of whole numbers: the factors [tiles][blocks][tall] of the rows, and behind them the sums. */
+static float *row_factors(const Multiplication *w, int64_t tile, int64_t block) {
+    return w->xt + placed_floats(w) + (tile * (w->P->K / BLOCK) + block) * w->tall;
+}
+static float *row_sums(const Multiplication *w, int64_t tile, int64_t block) {
+    return row_factors(w, w->tiles + tile, block);
 }
 static int64_t products_floats(const Multiplication *w) {
     return w->A ? w->A->num_tokens * w->P->siblings * w->A->most : 0;
@@ -104,8 +121,17 @@ INLINE void transpose(vec r[16]) {
     for (int i = 0; i < 8; i++) SWAP(2 * i, 2 * i + 1, ONES, OTHER_ONES);
 }
 
-/* 16 steps of a row. */
-INLINE vec steps_at(const float *row, int64_t step, int pairs) {
+/* 16 steps of row m of a tile. */
+INLINE vec steps_at(const Multiplication *w, int64_t tile, int64_t m, int64_t step) {
+    const float *row = w->x + (tile * w->tall + m) * w->P->K;
+    const int pairs = is_pairs(w->format);
+#if HAS_INTEGERS
+    if (is_whole(w->format)) {
+        const int64_t block = step / (BLOCK / 2);
+        float *sum = has_offset(w->format) ? row_sums(w, tile, block) + m : NULL;
+        return whole_inputs(row + 2 * step, row_factors(w, tile, block) + m, sum);
+    }
+#endif
 #ifdef __AVX512BF16__
     if (pairs) {
         const float *first = row + 2 * step;
@@ -119,13 +145,17 @@ INLINE vec steps_at(const float *row, int64_t step, int pairs) {
 /* One step of a row of K. */
 INLINE float step_at(const float *row, int64_t K, int64_t step, int pairs) {
     if (!pairs) return row[step];
-    float two[2 * LANES] = {row[2 * step], 2 * step + 1 < K ? row[2 * step + 1] : 0};
-    return steps_at(two, 0, pairs)[0];
+#ifdef __AVX512BF16__
+    const __m512 two = {row[2 * step], 2 * step + 1 < K ? row[2 * step + 1] : 0};
+    return ((vec)_mm512_cvtne2ps_pbh(two, two))[0];
+#else
+    return 0; /* there are no pairs of bfloat16 here */
+#endif
 }
 
 static void place_strip(const Multiplication *w, int64_t tile, int64_t from, int64_t to) {
-    const int64_t K = w->P->K, steps = steps_of(K, w->P->format), first = tile * w->tall;
-    const int tall = w->tall, pairs = is_pairs(w->P->format);
+    const int64_t K = w->P->K, steps = steps_of(K, w->format), first = tile * w->tall;
+    const int tall = w->tall, pairs = is_pairs(w->format);
     const int64_t rows = w->M - first < tall ? w->M - first : tall;
     const float *x = w->x + first * K;
     float *out = w->xt + first * steps;
@@ -140,6 +170,14 @@ static void place_strip(const Multiplication *w, int64_t tile, int64_t from, int
         return;
     }
 #endif
+    if (is_whole(w->format) && (tall < 8 || to - from < STRIP)) {
+        for (int64_t m = 0; m < tall; m++)
+            for (int64_t s = from; s < to; s += LANES) {
+                const vec r = m < rows ? steps_at(w, tile, m, s) : (vec){0};
+                for (int64_t i = 0; i < LANES; i++) out[(s + i) * tall + m] = r[i];
+            }
+        return;
+    }
     if (tall < 8 || to - from < STRIP || to * (1 + pairs) > K) {
         for (int64_t m = 0; m < tall; m++)
             for (int64_t s = from; s < to; s++)
@@ -150,7 +188,7 @@ static void place_strip(const Multiplication *w, int64_t tile, int64_t from, int
         vec r[LANES];
         for (int m = 0; m < LANES; m++) {
             const int64_t step = from + (tall == LANES ? block : m / 8) * LANES;
-            r[m] = m % tall < rows ? steps_at(x + m % tall * K, step, pairs) : (vec){0};
+            r[m] = m % tall < rows ? steps_at(w, tile, m % tall, step) : (vec){0};
         }
         transpose(r);
         float *place = out + (from + block * LANES) * tall;
@@ -170,7 +208,7 @@ static void place_strip(const Multiplication *w, int64_t tile, int64_t from, int
  * of work is a stretch of the inputs of all rows of a tile: threads that shared the lines of one
  * would take longer to pass them to and fro than the product takes. */
 static void place_rows(Multiplication *w, int parts) {
-    const int64_t steps = steps_of(w->P->K, w->P->format), strips = (steps + STRIP - 1) / STRIP;
+    const int64_t steps = steps_of(w->P->K, w->format), strips = (steps + STRIP - 1) / STRIP;
     const int64_t total = w->tiles * strips;
     int64_t from, to;
     while (take(&w->next[0], piece_of(total, parts), total, &from, &to))
@@ -191,8 +229,8 @@ static const float *scale_of(const Product *P, const float *scales, int64_t bloc
 static void multiply_group(Multiplication *w, int64_t g, float *plain) {
     const Product *P = w->P;
     const int64_t panel = g * w->group, left = w->panels - panel, bytes = step_bytes(P->format);
-    const int64_t steps = steps_of(P->K, P->format), blocks = (P->K + BLOCK - 1) / BLOCK;
-    const int64_t stretch = w->tall == 1 ? steps : steps_of(STRETCH, P->format);
+    const int64_t steps = steps_of(P->K, w->format), blocks = (P->K + BLOCK - 1) / BLOCK;
+    const int64_t stretch = w->tall == 1 ? steps : steps_of(STRETCH, w->format);
     const int some = left < w->group ? (int)left : w->group, width = together(w->tall);
     const char *weights = (const char *)P->weight + panel * steps * bytes;
     const float *scales = P->scale ? P->scale + panel * scale_floats(P->K, P->format) : NULL;
@@ -210,6 +248,8 @@ static void multiply_group(Multiplication *w, int64_t g, float *plain) {
                 panels = some - p < width ? 1 : width;
                 t.rows = w->M - i * w->tall < w->tall ? w->M - i * w->tall : w->tall;
                 t.xt = w->xt + i * w->tall * steps + from * w->tall;
+                if (is_whole(w->format))
+                    t.factor = row_factors(w, i, block), t.sum = row_sums(w, i, block);
                 t.y = w->y + i * w->tall * P->N, t.column = (panel + p) * LANES;
                 t.ahead = i ? NULL : p + panels < some && !plain
                     ? weights + ((p + panels) * steps + from) * bytes : next;
@@ -219,7 +259,7 @@ static void multiply_group(Multiplication *w, int64_t g, float *plain) {
                 } else {
                     t.weight = weights + (p * steps + from) * bytes, t.apart = steps;
                     t.scale = scale_of(P, scales, p * blocks + block);
-                    multiply_tile(&t, w->tall, panels, P->format);
+                    multiply_tile(&t, w->tall, panels, w->format);
                 }
             }
     }
@@ -416,6 +456,9 @@ int multiply(const Product *P, const Adapters *A, const float *x, int64_t M, flo
     share(multiply_part, &w, threads);
     return atomic_load(&w.failed);
 }
+
+/* Whether 8-bit weights are multiplied as whole numbers here. */
+int multiplies_integers(void) { return HAS_INTEGERS; }
 
 /* Whether this processor multiplies bfloat16. */
 int multiplies_bfloat16(void) {
