@@ -64,7 +64,8 @@ class LocalEngine:
         if in_bfloat16 and not widened.suits(model):
             raise InvalidInput(
                 f"Products in bfloat16 are for models on a CPU with AVX512-BF16 or AVX512-VNNI "
-                f"and a C compiler; this one is {type(model).__name__}, {model.dtype} on {model.device.type}.",
+                f"and a C compiler; this one is {type(model).__name__}, {model.dtype} on "
+                f"{model.device.type}.",
                 param="in_bfloat16",
             )
         self.config = config or EngineConfig()
