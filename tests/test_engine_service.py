@@ -288,7 +288,7 @@ def test_closing_tells_everyone() -> None:
 
 
 def test_what_it_says_of_itself(engine: LocalEngine) -> None:
-    assert engine.fingerprint == "base-0+engine2.float32"
+    assert engine.fingerprint == "base-0+engine3.float32"
     assert engine.eos_token_ids == {EOS_ID}
     assert engine.max_context == 512
     stats = engine.stats()

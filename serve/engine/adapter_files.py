@@ -88,8 +88,9 @@ def read_adapter(
         config, tensors = dict(ref.config), dict(ref.tensors)
     _check_config(folder / CONFIG_FILE, config)
     halves = _match(folder, tensors, sites)
+    path = folder / WEIGHTS_FILE
     weights = {
-        site: _check_site(folder, site, sites[site], pair, config) for site, pair in halves.items()
+        site: _check_site(path, site, sites[site], pair, config) for site, pair in halves.items()
     }
     _check_complete(folder, config, sites, weights)
     return LoadedAdapter(ref.digest, weights)
@@ -167,7 +168,7 @@ def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
             raise _refuse(folder, reason, "pickle")
         raise _refuse(path, "is missing; publish the adapter again", "missing")
     try:
-        return load_file(path)
+        return load_file(path, backend="pread")  # a mapping would change with its file
     except (SafetensorError, OSError, ValueError) as error:
         reason = f"is truncated or not safetensors ({error}); publish the adapter again"
         raise _refuse(path, reason, "truncated") from error
@@ -207,13 +208,12 @@ def _fits_kind(place: re.Match[str], module: nn.Module) -> bool:
 
 
 def _check_site(
-    folder: Path,
+    path: Path,
     site: str,
     module: nn.Module,
     pair: dict[str, torch.Tensor],
     config: dict[str, Any],
 ) -> Weights:
-    path = folder / WEIGHTS_FILE
     base = pair.pop("base_layer", None)
     weight: torch.Tensor = module.weight  # type: ignore[assignment]
     if base is not None and not _same(base, weight):
@@ -235,10 +235,9 @@ def _check_site(
             raise _refuse(path, reason, "not_finite")
     alpha = _by_pattern(config.get("alpha_pattern"), site, config["lora_alpha"])
     scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    weights = Weights(  # copies: a file that changes under its mapping must not change these
-        pair["A"].to(weight.dtype, copy=True).contiguous(),
-        (pair["B"].T.float() * scaling).to(weight.dtype).contiguous(),
-    )
+    scaled = torch.empty(rank, outputs)  # written once, and in its final order
+    torch.mul(pair["B"].T.float(), scaling, out=scaled)
+    weights = Weights(pair["A"].to(weight.dtype).contiguous(), scaled.to(weight.dtype))
     if not (_is_finite(weights.a) and _is_finite(weights.b)):
         for half, tensor in pair.items():
             if not _is_finite(tensor):

@@ -31,7 +31,7 @@ from serve.engine.sequence import Stream
 
 __all__ = ["EngineConfig", "LocalEngine"]
 
-ENGINE_VERSION = 2  # of what it computes: change it when the same request may answer differently
+ENGINE_VERSION = 3  # of what it computes: change it when the same request may answer differently
 
 
 class LocalEngine:

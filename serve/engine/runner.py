@@ -27,7 +27,7 @@ from serve.engine.projections import Projections, noting_siblings
 from serve.engine.scheduler import Work
 from serve.engine.widened import widened
 
-PROBE_TOKENS = 6
+PROBE_TOKENS = 4  # what one tile of the kernels takes
 TOLERANCE, TOLERANCE_BFLOAT16 = 1e-4, 0.05  # of the logits' norm, at most tokens
 POSITION_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx")
 SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
@@ -114,7 +114,10 @@ class ModelRunner:
 
     def run(self, works: Sequence[Work]) -> StepLogits:
         """Compute the next tokens of every work; keys and values go to the cache."""
-        ordered, groups = (list(works), []) if self._native else self._arrange(works)
+        if self._native:  # the kernels read an adapter once for neighbours that share it
+            ordered, groups = sorted(works, key=lambda work: work.stream.variant or ""), []
+        else:
+            ordered, groups = self._arrange(works)
         parts: list[Part] = []
         ids: list[int] = []
         keep: list[int] = []
