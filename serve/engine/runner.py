@@ -114,8 +114,9 @@ class ModelRunner:
 
     def run(self, works: Sequence[Work]) -> StepLogits:
         """Compute the next tokens of every work; keys and values go to the cache."""
+        groups: list[Group | Singles] = []
         if self._native:  # the kernels read an adapter once for neighbours that share it
-            ordered, groups = sorted(works, key=lambda work: work.stream.variant or ""), []
+            ordered = sorted(works, key=lambda work: work.stream.variant or "")
         else:
             ordered, groups = self._arrange(works)
         parts: list[Part] = []
