@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--policies", nargs="*", choices=POLICIES, default=list(POLICIES))
     parser.add_argument("--train-pairs", type=int, help="at most, drawn by seed 0; default: all")
     parser.add_argument("--test-pairs", type=int, help="at most; default: all")
+    parser.add_argument("--policy-rows", type=int, help="that policies learn from; default: all")
     parser.add_argument("--max-length", type=int, default=512, help="tokens of prompt and answer")
     parser.add_argument("--num-epochs", type=int, default=1, help="of a reward model")
     parser.add_argument("--ppo-updates", type=int, default=30)
@@ -158,8 +159,9 @@ def reward_model(given: argparse.Namespace, name: str, swapped: bool = False) ->
 def policies(given: argparse.Namespace) -> dict[str, Any]:
     """Train SFT and what starts from it, and compare their answers to the test prompts."""
     name = given.policy_set
-    pairs = given.out / f"{name}-train.jsonl"
-    rows = read(pairs)
+    pairs = given.out / f"{name}-policy.jsonl"
+    rows = read(given.out / f"{name}-train.jsonl")[: given.policy_rows]
+    write(pairs, rows)
     chats = [{"messages": [*row["prompt"], *row["chosen"]]} for row in rows]
     asked = [
         {"messages": [*row["prompt"], *row["chosen"]]}
