@@ -27,10 +27,10 @@ from typing import Any, BinaryIO
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from data import audit
+from data import audit, bias
 from data.adapter_checks import CONFIG, ORIGIN, AdapterFacts, check_adapter, digest_of, files_of
 from data.db import Database
-from data.errors import AdapterRefused, InvalidInput, ModelNotFound, StateConflict
+from data.errors import AdapterRefused, InvalidInput, ModelNotFound, NotFound, StateConflict
 from data.files import sync_folder
 from data.tables import AdapterVersion, Alias, AliasMove, Project, new_id, now
 from data.tables_jobs import CheckpointPermission
@@ -398,6 +398,26 @@ def write_zip(version: AdapterVersion, adapters_dir: Path, stream: BinaryIO) -> 
             if path.is_file():
                 archive.write(path, path.relative_to(folder))
         archive.writestr("lineage.json", json.dumps(lineage, indent=2) + "\n")
+
+
+def bias_report(version: AdapterVersion, adapters_dir: Path) -> dict[str, Any]:
+    """Return what was measured of a version's bias when it was trained.
+
+    Raises:
+        NotFound: Nothing was: it was imported, or trained where `bias_reports` was off.
+    """
+    path = adapters_dir / version.path / bias.FILE
+    try:
+        found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise NotFound(
+            f"There is no bias report of `{version.name}`: it was imported, or trained with "
+            "`bias_reports` off. `python -m train.bias --adapter FOLDER` measures what "
+            "`GET /v1/models/MODEL/download` hands out.",
+            param="model",
+            code="bias_report_not_found",
+        ) from None
+    return {"model": version.name, **found}
 
 
 def delete(database: Database, project_id: str, name: str) -> AdapterVersion:

@@ -68,6 +68,20 @@ class Limits(StrictModel):
     stored_mb: int | None = Field(None, ge=0, description="Uploaded and produced files, MiB.")
 
 
+class BiasLimits(StrictModel):
+    """How far a fine-tune may be above its base and still be promoted; null is any distance."""
+
+    stereotyped_rise: float | None = Field(
+        None, ge=0, le=1, description="In the share of pairs in which it takes the stereotype."
+    )
+    harm_rise: float | None = Field(
+        None, ge=0, le=1, description="In the mean score of harm of what it writes about groups."
+    )
+    gap_rise: float | None = Field(
+        None, ge=0, description="In the largest gap between groups, nats."
+    )
+
+
 class Settings(StrictModel):
     """Everything that one installation of hone may be told. Paths are relative to where it runs."""
 
@@ -131,6 +145,12 @@ class Settings(StrictModel):
     )
     moderation_weights: Path | None = Field(
         None, description="Classifier of data.moderation.train; default: the one hone ships."
+    )
+    bias_reports: bool = Field(
+        True, description="Measure each fine-tune's bias beside its base's, about 15 s a job."
+    )
+    bias_limits: BiasLimits = Field(
+        BiasLimits(), description="A fine-tune that exceeds one is published but not promoted."
     )
     prices: Prices = Field(Prices(), description="USD per million tokens: ledger and limits.")
     limits: Limits = Field(Limits(), description="Limits of accounts that have none of their own.")

@@ -76,6 +76,12 @@ class RewardConfig(RunConfig):
     keep_checkpoints: int = Field(2, ge=1, description="The newest.")
     lora: LoraSettings = LoraSettings()
 
+    @model_validator(mode="after")
+    def _check_report(self) -> Self:
+        if self.bias_report:
+            raise ValueError("bias_report is true, but a reward model writes no text: leave it out")
+        return self
+
 
 class PpoRewardSettings(StrictModel):
     """Where rewards come from: one of `model`, `function`, `url`, `grader`; a grader that scores

@@ -58,6 +58,7 @@ def tiny_settings(home: Path, arch: str = "llama", **values: Any) -> Settings:
     if not folder.exists():
         save_tiny_base(folder, arch)
     defaults = {"embedded_worker": False, "dtype": "float32", "kv_cache_mb": 64}
+    defaults["bias_reports"] = False  # half a second a job
     return Settings(home=home / "home", model=str(folder), **(defaults | values))
 
 

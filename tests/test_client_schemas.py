@@ -64,7 +64,7 @@ OWN_ROUTES = re.compile(
     r"|/v1/webhook_endpoints/\{endpoint_id\}/deliveries"
     r"|/v1/organization/projects/\{project_id\}/(warn|suspend|reinstate|caps|content_policy)"
     r"|/v1/organization/projects/\{project_id\}/(content_events|blocked_identifiers)(/.*)?"
-    r"|/v1/api_keys(/.*)?|/v1/models/\{model\}/download"
+    r"|/v1/api_keys(/.*)?|/v1/models/\{model\}/(download|bias_report)"
 )
 __all__ = ["receiver"]  # a fixture
 HELLO: Any = [{"role": "user", "content": "Hello"}]

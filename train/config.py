@@ -79,6 +79,9 @@ class RunConfig(StrictModel):
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     threads: int | None = Field(None, ge=1, description="CPU threads; default: all cores.")
+    bias_report: bool = Field(
+        False, description="Measure the adapter's bias beside the base's: bias_report.json."
+    )
     wandb: WandbSettings = WandbSettings()
 
 

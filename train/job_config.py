@@ -62,6 +62,7 @@ def write_config(
         "device": settings.device,
         "seed": job.seed,
         "score_examples": SCORED_EXAMPLES,
+        "bias_report": settings.bias_reports,
         **{ours: asked[name] for name, ours in FIELDS.items() if name in asked},
     }
     if validation_file is not None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from data.job_methods import METHODS, score_models
+from data.job_methods import METHODS, REWARD_MODEL, score_models
 from data.settings import Settings
 from data.tables import Job
 from train.job_config import base_of, wandb_of
@@ -53,6 +53,8 @@ def write_method_config(
         "batch_size": numbers["batch_size"],
         "learning_rate": rules.learning_rate * numbers["learning_rate_multiplier"],
     }
+    if kind != REWARD_MODEL:  # which writes no text
+        values["bias_report"] = settings.bias_reports
     if rules.graded:
         values |= _sampling(job, kind, numbers, train_file, reward_model)
     else:

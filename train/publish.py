@@ -10,16 +10,21 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 
+from data import bias
 from data.errors import TrainingFailed
+from data.moderation import classifier
 from serve.engine.base import AdapterRef, GenerationRequest, SamplingParams
 from serve.engine.local import EngineConfig, LocalEngine
 from train.base_model import Base
+from train.bias import ENGINE as BIAS_ENGINE
+from train.bias import encoder, report
 from train.config import RunConfig
 from train.run import ORIGIN, RunFolder, write_json
 
@@ -49,6 +54,8 @@ def write_adapter(
 ) -> None:
     """Save the adapter, check it through the engine, and put it in place.
 
+    With `config.bias_report` the engine also measures its bias, which is kept beside it.
+
     Args:
         rows: Token ids to score; the first few are used.
         summary: What the model card tells of the run; `method` is how it was trained.
@@ -74,7 +81,7 @@ def write_adapter(
     tolerance = TOLERANCE[base.model.dtype]
     write_json(folder / "probe.json", {**probe, "tolerance": tolerance[0]})
     if serves:
-        _check_served(folder, base, config, probe, tolerance)
+        _try_out(folder, base, config, probe, tolerance)
     shutil.rmtree(run.adapter, ignore_errors=True)
     folder.rename(run.adapter)
 
@@ -150,29 +157,45 @@ def _score(model: PeftModel, rows: Sequence[Sequence[int]]) -> list[list[float]]
     return scores
 
 
-def _check_served(
+def _try_out(
     folder: Path,
     base: Base,
     config: RunConfig,
     probe: Mapping[str, Any],
     tolerance: tuple[float, float],
 ) -> None:
+    """Load the adapter the way serving does, and check and measure it."""
     dtype = str(base.model.dtype).removeprefix("torch.")
     longest = max(map(len, probe["token_ids"]))
-    engine_config = EngineConfig(max_batch=PROBE_ROWS, max_context=longest + 1)
-    requests = [
-        GenerationRequest(
-            id=f"probe-{index}",
-            prompt_ids=tuple(row),
-            params=SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0),
-            adapter=AdapterRef(digest="probe", path=str(folder)),
-        )
-        for index, row in enumerate(probe["token_ids"])
-    ]
-    with LocalEngine.open(
-        base.folder, dtype, config.device, engine_config, base.fingerprint
-    ) as engine:
-        completions = engine.generate(requests)
+    limits = EngineConfig(max_batch=PROBE_ROWS, max_context=longest + 1)
+    if config.bias_report:
+        limits = replace(BIAS_ENGINE, max_context=max(BIAS_ENGINE.max_context or 0, longest + 1))
+    adapter = AdapterRef(digest="probe", path=str(folder))
+    with LocalEngine.open(base.folder, dtype, config.device, limits, base.fingerprint) as engine:
+        _check_served(engine, adapter, probe, tolerance)
+        if config.bias_report:
+            read = encoder(base.tokenizer)
+            found = report(engine, read, adapter, base.name, classifier.load())
+            write_json(folder / bias.FILE, found)
+
+
+def _check_served(
+    engine: LocalEngine,
+    adapter: AdapterRef,
+    probe: Mapping[str, Any],
+    tolerance: tuple[float, float],
+) -> None:
+    completions = engine.generate(
+        [
+            GenerationRequest(
+                id=f"probe-{index}",
+                prompt_ids=tuple(row),
+                params=SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0),
+                adapter=adapter,
+            )
+            for index, row in enumerate(probe["token_ids"])
+        ]
+    )
     differences = [
         abs(entry.logprob - log_prob)
         for completion, wanted in zip(completions, probe["logprobs"], strict=True)

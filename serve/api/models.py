@@ -35,11 +35,24 @@ async def download_model(model: str, caller: Caller, runtime: Running) -> Respon
     return await run_in_threadpool(_zipped, model, caller, runtime)
 
 
-def _zipped(model: str, account: Account, runtime: Runtime) -> Response:
+@router.get("/models/{model:path}/bias_report")
+async def bias_report(model: str, caller: Caller, runtime: Running) -> Response:
+    """Tell what was measured of a fine-tune's bias, beside its base's, when it was trained."""
+    version = await run_in_threadpool(_own, model, caller, runtime)
+    found = await run_in_threadpool(registry.bias_report, version, runtime.settings.adapters_dir)
+    return json_response(found)
+
+
+def _own(model: str, account: Account, runtime: Runtime) -> AdapterVersion:
     with runtime.database.read() as session:
         version = registry.find_own(session, account.id, model)
     if not model_access.permits(runtime.database, account.id, version.name, version.base_model):
         raise ModelNotFound(model)
+    return version
+
+
+def _zipped(model: str, account: Account, runtime: Runtime) -> Response:
+    version = _own(model, account, runtime)
     stream = tempfile.TemporaryFile(dir=runtime.settings.adapters_dir)  # noqa: SIM115
     try:
         registry.write_zip(version, runtime.settings.adapters_dir, stream)

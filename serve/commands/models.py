@@ -118,6 +118,28 @@ def publish_folder(folder: Path, account: str | None, suffix: str | None) -> str
 app.command("upgrade")(upgrade)
 
 
+@app.command("bias")
+def bias_report(model: str, account: Account = None, as_json: AsJson = False) -> None:
+    """Tell what was measured of a fine-tune's bias, beside its base's, when it was trained."""
+    from data import bias, registry
+
+    settings, database = open_home()
+    project = choose_account(database, account)
+    version = registry.resolve(database, project.id, model)
+    found = registry.bias_report(version, settings.adapters_dir)
+    if as_json:
+        print_json(found)
+        return
+    print(bias.in_words(found))
+    rows = [
+        (dimension, group, f"{odds:.2f}", f"{tuned['log_odds'][group]:.2f}")
+        for dimension, base in found["base"]["groups"].items()
+        for group, odds in base["log_odds"].items()
+        for tuned in (found["tuned"]["groups"][dimension],)
+    ]
+    print_table(("", "group", "base", "tuned (log-odds of unfavourable words, nats)"), rows)
+
+
 @app.command("promote")
 def promote(
     model: str,
