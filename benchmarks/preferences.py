@@ -30,6 +30,7 @@ ROOT = Path(__file__).parents[1]
 SETS = ("nlg_ratings", "qa_feedback", "ukp_convincing", "hh_helpful", "hh_harmless")
 POLICIES = ("dpo", "ppo")
 NEW_TOKENS = 64
+JUDGE_PAIRS = 200  # training pairs that the judge, which learned the test pairs, is judged on
 
 
 def main() -> None:
@@ -137,8 +138,11 @@ def environment() -> dict[str, str]:
 
 def reward_model(given: argparse.Namespace, name: str, swapped: bool = False) -> dict[str, Any]:
     """Train a set's reward model, or the judge that learns its test pairs; returns its card."""
-    parts = [given.out / f"{name}-{part}.jsonl" for part in ("train", "test")]
-    learned, held = parts[::-1] if swapped else parts
+    learned, held = (given.out / f"{name}-{part}.jsonl" for part in ("train", "test"))
+    if swapped:
+        checked = given.out / f"{name}-judge-test.jsonl"
+        write(checked, read(learned)[:JUDGE_PAIRS])
+        learned, held = held, checked
     folder = f"{'judge' if swapped else 'reward'}-{name}"
     settings = {
         "train_file": learned,
