@@ -40,6 +40,7 @@ class Filter:
     event_types: tuple[str, ...] = ()
     project_ids: tuple[str, ...] = ()
     actor_ids: tuple[str, ...] = ()
+    actor_emails: tuple[str, ...] = ()  # keys act here, which have none: any takes no entry
     resource_ids: tuple[str, ...] = ()
     at_least: int | None = None
     at_most: int | None = None
@@ -65,13 +66,23 @@ def record(
 
 
 def entries(
-    database: Database, wanted: Filter, limit: int, after: str | None = None
+    database: Database,
+    wanted: Filter,
+    limit: int,
+    after: str | None = None,
+    before: str | None = None,
 ) -> tuple[Sequence[AuditEntry], bool]:
-    """Return a page, newest first, and whether more follow.
+    """Return a page, newest first, and whether more follow in its direction.
+
+    Args:
+        after: Id of the entry that the page follows.
+        before: Id of the entry that the page comes right before: the previous page.
 
     Raises:
-        InvalidInput: `after` names no entry.
+        InvalidInput: `after` or `before` names no entry.
     """
+    if wanted.actor_emails:
+        return [], False
     query = select(AuditEntry)
     for column, values in (
         (AuditEntry.type, wanted.event_types),
@@ -87,9 +98,17 @@ def entries(
         query = query.where(AuditEntry.effective_at <= wanted.at_most)
     with database.read() as session:
         if after is not None:
-            seq = session.scalar(select(AuditEntry.seq).where(AuditEntry.id == after))
-            if seq is None:
-                raise InvalidInput(f"Invalid 'after': no entry {after}", param="after")
-            query = query.where(AuditEntry.seq < seq)
-        found = session.scalars(query.order_by(AuditEntry.seq.desc()).limit(limit + 1)).all()
-    return found[:limit], len(found) > limit
+            query = query.where(AuditEntry.seq < _place(session, "after", after))
+        if before is not None:
+            query = query.where(AuditEntry.seq > _place(session, "before", before))
+        order = AuditEntry.seq.desc() if before is None else AuditEntry.seq.asc()
+        found = session.scalars(query.order_by(order).limit(limit + 1)).all()
+    page = found[:limit]
+    return page if before is None else page[::-1], len(found) > limit
+
+
+def _place(session: Session, name: str, entry_id: str) -> int:
+    seq = session.scalar(select(AuditEntry.seq).where(AuditEntry.id == entry_id))
+    if seq is None:
+        raise InvalidInput(f"Invalid '{name}': no entry {entry_id}", param=name)
+    return seq

@@ -17,6 +17,7 @@ from data.tables import Job, Project, new_id, now
 from data.tables_accounts import SafetyCase
 
 MAX_REASON = 2000
+MAX_MESSAGE = 4000
 
 
 def warn(database: Database, project_id: str, reason: str) -> SafetyCase:
@@ -87,10 +88,67 @@ def reinstate(database: Database, project_id: str) -> Project:
 def find_case(database: Database, project_id: str | None, case_id: str) -> SafetyCase:
     """Return a case of an account, or any for None; raises NotFound."""
     with database.read() as session:
-        case = session.get(SafetyCase, case_id)
+        return _case_of(session, project_id, case_id)
+
+
+def _case_of(session: Session, project_id: str | None, case_id: str) -> SafetyCase:
+    case = session.get(SafetyCase, case_id)
     if case is None or project_id not in (None, case.project_id):
         raise NotFound(f"No such Case object: {case_id}", param="id")
     return case
+
+
+def appeal(database: Database, project_id: str, case_id: str, message: str) -> SafetyCase:
+    """Ask the operator to look at a case again; once, until it is answered.
+
+    Raises:
+        NotFound: The account has no such case.
+        StateConflict: The case is closed, or its appeal waits for an answer.
+        InvalidInput: The message is empty or too long.
+    """
+    _check(message, "message", MAX_MESSAGE, "Say why the case should be looked at again.")
+    with database.write() as session:
+        case = _case_of(session, project_id, case_id)
+        if case.closed_at is not None:
+            raise StateConflict(f"The case {case_id} is closed.", param="id")
+        if case.appeal is not None and case.appeal["answered_at"] is None:
+            raise StateConflict(f"The appeal to {case_id} waits for its answer.", param="id")
+        case.appeal = {
+            "message": message.strip(),
+            "created_at": now(),
+            "answer": None,
+            "answered_at": None,
+        }
+        audit.record(session, "case.appealed", case_id, project_id)
+    return case
+
+
+def answer_appeal(database: Database, case_id: str, message: str) -> SafetyCase:
+    """Answer an appeal; the account reads it. To reinstate the account is a call of its own.
+
+    Raises:
+        NotFound: There is no such case.
+        StateConflict: Nothing waits for an answer.
+        InvalidInput: The message is empty or too long.
+    """
+    _check(message, "message", MAX_MESSAGE, "The account reads it.")
+    with database.write() as session:
+        case = _case_of(session, None, case_id)
+        if case.appeal is None or case.appeal["answered_at"] is not None:
+            raise StateConflict(f"No appeal to the case {case_id} waits for an answer.", param="id")
+        case.appeal = {**case.appeal, "answer": message.strip(), "answered_at": now()}
+        audit.record(session, "case.answered", case_id, case.project_id)
+    return case
+
+
+def list_cases(database: Database, waiting: bool = False) -> list[SafetyCase]:
+    """Return all cases, newest first; `waiting`: only those whose appeal has no answer."""
+    query = select(SafetyCase).order_by(SafetyCase.created_at.desc(), SafetyCase.id)
+    with database.read() as session:
+        cases = session.scalars(query).all()
+    if not waiting:
+        return list(cases)
+    return [c for c in cases if c.appeal is not None and c.appeal["answered_at"] is None]
 
 
 def closed_accounts(database: Database) -> dict[str, Project]:
@@ -111,10 +169,12 @@ def _new_case(project_id: str, notice: str, reason: str) -> SafetyCase:
     )
 
 
-def _check(reason: str) -> None:
-    if not 0 < len(reason.strip()) <= MAX_REASON:
+def _check(
+    text: str, name: str = "reason", most: int = MAX_REASON, hint: str = "The account reads it."
+) -> None:
+    if not 0 < len(text.strip()) <= most:
         raise InvalidInput(
-            f"Invalid 'reason': expected 1 to {MAX_REASON} characters, but got {len(reason)}. The "
-            "account reads it.",
-            param="reason",
+            f"Invalid '{name}': expected 1 to {most} characters, but got {len(text.strip())}. "
+            f"{hint}",
+            param=name,
         )

@@ -63,6 +63,7 @@ class SafetyCase(Record):
     notice: Mapped[str] = mapped_column(String(16))  # warning, deactivation
     reason: Mapped[str]
     paused_jobs: Mapped[list[Any]]  # go on when the account does
+    appeal: Mapped[dict[str, Any] | None]  # message, created_at, answer, answered_at
     created_at: Mapped[int] = mapped_column(BigInteger, default=now)
     closed_at: Mapped[int | None] = mapped_column(BigInteger)
 

@@ -404,3 +404,63 @@ def test_the_throttle_counts_the_last_hour() -> None:
     with pytest.raises(RateLimited):
         throttle.admit("c", 101)
     throttle.admit("a", 3600.5)
+
+
+def test_a_suspended_account_appeals_and_reads_the_answer(server: Server) -> None:
+    project, key = server.new_account("appealing")
+    database = server.runtime.database
+    case = safety.suspend(database, project.id, "Spam.").id
+    path, http = f"/v1/safety/cases/{case}", server.http(key)
+    assert http.get(path).json()["appeal"] is None
+    for message in ("", "x" * 4001):
+        refused = http.post(f"{path}/appeal", json={"message": message})
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"] == "message"
+    made = http.post(f"{path}/appeal", json={"message": " It was a test. "}).json()
+    assert made["appeal"]["message"] == "It was a test."
+    assert made["appeal"]["answer"] is None
+    again = http.post(f"{path}/appeal", json={"message": "Hello?"})
+    assert again.status_code == 400
+    assert "waits for its answer" in again.json()["error"]["message"]
+    assert server.http().post(f"{path}/appeal", json={"message": "x"}).status_code == 404
+    _, admin_key = accounts.create_admin_key(database)
+    admin = server.http(admin_key)
+    waiting = admin.get("/v1/organization/safety_cases", params={"waiting": "true"}).json()
+    assert case in [entry["id"] for entry in waiting["data"]]
+    answer = f"/v1/organization/safety_cases/{case}/answer"
+    assert http.post(answer, json={"message": "x"}).status_code == 403
+    told = admin.post(answer, json={"message": "You may go on."}).json()
+    assert told["appeal"]["answer"] == "You may go on."
+    assert admin.post(answer, json={"message": "x"}).status_code == 400
+    assert http.get(path).json()["appeal"]["answered_at"] is not None
+    log = admin.get("/v1/organization/audit_logs", params={"resource_ids": case}).json()["data"]
+    assert [entry["type"] for entry in log] == ["case.answered", "case.appealed"]
+    safety.reinstate(database, project.id)
+    closed = http.post(f"{path}/appeal", json={"message": "x"})
+    assert closed.status_code == 400
+    assert "is closed" in closed.json()["error"]["message"]
+
+
+def test_the_audit_log_pages_backwards(server: Server) -> None:
+    database = server.runtime.database
+    _, admin_key = accounts.create_admin_key(database)
+    project, _ = server.new_account("paged")
+    for number in range(5):
+        safety.warn(database, project.id, f"Reason {number}.")
+    admin, path = server.http(admin_key), "/v1/organization/audit_logs"
+    wanted = {"project_ids": project.id, "event_types": "account.warned"}
+
+    def ids(**more: object) -> list[str]:
+        page = admin.get(path, params={**wanted, **more}).json()
+        return [entry["id"] for entry in page["data"]]
+
+    every = ids()
+    assert len(every) == 5
+    assert ids(after=every[1], limit=2) == every[2:4]
+    assert ids(before=every[4], limit=2) == every[2:4]
+    assert ids(before=every[1]) == every[:1]
+    assert ids(before=every[4], after=every[0]) == every[1:4]
+    assert ids(actor_emails="somebody@example.com") == []
+    refused = admin.get(path, params={"before": "audit_log-none"})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "before"

@@ -41,7 +41,7 @@ EXTENSIONS: dict[str, set[str]] = {
         "seed",
     },
     "ChatCompletionStoreMessage": {"name"},
-    "SafetyCase": {"closed_at", "paused_jobs"},
+    "SafetyCase": {"appeal", "closed_at", "paused_jobs"},
     "Project": {"slug"},
 }
 OF_THE_CLIENT = {"_request_id"}  # what it adds itself
@@ -65,6 +65,7 @@ OWN_ROUTES = re.compile(
     r"|/v1/organization/projects/\{project_id\}/(warn|suspend|reinstate|caps|content_policy)"
     r"|/v1/organization/projects/\{project_id\}/(content_events|blocked_identifiers)(/.*)?"
     r"|/v1/api_keys(/.*)?|/v1/models/\{model\}/(download|bias_report)"
+    r"|/v1/safety/cases/\{case_id\}/appeal|/v1/organization/safety_cases(/.*)?"
 )
 __all__ = ["receiver"]  # a fixture
 HELLO: Any = [{"role": "user", "content": "Hello"}]

@@ -12,14 +12,14 @@ from starlette.responses import Response
 from data import audit, model_access, safety
 from data.errors import InvalidInput
 from data.tables_accounts import AuditEntry, ModelPermission, SafetyCase
-from serve.api.deps import AnyKey, Operator, Running, json_response, page
+from serve.api.deps import AnyKey, Caller, Operator, Running, json_response, page
 from serve.api.errors import unknown_parameter
 from serve.api.json_route import StrictJsonRoute
 from serve.api.schemas import QueryModel, RequestModel
 from serve.closed_accounts import look
 
 MAX_LIMIT = 100
-LISTS = ("event_types", "project_ids", "actor_ids", "resource_ids")
+LISTS = ("event_types", "project_ids", "actor_ids", "actor_emails", "resource_ids")
 TIMES = ("effective_at[gt]", "effective_at[gte]", "effective_at[lt]", "effective_at[lte]")
 
 router = APIRouter(prefix="/v1", route_class=StrictJsonRoute)
@@ -31,11 +31,23 @@ class CaseRequest(RequestModel):
     reason: str
 
 
+class AppealRequest(RequestModel):
+    """An appeal to a case, or the answer to it."""
+
+    message: str
+
+
 class PermissionsRequest(RequestModel):
     """The models that an account may, or may not, use."""
 
     mode: Literal["allow_list", "deny_list"]
     model_ids: list[str]
+
+
+class ListCases(QueryModel):
+    """Which cases."""
+
+    waiting: bool = False
 
 
 class ListAudit(QueryModel):
@@ -44,6 +56,7 @@ class ListAudit(QueryModel):
     model_config = ConfigDict(extra="ignore")
 
     limit: int = Field(20, ge=1, le=MAX_LIMIT)
+    before: str | None = None
 
 
 @router.post("/organization/projects/{project_id}/warn")
@@ -78,6 +91,33 @@ async def retrieve_case(case_id: str, key: AnyKey, runtime: Running) -> Response
     return json_response(_case(case))
 
 
+@router.post("/safety/cases/{case_id}/appeal")
+async def appeal(case_id: str, body: AppealRequest, caller: Caller, runtime: Running) -> Response:
+    """Ask the operator to look at a case again; open to suspended accounts too."""
+    case = await run_in_threadpool(
+        safety.appeal, runtime.database, caller.id, case_id, body.message
+    )
+    return json_response(_case(case))
+
+
+@router.get("/organization/safety_cases")
+async def list_cases(
+    query: Annotated[ListCases, Query()], _key: Operator, runtime: Running
+) -> Response:
+    """List cases of all accounts, newest first."""
+    found = await run_in_threadpool(safety.list_cases, runtime.database, query.waiting)
+    return page([_case(case) for case in found], False)
+
+
+@router.post("/organization/safety_cases/{case_id}/answer")
+async def answer_appeal(
+    case_id: str, body: AppealRequest, _key: Operator, runtime: Running
+) -> Response:
+    """Answer an appeal; to reinstate the account is a call of its own."""
+    case = await run_in_threadpool(safety.answer_appeal, runtime.database, case_id, body.message)
+    return json_response(_case(case))
+
+
 @router.get("/organization/projects/{project_id}/model_permissions")
 async def get_model_permissions(project_id: str, _key: Operator, runtime: Running) -> Response:
     """Return which models an account may use."""
@@ -109,7 +149,12 @@ async def list_audit_logs(
 ) -> Response:
     """List what was changed, by whom, newest first."""
     found, has_more = await run_in_threadpool(
-        audit.entries, runtime.database, _filter(request), query.limit, query.after
+        audit.entries,
+        runtime.database,
+        _filter(request),
+        query.limit,
+        query.after,
+        query.before,
     )
     return page([_entry(entry) for entry in found], has_more)
 
@@ -152,6 +197,7 @@ def _case(case: SafetyCase) -> dict[str, Any]:
         "notice": {"type": case.notice},
         "reason": case.reason,
         "paused_jobs": case.paused_jobs,
+        "appeal": case.appeal,
     }
 
 

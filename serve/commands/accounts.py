@@ -63,6 +63,42 @@ def suspend(name: str, reason: Reason) -> None:
     print(f"{project.slug} is suspended, case {case.id}; {len(case.paused_jobs)} jobs are paused")
 
 
+@accounts_app.command("cases")
+def cases(
+    waiting: Annotated[bool, typer.Option(help="Only those whose appeal has no answer.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """List warnings and suspensions, newest first, and the appeals to them."""
+    from data import safety
+
+    _, database = open_home()
+    found = safety.list_cases(database, waiting)
+    if as_json:
+        names = ("id", "project_id", "notice", "reason", "created_at", "closed_at", "appeal")
+        print_json([{name: getattr(case, name) for name in names} for case in found])
+        return
+    rows = [
+        (
+            *(case.id, case.project_id, case.notice, clock(case.created_at)),
+            "closed" if case.closed_at else "open",
+            case.reason,
+            (case.appeal or {}).get("message", ""),
+        )
+        for case in found
+    ]
+    print_table(("case", "account", "notice", "opened", "state", "reason", "appeal"), rows)
+
+
+@accounts_app.command("answer")
+def answer(case: str, message: str) -> None:
+    """Answer the appeal to a case; the account reads it. `reinstate` lets the account go on."""
+    from data import safety
+
+    _, database = open_home()
+    safety.answer_appeal(database, case, message)
+    print(f"the appeal to {case} is answered")
+
+
 @accounts_app.command("reinstate")
 def reinstate(name: str) -> None:
     """Let a suspended account go on, and its jobs."""
