@@ -187,6 +187,10 @@ class RunLog(TrainerCallback):
             record |= {name: value for name, value in logs.items() if name not in RENAMED}
             self._evaluated_at = state.global_step
             self._evaluation = found | {f"full_{name}": value for name, value in found.items()}
+        elif any(name.startswith("eval_") for name in logs):  # of sampled answers
+            for name, value in logs.items():
+                if name.startswith("eval_"):
+                    record[f"eval/{name.removeprefix('eval_')}"] = value
         else:
             return  # the closing summary
         self._run.append(self._run.metrics, record)
