@@ -211,13 +211,13 @@ def read_prompts(
         )
     prompts, count = found.rows, config.eval_prompts
     if config.eval_prompts_file is not None:
-        held = load_prompts(config.eval_prompts_file, base.tokenizer, room)
-        if held.too_long:
+        apart = load_prompts(config.eval_prompts_file, base.tokenizer, room)
+        if apart.too_long:
             warnings.append(
-                f"{len(held.too_long)} prompts of the evaluations dropped, longer than {room} "
-                f"tokens: {name_lines(held.too_long)}"
+                f"{len(apart.too_long)} prompts of the evaluations dropped, longer than {room} "
+                f"tokens: {name_lines(apart.too_long)}"
             )
-        return prompts, held.rows[:count], warnings
+        return prompts, apart.rows[:count], warnings
     if len(prompts) < FEWEST_HELD_OUT * count:
         if count:
             warnings.append(
