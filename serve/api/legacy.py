@@ -12,12 +12,12 @@ from pydantic import Field, field_validator
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
-from data import jobs
+from data import job_events, jobs
 from data.errors import InvalidInput
 from data.job_spec import JobSpec
 from data.prompt_format import check_rows, format_of
 from data.rows import Format
-from data.tables import Job, JobEvent
+from data.tables import Job
 from serve.api import completions, embeddings, models
 from serve.api.deps import Account, Caller, Running, json_response
 from serve.api.embeddings import EmbeddingRequest
@@ -175,14 +175,16 @@ async def list_fine_tune_events(
     caller: Caller,
     runtime: Running,
 ) -> Response:
-    """List a job's events, oldest first; or stream them until it ends."""
+    """List a job's events, oldest first; or stream them until it ends.
+
+    Those of either begin after `after`, the id of an event as `/fine_tuning/jobs` tells it.
+    """
     if query.stream:
         return await EventStream.begin(
             request, _frames(job_frames(runtime, caller.id, job_id, query.after))
         )
-    await run_in_threadpool(jobs.get, runtime.database, caller.id, job_id)
-    found = await run_in_threadpool(_events, runtime, caller.id, job_id)
-    return json_response({"object": "list", "data": found})
+    shown = await run_in_threadpool(_events, runtime, caller.id, job_id, query.after)
+    return json_response({"object": "list", "data": shown})
 
 
 async def _frames(events: Frames) -> Frames:
@@ -249,14 +251,12 @@ def _files(runtime: Runtime, caller: Account, ids: list[str | None]) -> list[dic
     return [describe_file(record) for record in found]
 
 
-def _events(runtime: Runtime, account_id: str, job_id: str) -> list[dict[str, Any]]:
-    found: list[JobEvent] = []
-    more, after = True, None
-    while more:
-        page, more = jobs.list_events(runtime.database, account_id, job_id, MAX_LISTED, after)
-        found += page
-        after = page[-1].id if page else None
+def _events(
+    runtime: Runtime, account_id: str, job_id: str, after: str | None = None
+) -> list[dict[str, Any]]:
+    """Return a job's events after one of them, or all, oldest first."""
+    seq = job_events.position_of(runtime.database, account_id, job_id, after)
+    found, _ = job_events.events_since(runtime.database, account_id, job_id, seq)
     return [
-        _former({"created_at": e.created_at, "level": e.level, "message": e.message})
-        for e in reversed(found)
+        _former({"created_at": e.created_at, "level": e.level, "message": e.message}) for e in found
     ]
