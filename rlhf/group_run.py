@@ -87,7 +87,7 @@ def set_up(config: RlooConfig | GrpoConfig) -> GroupRun:
     if head is not None:
         roles.add_head(REWARD, head.weight)
     roles.freeze_all_but((POLICY,))
-    source = make_source(config.reward, roles, head.normalizer if head else None)
+    source = make_source(config.reward, roles, head.normalizer if head else None, base)
     rows = max(config.batch_size // num_processes(), len(eval_prompts))
     sampler = Sampler(base, config.device, longest + config.max_new_tokens, rows, True)
     return GroupRun(*(config, base, roles, sampler, source, prompts, eval_prompts, steps, warnings))

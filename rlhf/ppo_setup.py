@@ -142,14 +142,14 @@ def set_up(config: PpoConfig) -> PpoRun:
     max_tokens = config.micro_batch_tokens if config.micro_batch_tokens != "auto" else by_device
     normalizer = head.normalizer if head else None
     try:
-        source = make_source(config.reward, roles, normalizer)
+        source = make_source(config.reward, roles, normalizer, base)
     except BaseException:
         sampler.close()
         raise
     gold = None
     try:
         if config.gold is not None:
-            gold = make_source(config.gold, roles, None)
+            gold = make_source(config.gold, roles, None, base)
     except BaseException:
         sampler.close()
         source.close()
