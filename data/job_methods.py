@@ -21,6 +21,7 @@ _COMMON: dict[str, Rule] = {
     "batch_size": (int, 1, 256),
     "learning_rate_multiplier": (float, None, 1000),
 }
+_EVALUATIONS: dict[str, Rule] = {"eval_interval": (int, 1, 10_000), "eval_samples": (int, 1, 1000)}
 _PAIRS = (Format.PREFERENCE, Format.RANKING)
 _PROMPTS = (
     *(Format.REINFORCEMENT, Format.PROMPT_ONLY, Format.CHAT, Format.PROMPT_COMPLETION),
@@ -93,7 +94,7 @@ METHODS: dict[str, MethodRules] = {
         | {
             "batch_size": (int, 4, 256),
             "compute_multiplier": (float, None, 10),
-            "eval_samples": (int, 1, 1000),
+            **_EVALUATIONS,
         },
         frozenset(_SAMPLING_OPTIONS),
         {
@@ -101,6 +102,7 @@ METHODS: dict[str, MethodRules] = {
             "batch_size": 32,
             "learning_rate_multiplier": 1.0,
             "compute_multiplier": 1.0,
+            "eval_interval": 10,
             "eval_samples": 32,
         },
         5e-5,
@@ -112,8 +114,7 @@ METHODS: dict[str, MethodRules] = {
         _COMMON
         | {
             "kl_coef": (float, 0, 10),
-            "eval_interval": (int, 1, 10_000),
-            "eval_samples": (int, 1, 1000),
+            **_EVALUATIONS,
         },
         frozenset(_SAMPLING_OPTIONS),
         {

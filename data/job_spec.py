@@ -123,6 +123,9 @@ class JobSpec:
         place = f"method.{self.method_type}.hyperparameters" if nested else "hyperparameters"
         asked = {**nested, **(self.hyperparameters or {})}
         for name, value in asked.items():
+            if name == "reasoning_effort" and self.method_type == "reinforcement":
+                _check_effort(f"{place}.{name}", value)
+                continue
             if name not in rules.hyperparameters:
                 raise _unknown(f"{place}.{name}", name, list(rules.hyperparameters))
             if value is not None and value != AUTO:
@@ -146,13 +149,6 @@ class JobSpec:
                 "Unsupported parameter: 'lora.lr_ratio' is used by supervised fine-tuning only, "
                 f"not by the method '{self.method_type}'.",
                 param="lora.lr_ratio",
-                code="unsupported_parameter",
-            )
-        if self.rules.graded and self.validation_file is not None:
-            raise InvalidInput(
-                f"Unsupported parameter: 'validation_file' is not used by the method "
-                f"'{self.method_type}', which holds out some prompts of the training file.",
-                param="validation_file",
                 code="unsupported_parameter",
             )
 
@@ -222,6 +218,16 @@ def _check_number(name: str, value: Any, rule: tuple[type, float | None, float])
         raise InvalidInput(
             f"Invalid '{name}': expected {wanted} of {bounds}, but got {value!r} instead.",
             param=name,
+        )
+
+
+def _check_effort(name: str, value: Any) -> None:
+    if value not in (None, "default"):
+        raise InvalidInput(
+            f"Unsupported value: {value!r} for '{name}': the models that are trained here do not "
+            "reason before they answer. Leave it out.",
+            param=name,
+            code="unsupported_parameter",
         )
 
 

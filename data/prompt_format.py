@@ -26,6 +26,16 @@ def prompt_format(file: Path | BinaryIO) -> Format | str:
     return Format.PROMPT_ONLY if row is not None and _is_prompt(row) else "auto"
 
 
+def format_of(files: FileStore, project_id: str, file_id: str) -> Format | None:
+    """Return the kind of a file's first row; None if there is no such file, or no known kind."""
+    try:
+        with files.open(project_id, file_id) as stream:
+            row = _first_row(stream)
+    except (NotFound, FileNotFoundError):
+        return None
+    return None if row is None else detect(row)
+
+
 def check_rows(files: FileStore, project_id: str, spec: JobSpec) -> None:
     """Check by their first rows that a job's files are what its method learns from.
 

@@ -3,7 +3,11 @@
 Word measures read words and single punctuation marks, in any script; ROUGE reads lower-case words
 alone. References: BLEU, Papineni et al. 2002, for one sentence, with exponential smoothing (Chen
 and Cherry 2014, method 3) and the order that the text allows; GLEU, Wu et al. 2016 (section 5);
-ROUGE, Lin 2004, as F1; fuzzy_match, twice the longest common subsequence over both lengths.
+ROUGE, Lin 2004, as F1; fuzzy_match, twice the longest common subsequence over both lengths;
+METEOR, Lavie and Agarwal 2007, as NLTK computes it, by equal words and equal Porter stems: its last
+stage, of synonyms, needs WordNet, which is not there.
+
+`cosine` is measured where a model is: the cosine of the base model's embeddings of both texts.
 """
 
 from __future__ import annotations
@@ -78,6 +82,30 @@ def rouge_l(text: str, reference: str) -> float:
     return _f1(common_length(said, wanted), len(said), len(wanted))
 
 
+class _NoSynonyms:
+    """What METEOR asks for synonyms, in place of WordNet."""
+
+    def synsets(self, word: str) -> tuple[()]:
+        return ()
+
+
+def meteor(text: str, reference: str) -> float:
+    """Return the METEOR of a sentence without synonyms: equal words, then equal English stems."""
+    from nltk.translate.meteor_score import single_meteor_score
+
+    said, wanted = WORD.findall(text), WORD.findall(reference)
+    if not said or not wanted:
+        return float(said == wanted)
+    return float(single_meteor_score(wanted, said, wordnet=_NoSynonyms()))
+
+
+def cosine(left: Sequence[float], right: Sequence[float]) -> float:
+    """Return the cosine of the angle between two vectors; 0 where one has no length."""
+    lengths = math.hypot(*left) * math.hypot(*right)
+    dot = math.fsum(a * b for a, b in zip(left, right, strict=True))
+    return max(-1.0, min(1.0, dot / lengths)) if lengths else 0.0
+
+
 def common_length(left: Sequence[Hashable], right: Sequence[Hashable]) -> int:
     """Return the length of a longest common subsequence.
 
@@ -98,6 +126,7 @@ MEASURES: dict[str, Callable[[str, str], float]] = {
     "fuzzy_match": fuzzy_match,
     "bleu": bleu,
     "gleu": gleu,
+    "meteor": meteor,
     "rouge_1": lambda text, reference: rouge_n(text, reference, 1),
     "rouge_2": lambda text, reference: rouge_n(text, reference, 2),
     "rouge_3": lambda text, reference: rouge_n(text, reference, 3),
@@ -105,6 +134,8 @@ MEASURES: dict[str, Callable[[str, str], float]] = {
     "rouge_5": lambda text, reference: rouge_n(text, reference, 5),
     "rouge_l": rouge_l,
 }
+COSINE = "cosine"  # needs a model
+METRICS = (*MEASURES, COSINE)
 
 
 def _plain_words(text: str) -> list[str]:

@@ -30,6 +30,7 @@ from serve.engine.base import MemoryAdapter
 from train.fused_layers import fuse_layers
 
 POLICY, REFERENCE, VALUE, REWARD = "default", "reference", "value", "reward"  # names in PEFT
+BASE = "base"  # no adapter has this name
 PADDING_ID = 0  # any id: padding is never read
 
 
@@ -196,6 +197,14 @@ class ActorCritic(nn.Module):
         ends = torch.tensor([len(row) - 1 for row in rows], device=self.device)
         last = hidden[torch.arange(len(rows), device=self.device), ends]
         return self.heads[REWARD](last.float()).squeeze(-1)
+
+    def embeddings(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """Return the base's mean hidden state over each row, as serving embeds texts: [b, D]."""
+        micro = make_micro([(row, ()) for row in rows], 0, self.device)
+        hidden = self.hidden(BASE, micro.ids).float()
+        lengths = torch.tensor([len(row) for row in rows], device=self.device)[:, None]
+        inside = torch.arange(hidden.shape[1], device=self.device)[None] < lengths
+        return (hidden * inside[..., None]).sum(dim=1) / lengths
 
     def forward(self, micro: Micro) -> tuple[Tensor, Tensor, Tensor]:
         """Return the policy's log-probabilities and entropies, and the values, each [b, R]."""

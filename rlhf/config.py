@@ -323,7 +323,8 @@ class GroupConfig(TrlConfig):
 
     prompts_file: Path = Field(description="JSONL of prompts; answers in it are not used.")
     eval_prompts_file: Path | None = Field(None, description="Default: eval_prompts of the others.")
-    eval_prompts: int = Field(32, ge=0, description="Fixed prompts answered before and after.")
+    eval_prompts: int = Field(32, ge=0, description="Fixed prompts answered at each evaluation.")
+    eval_every: int = Field(10, ge=1, description="Steps between evaluations.")
     max_prompt_length: int = Field(512, ge=1, description="Longer prompts are dropped and counted.")
     max_new_tokens: int = Field(64, ge=1, description="Of a response.")
     temperature: float = Field(1.0, gt=0, description="Of rollouts.")

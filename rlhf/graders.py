@@ -6,13 +6,16 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from data.errors import ConfigError, InvalidInput, TrainingFailed
 from data.formula import Formula
 from data.grader_text import MissingVariable, SampleNotJson, check_places, fill
-from data.similarity import MEASURES, compare
+from data.similarity import COSINE, MEASURES, METRICS, compare, cosine
 from rlhf.actor_critic import ActorCritic
 from rlhf.reward_model import Normalizer
 from rlhf.rollout import Sample
+from train.base_model import Base
 
 OPERATIONS = ("eq", "ne", "like", "ilike")
 
@@ -28,10 +31,14 @@ class GraderReward:
     """
 
     def __init__(
-        self, grader: Mapping[str, Any], roles: ActorCritic, normalizer: Normalizer | None
+        self,
+        grader: Mapping[str, Any],
+        roles: ActorCritic,
+        normalizer: Normalizer | None,
+        base: Base,
     ) -> None:
         self._grader = grader
-        self._roles, self._normalizer = roles, normalizer
+        self._roles, self._normalizer, self._base = roles, normalizer, base
         check_grader(grader)
 
     def score(self, samples: Sequence[Sample]) -> list[float]:
@@ -59,7 +66,48 @@ class GraderReward:
             if self._normalizer is None:
                 raise ConfigError(["a score_model grader needs reward.model, the reward model"])
             return ModelReward(self._roles, self._normalizer).score(samples)
+        if grader.get("evaluation_metric") == COSINE:
+            return self._cosines(grader, samples)
         return [_score_text(grader, sample) for sample in samples]
+
+    @torch.no_grad()
+    def _cosines(self, grader: Mapping[str, Any], samples: Sequence[Sample]) -> list[float]:
+        """Compare texts by the base's embeddings, as the server does."""
+        from rlhf.rewards import BATCH_TOKENS, by_length
+
+        pairs = [_texts(grader, sample) for sample in samples]
+        places: dict[str, int] = {}
+        rows: list[list[int]] = []
+        for sample, pair in zip(samples, pairs, strict=True):
+            for text in pair or ():
+                if text and text not in places:
+                    places[text] = len(rows)
+                    rows.append(self._tokens(grader, sample, text))
+        found: list[list[float]] = [[] for _ in rows]
+        for part in by_length([len(row) for row in rows], BATCH_TOKENS) if rows else ():
+            vectors = self._roles.embeddings([rows[index] for index in part]).tolist()
+            for index, vector in zip(part, vectors, strict=True):
+                found[index] = vector
+        scores = []
+        for pair in pairs:
+            if pair is None:  # the response is not what the grader can read
+                scores.append(0.0)
+            elif not all(pair):  # nothing to embed
+                scores.append(float(pair[0] == pair[1]))
+            else:
+                scores.append(cosine(*(found[places[text]] for text in pair)))
+        return scores
+
+    def _tokens(self, grader: Mapping[str, Any], sample: Sample, text: str) -> list[int]:
+        ids: list[int] = self._base.tokenizer.encode(text)
+        if len(ids) > self._base.context_length:
+            raise TrainingFailed(
+                f"The grader {grader.get('name')} compares a text of {len(ids)} tokens for line "
+                f"{sample.prompt.line} of the prompts' file; {self._base.name} embeds at most "
+                f"{self._base.context_length}. Shorten the text, or take another metric",
+                code="reward_failed",
+            )
+        return ids
 
 
 def check_grader(grader: Mapping[str, Any]) -> None:
@@ -80,7 +128,7 @@ def check_grader(grader: Mapping[str, Any]) -> None:
                 check_places(str(grader.get(name)))
             is_check = kind == "string_check"
             field = "operation" if is_check else "evaluation_metric"
-            known: tuple[str, ...] = OPERATIONS if is_check else tuple(MEASURES)
+            known: tuple[str, ...] = OPERATIONS if is_check else METRICS
             if grader.get(field) not in known:
                 raise ConfigError(
                     [
@@ -99,19 +147,27 @@ def check_grader(grader: Mapping[str, Any]) -> None:
         raise ConfigError([f"reward.grader: {error.message}"]) from error
 
 
-def _score_text(grader: Mapping[str, Any], sample: Sample) -> float:
+def _texts(grader: Mapping[str, Any], sample: Sample) -> tuple[str, str] | None:
+    """Return a grader's input and reference; None if the response is not the JSON it reads."""
     try:
-        texts = [
+        left, right = (
             fill(grader[name], sample.text, sample.prompt.item) for name in ("input", "reference")
-        ]
+        )
     except SampleNotJson:
-        return 0.0
+        return None
     except MissingVariable as error:
         raise TrainingFailed(
             f"The grader {grader.get('name')} reads {error}, which line {sample.prompt.line} of "
             "the prompts' file does not have",
             code="reward_failed",
         ) from error
+    return left, right
+
+
+def _score_text(grader: Mapping[str, Any], sample: Sample) -> float:
+    texts = _texts(grader, sample)
+    if texts is None:
+        return 0.0
     if grader["type"] == "string_check":
         return float(compare(grader["operation"], *texts))
     return float(MEASURES[grader["evaluation_metric"]](*texts))

@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from data.errors import TrainingFailed
 from rlhf.actor_critic import POLICY, REWARD, ActorCritic, load_role
 from rlhf.config import GrpoConfig, RlooConfig
-from rlhf.evaluate import Answers, compare, gate
+from rlhf.evaluate import Answers, compare, gate, summarize
 from rlhf.experience import shape_scores
 from rlhf.ppo_setup import read_prompts
 from rlhf.prompts import Prompt
@@ -39,7 +40,10 @@ from train.callbacks import Stopper
 from train.run import RunFolder
 
 SHOWN = 2  # rollouts of a step in the table of completions
-CURVES = (("reward", "reward"), ("kl", "KL"), ("completions/mean_length", "tokens"))
+CURVES = (
+    *(("reward", "reward"), ("eval/reward", "evaluation"), ("kl", "KL")),
+    ("completions/mean_length", "tokens"),
+)
 
 
 @dataclass
@@ -83,7 +87,7 @@ def set_up(config: RlooConfig | GrpoConfig) -> GroupRun:
     if head is not None:
         roles.add_head(REWARD, head.weight)
     roles.freeze_all_but((POLICY,))
-    source = make_source(config.reward, roles, head.normalizer if head else None)
+    source = make_source(config.reward, roles, head.normalizer if head else None, base)
     rows = max(config.batch_size // num_processes(), len(eval_prompts))
     sampler = Sampler(base, config.device, longest + config.max_new_tokens, rows, True)
     return GroupRun(*(config, base, roles, sampler, source, prompts, eval_prompts, steps, warnings))
@@ -94,13 +98,16 @@ def train(
 ) -> dict[str, Any] | None:
     """Train; returns the outcome, or None when told to stop."""
     config = job.config
-    start = _answer(job, run, None)
+    start = _answer(job, run, None, 0)
     trainer = _make_trainer(job, run, stopper)
+    evaluations = Evaluations(job, run, trainer)
+    trainer.add_callback(evaluations)
 
     def judge() -> dict[str, Any]:
         if not job.eval_prompts:
             return {}
-        found: dict[str, Any] = {"comparison": compare(start, _answer(job, run, "final"))}
+        end = evaluations.last or _answer(job, run, "final", job.steps.total)
+        found: dict[str, Any] = {"comparison": compare(start, end)}
         return found | {"gate": gate(found)}
 
     rows = [prompt.ids for prompt in job.prompts[:3]]
@@ -197,6 +204,32 @@ class _Episodes:
         return shape_scores(raw, samples, self._job.config.reward, stops=True)
 
 
+class Evaluations(TrainerCallback):
+    """Answers the fixed prompts every so many steps and after the last; the numbers are logged.
+
+    Attributes:
+        last: The answers after the last step; None before, as in a run that had ended already.
+    """
+
+    def __init__(self, job: GroupRun, run: RunFolder, trainer: Trainer):
+        self._job, self._run, self._trainer = job, run, trainer
+        self.last: Answers | None = None
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        job, step = self._job, state.global_step
+        is_last = step == state.max_steps
+        is_due = is_last or step % job.config.eval_every == 0
+        if not (is_due and job.eval_prompts and state.is_world_process_zero):
+            return
+        answers = _answer(job, self._run, "final" if is_last else "eval", step)
+        self.last = answers if is_last else None
+        numbers = {f"eval_{name}": value for name, value in summarize(answers).items()}
+        finite = {name: round(v, 6) for name, v in numbers.items() if math.isfinite(v)}
+        Trainer.log(self._trainer, finite)  # TRL's own adds its training's numbers
+
+
 class _Sampling:
     """What RLOO and GRPO have in common: prompts by index, responses from the engine."""
 
@@ -236,8 +269,8 @@ class EngineGrpo(_Sampling, GRPOTrainer):
 
 
 @torch.no_grad()
-def _answer(job: GroupRun, run: RunFolder, kind: str | None) -> Answers:
-    """Answer the fixed prompts, nearly greedily."""
+def _answer(job: GroupRun, run: RunFolder, kind: str | None, step: int) -> Answers:
+    """Answer the fixed prompts, nearly greedily; `kind` is None where they are not written down."""
     prompts: Sequence[Prompt] = job.eval_prompts
     if not prompts:
         return Answers([], [])
@@ -248,7 +281,7 @@ def _answer(job: GroupRun, run: RunFolder, kind: str | None) -> Answers:
     scores = job.source.score(samples)
     if kind is not None:
         rows: list[Mapping[str, Any]] = [
-            describe(sample, score=score, step=job.steps.total, kind=kind)
+            describe(sample, score=score, step=step, kind=kind)
             for sample, score in zip(samples, scores, strict=True)
         ]
         for row in rows:

@@ -22,7 +22,7 @@ from rlhf.config import DpoConfig, KtoConfig, OfflineConfig, resolve_length
 from rlhf.trl_run import Steps, arguments, callbacks, plan_steps, start_policy, train_policy
 from train.base_model import Base, load_base
 from train.batches import name_lines
-from train.callbacks import Stopper
+from train.callbacks import KeptTokenCount, Stopper
 from train.run import RunFolder
 
 Rows = list[dict[str, Any]]
@@ -96,6 +96,7 @@ def train(
             ),
             **parts,
         )
+    trainer.add_callback(KeptTokenCount(trainer))
     rows = [
         row["prompt_ids"] + row.get("chosen_ids", row.get("completion_ids")) for row in job.train
     ]

@@ -142,14 +142,14 @@ def set_up(config: PpoConfig) -> PpoRun:
     max_tokens = config.micro_batch_tokens if config.micro_batch_tokens != "auto" else by_device
     normalizer = head.normalizer if head else None
     try:
-        source = make_source(config.reward, roles, normalizer)
+        source = make_source(config.reward, roles, normalizer, base)
     except BaseException:
         sampler.close()
         raise
     gold = None
     try:
         if config.gold is not None:
-            gold = make_source(config.gold, roles, None)
+            gold = make_source(config.gold, roles, None, base)
     except BaseException:
         sampler.close()
         source.close()
@@ -211,8 +211,13 @@ def read_prompts(
         )
     prompts, count = found.rows, config.eval_prompts
     if config.eval_prompts_file is not None:
-        held = load_prompts(config.eval_prompts_file, base.tokenizer, room).rows[:count]
-        return prompts, held, warnings
+        apart = load_prompts(config.eval_prompts_file, base.tokenizer, room)
+        if apart.too_long:
+            warnings.append(
+                f"{len(apart.too_long)} prompts of the evaluations dropped, longer than {room} "
+                f"tokens: {name_lines(apart.too_long)}"
+            )
+        return prompts, apart.rows[:count], warnings
     if len(prompts) < FEWEST_HELD_OUT * count:
         if count:
             warnings.append(

@@ -37,7 +37,7 @@ from serve.engine.adapter_files import memory_adapter
 from serve.engine.base import MemoryAdapter
 from train.base_model import Base, load_base
 from train.batches import name_lines
-from train.callbacks import ProgressBar, RunLog, SaveAt, Stopper
+from train.callbacks import KeptTokenCount, ProgressBar, RunLog, SaveAt, Stopper
 from train.config import CPU_MICRO_BATCH_TOKENS, GPU_MICRO_BATCH_TOKENS
 from train.fused_layers import fuse_layers
 from train.lora import lora_config
@@ -306,6 +306,7 @@ def _make_trainer(
         processing_class=job.base.tokenizer,
         callbacks=[stopper, RunLog(run, lambda step: False, job.base.origin), SaveAt(saved)],
     )
+    trainer.add_callback(KeptTokenCount(trainer))
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     if sys.stderr.isatty() and trainer.is_world_process_zero():

@@ -21,6 +21,7 @@ from rlhf.config import PpoRewardSettings
 from rlhf.reward_model import Normalizer
 from rlhf.reward_process import find_function, serve_function
 from rlhf.rollout import Sample
+from train.base_model import Base
 from train.batches import name_lines
 
 BATCH_TOKENS = 2048
@@ -144,7 +145,7 @@ class UrlReward:
 
 
 def make_source(
-    settings: PpoRewardSettings, roles: ActorCritic, normalizer: Normalizer | None
+    settings: PpoRewardSettings, roles: ActorCritic, normalizer: Normalizer | None, base: Base
 ) -> RewardSource:
     """Open the source that the settings name; `normalizer` is the reward model's."""
     if settings.model is not None and normalizer is not None:
@@ -155,7 +156,7 @@ def make_source(
         return UrlReward(settings.url, settings.timeout_s, settings.retries)
     from rlhf.graders import GraderReward
 
-    return GraderReward(settings.grader or {}, roles, normalizer)
+    return GraderReward(settings.grader or {}, roles, normalizer, base)
 
 
 def as_columns(samples: Sequence[Sample]) -> dict[str, list[Any]]:

@@ -162,7 +162,6 @@ def train_policy(
         return None
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     valid = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    tokens = [e["num_tokens"] for e in trainer.state.log_history if "num_tokens" in e]
     if any(not math.isfinite(loss) for loss in losses):
         raise TrainingFailed(
             "The loss is not finite; the last whole checkpoint is kept. Lower learning_rate",
@@ -172,7 +171,7 @@ def train_policy(
         "steps": trainer.state.global_step,
         "train_loss": losses[-1] if losses else outcome.training_loss,
         "valid_loss": valid[-1] if valid else None,
-        "trained_tokens": int(tokens[-1]) if tokens else None,
+        "trained_tokens": int(trainer.state.num_input_tokens_seen) or None,
     }
     if trainer.is_world_process_zero():
         model: PeftModel = trainer.accelerator.unwrap_model(trainer.model)

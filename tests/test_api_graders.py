@@ -7,9 +7,11 @@ from typing import Any
 
 import openai
 import pytest
+import torch
 from api_server import MODEL, Server, running, tiny_settings
 from openai.types.fine_tuning.alpha import GraderRunResponse
 from sqlalchemy import select
+from tiny_models import tiny_model, tiny_tokenizer
 
 from data.settings import Prices
 from data.tables_metering import UsageRecord
@@ -87,11 +89,39 @@ def test_string_check(graders: Any, operation: str, sample: str, reward: float) 
 def test_similarity(graders: Any) -> None:
     found = graders.run(grader=ALIKE, model_sample="forty too", item=ITEM)
     assert found.reward == pytest.approx(2 * 8 / 18)
-    for metric in ("cosine", "meteor"):
-        with pytest.raises(openai.BadRequestError) as caught:
-            graders.run(grader=ALIKE | {"evaluation_metric": metric}, model_sample="x", item=ITEM)
-        assert caught.value.param == "grader.evaluation_metric"
-        assert caught.value.code == "unsupported_parameter"
+    stems = graders.run(grader=ALIKE | {"evaluation_metric": "meteor"}, model_sample="x", item=ITEM)
+    assert (stems.reward, raised(stems)) == (0.0, [])
+    with pytest.raises(openai.BadRequestError, match="'cosine'") as caught:
+        graders.run(grader=ALIKE | {"evaluation_metric": "meteors"}, model_sample="x", item=ITEM)
+    assert caught.value.param == "grader.evaluation_metric"
+
+
+def test_cosine_is_that_of_the_base_models_states(server: Server) -> None:
+    """Against transformers: the mean of the last hidden states of each text."""
+    project, key = server.new_account("cosine")
+    run = server.client(key).fine_tuning.alpha.graders.run
+    grader: Any = ALIKE | {"evaluation_metric": "cosine"}
+    found = run(grader=grader, model_sample="forty too", item=ITEM)
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    means = []
+    for text in ("forty too", ITEM["answer"]):
+        ids = torch.tensor([tokenizer.encode(text)])
+        with torch.no_grad():
+            means.append(model.model(input_ids=ids).last_hidden_state[0].mean(0))
+    expected = float(torch.cosine_similarity(*means, dim=0))
+    assert found.reward == pytest.approx(expected, abs=1e-5)
+    assert run(grader=grader, model_sample="forty two", item=ITEM).reward == pytest.approx(1)
+    assert run(grader=grader, model_sample="", item=ITEM).reward == 0
+    told = found.metadata.token_usage
+    assert told == len(tokenizer.encode("forty too")) + len(tokenizer.encode("forty two"))
+    server.runtime.meter.flush()
+    with server.runtime.database.read() as session:
+        query = select(UsageRecord).where(UsageRecord.project_id == project.id)
+        rows = list(session.scalars(query.order_by(UsageRecord.seq)))
+    assert [(r.kind, r.model) for r in rows] == [("embeddings", MODEL)] * 2
+    assert rows[0].prompt_tokens == told
+    with pytest.raises(openai.BadRequestError, match="maximum context length"):
+        run(grader=grader, model_sample="x" * 5000, item=ITEM)
 
 
 def test_multi(graders: Any) -> None:

@@ -70,6 +70,7 @@ def test_a_fine_tune_is_a_job(server: Server) -> None:
     made = http.post("/v1/fine-tunes", json={"training_file": file_id, "suffix": "old"}).json()
     assert (made["object"], made["status"], made["model"]) == ("fine-tune", "pending", MODEL)
     assert made["hyperparams"]["n_epochs"] == 4
+    assert made["hyperparams"]["prompt_loss_weight"] == 0.01
     assert [file["id"] for file in made["training_files"]] == [file_id]
     assert made["events"][0]["object"] == "fine-tune-event"
     job = server.client().fine_tuning.jobs.retrieve(made["id"])
@@ -85,7 +86,40 @@ def test_a_fine_tune_weighs_its_prompts(server: Server) -> None:
     made = server.http().post("/v1/fine-tunes", json=body).json()
     with server.runtime.database.read() as session:
         assert session.get_one(Job, made["id"]).options == {"prompt_loss_weight": 0.1}
+    assert made["hyperparams"]["prompt_loss_weight"] == 0.1
     server.http().post(f"/v1/fine-tunes/{made['id']}/cancel")
+
+
+CHAT = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+
+
+@pytest.mark.parametrize(
+    ("rows", "asked", "options"),
+    [
+        (ROWS, {}, {"prompt_loss_weight": 0.01}),  # the default of that time
+        (ROWS, {"prompt_loss_weight": 0}, {"prompt_loss_weight": 0}),
+        (ROWS, {"prompt_loss_weight": None}, {"prompt_loss_weight": 0.01}),
+        (CHAT * 12, {}, {}),  # chats have no such weight
+    ],
+)
+def test_the_weight_of_prompts_by_default(
+    server: Server, rows: bytes, asked: dict[str, Any], options: dict[str, Any]
+) -> None:
+    file = server.client().files.create(file=("rows.jsonl", rows), purpose="fine-tune")
+    made = server.http().post("/v1/fine-tunes", json={"training_file": file.id, **asked}).json()
+    with server.runtime.database.read() as session:
+        assert session.get_one(Job, made["id"]).options == options
+    shown = server.http().get(f"/v1/fine-tunes/{made['id']}").json()["hyperparams"]
+    assert shown["prompt_loss_weight"] == options.get("prompt_loss_weight", 0)
+    server.http().post(f"/v1/fine-tunes/{made['id']}/cancel")
+
+
+@pytest.mark.parametrize("value", [False, None])
+def test_no_classification_metrics_may_be_asked_for(server: Server, value: bool | None) -> None:
+    body = {"training_file": upload(server), "compute_classification_metrics": value}
+    answer = server.http().post("/v1/fine-tunes", json=body)
+    assert answer.status_code == 200, answer.text
+    server.http().post(f"/v1/fine-tunes/{answer.json()['id']}/cancel")
 
 
 def test_events_of_a_fine_tune_are_streamed(server: Server) -> None:
@@ -109,6 +143,10 @@ def test_events_of_a_fine_tune_are_streamed(server: Server) -> None:
         ({"training_file": "FILE", "n_epochs": 0}, "n_epochs"),
         ({"training_file": "FILE", "prompt_loss_weight": 1.5}, "prompt_loss_weight"),
         ({"training_file": "FILE", "classification_n_classes": 2}, "classification_n_classes"),
+        (
+            {"training_file": "FILE", "compute_classification_metrics": True},
+            "compute_classification_metrics",
+        ),
         ({"training_file": "FILE", "suffix": 41 * "x"}, "suffix"),
     ],
 )

@@ -45,6 +45,21 @@ def parts_left(server: Server) -> list[str]:
     return server.runtime.files.parts.uploads()
 
 
+def test_a_part_has_at_most_64_mib(server: Server, client: openai.OpenAI) -> None:
+    most = 64 * 1024 * 1024
+    upload = begin(client, most)
+    for content in (bytes(most + 1), bytes(most + (2 << 20))):  # told by the part, or by the body
+        with pytest.raises(openai.APIStatusError, match="larger than") as caught:
+            client.uploads.parts.create(upload.id, data=content)
+        assert caught.value.status_code == 413
+        assert caught.value.code == "file_too_large"
+    largest = client.uploads.parts.create(upload.id, data=bytes(most))  # the upload goes on
+    folder = server.runtime.settings.home
+    stored = [path for path in folder.rglob(f"{upload.id}/*") if path.is_file()]
+    assert [(path.name, path.stat().st_size) for path in stored] == [(largest.id, most)]
+    client.uploads.cancel(upload.id)
+
+
 def test_a_file_in_chunks(server: Server, client: openai.OpenAI) -> None:
     done = client.uploads.upload_file_chunked(
         file=ROWS,

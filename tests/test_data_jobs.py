@@ -75,6 +75,11 @@ def test_a_new_job(database: Database, project: Project, file_id: str) -> None:
     assert all(event.id.startswith("ftevent-") for event in events)
 
 
+def reinforcement(**hyperparameters: Any) -> dict[str, Any]:
+    section = {"grader": {"type": "string_check"}, "hyperparameters": hyperparameters}
+    return {"type": "reinforcement", "reinforcement": section}
+
+
 @pytest.mark.parametrize(
     ("spec", "param", "code"),
     [
@@ -108,6 +113,21 @@ def test_a_new_job(database: Database, project: Project, file_id: str) -> None:
             {"method": {"type": "dpo", "dpo": {"hyperparameters": {"kl_coef": 0.1}}}},
             "method.dpo.hyperparameters.kl_coef",
             "unknown_parameter",
+        ),
+        (
+            {"method": reinforcement(eval_interval=0)},
+            "method.reinforcement.hyperparameters.eval_interval",
+            "invalid_value",
+        ),
+        (
+            {"method": reinforcement(eval_samples=0)},
+            "method.reinforcement.hyperparameters.eval_samples",
+            "invalid_value",
+        ),
+        (
+            {"method": reinforcement(reasoning_effort="high")},
+            "method.reinforcement.hyperparameters.reasoning_effort",
+            "unsupported_parameter",
         ),
         (
             {"method": {"type": "dpo"}, "options": {"n_checkpoints": 2}},
@@ -164,6 +184,14 @@ def test_both_places_of_hyperparameters_work() -> None:
     new = JobSpec("tiny", "file-1", method={"type": "supervised", "supervised": section})
     expected = {"n_epochs": 3, "batch_size": "auto", "learning_rate_multiplier": "auto"}
     assert old.resolved_hyperparameters() == new.resolved_hyperparameters() == expected
+
+
+def test_reinforcement_is_evaluated_as_asked() -> None:
+    method = reinforcement(eval_interval=7, eval_samples="auto", reasoning_effort="default")
+    found = JobSpec("tiny", "file-1", validation_file="file-2", method=method)
+    numbers = found.resolved_hyperparameters()
+    assert (numbers["eval_interval"], numbers["eval_samples"]) == (7, "auto")
+    assert "reasoning_effort" not in numbers
 
 
 def test_files_must_be_there_and_meant_for_tuning(

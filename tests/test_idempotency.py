@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -133,6 +134,80 @@ def test_an_upload_is_recognised_though_its_boundary_differs(server: Server) -> 
     )
     assert changed.json()["error"]["type"] == "idempotency_error"
     assert len(http.get("/v1/files").json()["data"]) == 1
+
+
+def test_uploads_in_parts_are_done_once_a_key(server: Server) -> None:
+    http = server.http(server.new_account("parts")[1])
+    half = len(LINES) // 4
+    asked = {"filename": "x.jsonl", "mime_type": "text/jsonl", "purpose": "fine-tune"}
+    begun = [post(http, "p1", {"bytes": len(LINES), **asked}, "uploads") for _ in range(2)]
+    assert begun[0].status_code == 200
+    assert begun[1].content == begun[0].content
+    upload = f"uploads/{begun[0].json()['id']}"
+
+    def send(key: str, data: bytes) -> httpx.Response:
+        headers = {"idempotency-key": key}
+        return http.post(f"/v1/{upload}/parts", files={"data": ("part", data)}, headers=headers)
+
+    first, again, second = send("a", LINES[:half]), send("a", LINES[:half]), send("b", LINES[half:])
+    assert again.json()["id"] == first.json()["id"] != second.json()["id"]
+    assert send("a", LINES[half:]).json()["error"]["type"] == "idempotency_error"
+
+    ids = [first.json()["id"], second.json()["id"]]
+    done = [post(http, "c1", {"part_ids": ids}, f"{upload}/complete") for _ in range(2)]
+    assert done[0].json()["file"]["bytes"] == len(LINES)
+    assert done[1].content == done[0].content  # and no refusal
+    reversed_ = post(http, "c1", {"part_ids": ids[::-1]}, f"{upload}/complete")
+    assert reversed_.json()["error"]["type"] == "idempotency_error"
+    anew = post(http, "c2", {"part_ids": ids}, f"{upload}/complete")
+    assert "is completed" in anew.json()["error"]["message"]
+    assert len(http.get("/v1/files").json()["data"]) == 1
+
+
+def batch_of(server: Server, key: str) -> dict[str, str]:
+    call = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": BODY}
+    content = json.dumps(call).encode()
+    file = server.client(key).files.create(file=("in.jsonl", content), purpose="batch")
+    return {
+        "input_file_id": file.id,
+        "endpoint": "/v1/completions",
+        "completion_window": "24h",
+    }
+
+
+def test_a_batch_is_made_once_a_key(server: Server) -> None:
+    _, key = server.new_account("batch-keys")
+    http, body = server.http(key), batch_of(server, key)
+    made = [post(http, "b1", body, "batches") for _ in range(2)]
+    assert made[0].json()["object"] == "batch"
+    assert made[1].content == made[0].content
+    assert made[1].headers["idempotent-replayed"] == "true"
+    other = post(http, "b1", {**body, "metadata": {"a": "b"}}, "batches")
+    assert other.json()["error"]["type"] == "idempotency_error"
+    assert post(http, "b2", body, "batches").json()["id"] != made[0].json()["id"]
+    assert len(http.get("/v1/batches").json()["data"]) == 2
+
+
+def test_a_retried_batch_or_completion_of_an_upload_is_the_first_one(server: Server) -> None:
+    """What the official clients send: no key, but how often they have tried."""
+    _, key = server.new_account("tries")
+    http, body = server.http(key), batch_of(server, key)
+
+    def try_(path: str, body: Any, times: int) -> Any:
+        headers = {"x-stainless-retry-count": str(times)}
+        return http.post(f"/v1/{path}", json=body, headers=headers).json()
+
+    ids = [try_("batches", body, times)["id"] for times in (0, 1, 2)]
+    assert len(set(ids)) == 1
+    assert try_("batches", body, 0)["id"] != ids[0]  # asked for once more, on purpose
+    assert try_("batches", {**body, "metadata": {"a": "b"}}, 1)["id"] not in ids
+
+    asked = {"filename": "x.jsonl", "mime_type": "text/jsonl", "purpose": "fine-tune"}
+    upload = http.post("/v1/uploads", json={"bytes": len(LINES), **asked}).json()["id"]
+    part = http.post(f"/v1/uploads/{upload}/parts", files={"data": ("part", LINES)}).json()["id"]
+    path = f"uploads/{upload}/complete"
+    files = [try_(path, {"part_ids": [part]}, times)["file"]["id"] for times in (0, 1)]
+    assert files[0] == files[1]
 
 
 class LosesTheFirstAnswer(httpx.HTTPTransport):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -131,18 +132,39 @@ def test_reinforcement_by_a_string_check(client: openai.OpenAI) -> None:
     done = run(
         client,
         training_file=upload(client, rows),
+        validation_file=upload(client, [row | {"letter": "e"} for row in rows[:5]]),
         method={
             "type": "reinforcement",
             "reinforcement": {
                 "grader": grader,
-                "hyperparameters": {"batch_size": 16, "eval_samples": 4},
+                "hyperparameters": {"batch_size": 16, "eval_samples": 4, "eval_interval": 3},
             },
         },
         extra_body=LORA | {"max_completion_tokens": 6},
     )
     assert done.status == "succeeded", done.error
     assert done.hyperparameters.n_epochs == 1
+    assert done.method.reinforcement.hyperparameters.eval_interval == 3
     assert any("reward=" in message for message in told(client, done.id))
+
+    files = {client.files.retrieve(i).filename: i for i in done.result_files}
+    lines = client.files.content(files["completions.jsonl"]).text.splitlines()
+    answers = [row for row in map(json.loads, lines) if row["kind"] in ("eval", "final")]
+    shares: dict[int, float] = {}  # of the answers that hold the letter of the validation file
+    for step in {row["step"] for row in answers}:
+        texts = [row["response"] for row in answers if row["step"] == step]
+        assert len(texts) == 4
+        shares[step] = sum("e" in text for text in texts) / 4
+    assert sorted(shares) == [3, 6, 8]
+    events = client.fine_tuning.jobs.list_events(done.id, limit=100)
+    seen = {
+        e.data["step"]: e.data["eval/reward"] for e in events if "eval/reward" in (e.data or {})
+    }
+    assert seen == pytest.approx(shares)
+    table = list(csv.DictReader(client.files.content(files["step_metrics.csv"]).text.splitlines()))
+    column = {int(row["step"]): row["eval/reward"] for row in table if row["eval/reward"]}
+    assert {step: float(value) for step, value in column.items()} == pytest.approx(shares)
+    assert all(row["reward"] for row in table)
 
 
 def test_what_a_method_cannot_use_is_refused(client: openai.OpenAI) -> None:

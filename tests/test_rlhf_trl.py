@@ -113,11 +113,42 @@ def test_a_rule_as_reward_rises(place, method, monkeypatch):
         **{"reward.function": "rules_of_trl:vowels", "reward.missing_eos_penalty": 0},
     )
     assert main(given) == 0
-    scores = [record["reward"] for record in records(place / method)]
+    scores = [record["reward"] for record in records(place / method) if "reward" in record]
     assert sum(scores[-6:]) > sum(scores[:6]) + 0.5
     result = json.loads((place / method / "result.json").read_text())
     assert set(result["gate"]) == {"promote", "reasons"}
     assert result["comparison"]["prompts"] == 5
+
+
+def test_evaluations_answer_the_prompts_of_their_file_and_change_nothing(place, monkeypatch):
+    monkeypatch.syspath_prepend(str(place))
+    write(place / "held.jsonl", [{"prompt": f"and now {i}: "} for i in range(3)])
+    given = {
+        "prompts_file": place / "prompts.jsonl",
+        "total_episodes": 40,  # 5 steps
+        "max_new_tokens": 8,
+        "reward.function": "rules_of_trl:vowels",
+        "reward.missing_eos_penalty": 0,
+    }
+    evaluated = {"eval_prompts_file": place / "held.jsonl", "eval_every": 2}
+    assert grpo.main(words(place, "evaluated", **given, **evaluated)) == 0
+    assert grpo.main(words(place, "unevaluated", **given, eval_prompts=0)) == 0
+
+    found = {r["step"]: r for r in records(place / "evaluated") if "eval/reward" in r}
+    assert list(found) == [2, 4, 5]
+    path = place / "evaluated" / "completions.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for step, kind in ((2, "eval"), (4, "eval"), (5, "final")):
+        texts = [r["response"] for r in rows if (r["step"], r["kind"]) == (step, kind)]
+        assert len(texts) == 3
+        wanted = [10 * sum(c in "aeiou" for c in text) / max(len(text), 1) for text in texts]
+        assert found[step]["eval/reward"] == pytest.approx(sum(wanted) / 3, abs=1e-5)
+    result = json.loads((place / "evaluated" / "result.json").read_text())
+    assert result["comparison"]["end"]["reward"] == pytest.approx(found[5]["eval/reward"])
+    weights = [
+        place / out / "adapter/adapter_model.safetensors" for out in ("evaluated", "unevaluated")
+    ]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
 @pytest.mark.parametrize(

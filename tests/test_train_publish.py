@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import save_tiny_base
+from transformers import AutoModelForCausalLM
 
 from data.errors import TrainingFailed
 from train.base_model import load_base
@@ -61,3 +63,21 @@ def test_an_adapter_that_answers_otherwise_is_not(tmp_path, dtype):
     with pytest.raises(TrainingFailed, match="would answer differently from what was trained"):
         publish(tmp_path, dtype, 0.01)
     assert not (tmp_path / "run/adapter").exists()
+
+
+def test_every_load_is_tried_on_tokens_that_the_adapter_changes(tmp_path):
+    """What is recorded is PEFT's, and an adapter without its effect is told by it."""
+    publish(tmp_path, "float32", 1.0)
+    folder = tmp_path / "run/adapter"
+    trial = json.loads((folder / "probe.json").read_text())["trial"]
+    ids = trial["token_ids"]
+    assert any(ids == row[i : i + len(ids)] for row in ROWS for i in range(len(row)))
+    found = []
+    for tuned in (False, True):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "tiny-base", dtype=torch.float32)
+        model = PeftModel.from_pretrained(model, str(folder)) if tuned else model
+        with torch.no_grad():
+            logits = model.eval()(input_ids=torch.tensor([ids])).logits[0, :-1]
+        found.append(logits.log_softmax(-1)[range(len(ids) - 1), ids[1:]])
+    assert found[1].tolist() == pytest.approx(trial["logprobs"], abs=1e-4)
+    assert float((found[1] - found[0]).mean()) > 0.5

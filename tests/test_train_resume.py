@@ -82,6 +82,7 @@ def test_killed_at_any_moment_it_ends_in_the_same_adapter(place: Workplace, whol
     assert adapter(run) == adapter(whole)
     steps = [r["step"] for r in read_lines(run / "metrics.jsonl") if "train_loss" in r]
     assert steps == list(range(1, 151))  # each once, though some were trained twice
+    assert tokens_of(run) == tokens_of(whole)  # counted on, not from 0
     messages = [event["message"] for event in read_lines(run / "events.jsonl")]
     assert len(messages) == len(set(messages)) == 25
 
@@ -111,6 +112,11 @@ def test_killed_at_ten_random_moments(place: Workplace, whole: Path) -> None:
     assert adapter(run) == adapter(whole)
     assert steps_of(run) == list(range(1, 151))
     assert len(set(reached)) > 5, reached
+
+
+def tokens_of(run: Path) -> list[int]:
+    records = read_lines(run / "metrics.jsonl")
+    return [record["trained_tokens"] for record in records if "train_loss" in record]
 
 
 def steps_of(run: Path) -> list[int]:

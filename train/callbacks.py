@@ -77,6 +77,23 @@ class Stopper(TrainerCallback):
             control.should_training_stop = True
 
 
+class KeptTokenCount(TrainerCallback):
+    """Has checkpoints carry TRL's count of tokens, which else begins at 0 in a resumed run."""
+
+    def __init__(self, trainer: Any):
+        self._trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._trainer._total_train_tokens = state.num_input_tokens_seen
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        state.num_input_tokens_seen = int(self._trainer._total_train_tokens)
+
+
 class SaveAt(TrainerCallback):
     """Has a checkpoint made at the steps of its own choice."""
 
@@ -170,6 +187,10 @@ class RunLog(TrainerCallback):
             record |= {name: value for name, value in logs.items() if name not in RENAMED}
             self._evaluated_at = state.global_step
             self._evaluation = found | {f"full_{name}": value for name, value in found.items()}
+        elif any(name.startswith("eval_") for name in logs):  # of sampled answers
+            for name, value in logs.items():
+                if name.startswith("eval_"):
+                    record[f"eval/{name.removeprefix('eval_')}"] = value
         else:
             return  # the closing summary
         self._run.append(self._run.metrics, record)

@@ -33,6 +33,7 @@ class Follower:
         self._metrics, self._told = LineTail(run.metrics), LineTail(run.events)
         self._first: tuple[float, int, int] | None = None  # time, step and tokens at this start
         self._resolved: Mapping[str, Any] | None = None
+        self._trained = job.trained_tokens or 0
 
     def look(self) -> None:
         """Record what is new; writes nothing when nothing is."""
@@ -105,8 +106,19 @@ class Follower:
             if self._resolved is not None:
                 fields["hyperparameters"] = resolved_hyperparameters(self._resolved, self._run)
         for line in metrics:
-            fields |= self._estimate(line)
+            fields |= self._estimate(line) | self._count(line)
         return fields
+
+    def _count(self, line: Mapping[str, Any]) -> Numbers:
+        """Tell how much was trained, so that a job that is cancelled or fails is billed for it.
+
+        Steps that are done again after a crash do not count twice.
+        """
+        tokens = line.get("trained_tokens")
+        if not isinstance(tokens, int) or tokens <= self._trained:
+            return {}
+        self._trained = tokens
+        return {"trained_tokens": tokens}
 
     def _estimate(self, line: Mapping[str, Any]) -> Numbers:
         """Tell how fast this start trains, and when it will be done if it goes on so."""

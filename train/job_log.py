@@ -36,6 +36,8 @@ TOLD = {
     "objective/kl": "KL",
     "eval/reward": "evaluation",
 }
+LEARNING = {"train_loss", "objective/scores"}  # what tells of a step, rather than an evaluation
+REWARDS = {"reward", "reward_std", "kl", "entropy"}  # columns of methods that sample
 LEVELS = ("info", "warn", "error")
 
 log = logging.getLogger("hone.worker")
@@ -91,7 +93,7 @@ def metrics_event(record: Mapping[str, Any]) -> EventLine | None:
     ]
     if not numbers:
         return None
-    step, kind = record.get("step"), "valid" if "valid_loss" in record else "train"
+    step, kind = record.get("step"), "train" if record.keys() & LEARNING else "valid"
     return EventLine(
         time=_time(record),
         message=f"Step {step}/{record.get('total_steps')}: {', '.join(numbers)}",
@@ -128,11 +130,15 @@ def step_metrics_csv(metrics: Path) -> bytes:
         if isinstance(record.get("step"), int):
             steps.setdefault(record["step"], {}).update(record)
     text = io.StringIO()
-    more = sorted({name for record in steps.values() for name in record if "/" in name})
+    more = sorted({name for record in steps.values() for name in record if _is_column(name)})
     table = csv.DictWriter(text, (*CSV_COLUMNS, *more), extrasaction="ignore", lineterminator="\n")
     table.writeheader()
     table.writerows(steps[step] for step in sorted(steps))
     return text.getvalue().encode()
+
+
+def _is_column(name: str) -> bool:
+    return "/" in name or name in REWARDS
 
 
 def read_object(path: Path) -> dict[str, Any] | None:

@@ -40,10 +40,8 @@ def write_method_config(
         return path
     kind = str(job.method["type"])
     rules = METHODS[kind]
-    numbers = {
-        name: rules.defaults[name] if value == "auto" else value
-        for name, value in job.hyperparameters.items()
-    }
+    asked = {name: value for name, value in job.hyperparameters.items() if value != "auto"}
+    numbers = {**rules.defaults, **asked}
     values: dict[str, Any] = {
         "base_model": base_of(job, settings),
         "models_dir": str(settings.models_dir.resolve()),
@@ -57,6 +55,8 @@ def write_method_config(
         values["bias_report"] = settings.bias_reports
     if rules.graded:
         values |= _sampling(job, kind, numbers, train_file, reward_model)
+        if validation_file is not None:
+            values["eval_prompts_file"] = str(validation_file.resolve())
     else:
         values |= _offline(job, settings, numbers, train_file, validation_file)
     for name in ("lora", "keep_checkpoints"):
@@ -109,13 +109,13 @@ def _sampling(
         "prompts_file": str(prompts.resolve()),
         "reward": reward,
         "eval_prompts": numbers["eval_samples"],
+        "eval_every": numbers["eval_interval"],
     }
     if "max_completion_tokens" in job.options:
         values["max_new_tokens"] = job.options["max_completion_tokens"]
     each = 1
     if kind == "ppo":
         values["kl"] = {"coef": numbers["kl_coef"]}
-        values["eval_every"] = numbers["eval_interval"]
     else:
         each = max(2, round(GROUP * numbers["compute_multiplier"]))
         values["num_generations"] = each

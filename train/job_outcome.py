@@ -157,7 +157,7 @@ def _succeed(
         "succeeded",
         fine_tuned_model=model,
         result_files=file_ids,
-        trained_tokens=result.get("trained_tokens"),
+        trained_tokens=result.get("trained_tokens") or job.trained_tokens,  # or as followed
         **fields,
     )
     jobs.record_event(session, job.id, "The job has successfully completed")

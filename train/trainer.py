@@ -20,7 +20,7 @@ from trl import SFTConfig, SFTTrainer
 
 from data.render import IGNORED
 from train.batches import LengthGroupedSampler, as_dataset
-from train.callbacks import EarlyStop, ProgressBar, RunLog, SaveAt, Stopper
+from train.callbacks import EarlyStop, KeptTokenCount, ProgressBar, RunLog, SaveAt, Stopper
 from train.config import Plan, SftConfig
 from train.example_losses import write_losses
 from train.lora import lora_config
@@ -155,6 +155,7 @@ def _make_trainer(
         peft_config=peft_config,
         callbacks=[stopper, RunLog(run, _published(config, plan, steps), base.origin)],
     )
+    trainer.add_callback(KeptTokenCount(trainer))
     if config.start_adapter is not None:
         set_weights(trainer.model, config.start_adapter)
     trainer.remove_callback(PrinterCallback)

@@ -18,13 +18,13 @@ from data.feedback import judgements, leases, projects, reports
 from data.feedback.judgements import Answer
 from serve.api.deps import Caller, Running, json_response
 from serve.api.json_route import StrictJsonRoute
-from serve.api.schemas import QueryModel, RequestModel
+from serve.api.schemas import PlainQuery, RequestModel
 
 router = APIRouter(prefix="/v1/comparisons", route_class=StrictJsonRoute)
 MAX_NAME = 64
 
 
-class WhichProject(QueryModel):
+class WhichProject(PlainQuery):
     """Of which labeling project."""
 
     label_project_id: str

@@ -230,7 +230,7 @@ def describe_job(job: Job) -> dict[str, Any]:
         "hyperparameters": job.hyperparameters,
         "method": _describe_method(job),
         "seed": job.seed,
-        "trained_tokens": job.trained_tokens,
+        "trained_tokens": job.trained_tokens if job.status in jobs.FINAL else None,
         "integrations": job.integrations,
         "metadata": job.metadata_,
         "error": job.error,

@@ -9,13 +9,12 @@ from pydantic import BeforeValidator, Field, ValidationError, field_validator, m
 from data.errors import InvalidInput
 from data.formula import Formula
 from data.grader_text import check_places
-from data.similarity import MEASURES
+from data.similarity import METRICS
 from serve.api.errors import describe
 from serve.api.schemas import RequestModel
 
 MAX_GRADERS = 20
 TEXT_PARTS = ("text", "input_text", "output_text")
-NEEDS = {"cosine": "an embedding model", "meteor": "a dictionary of synonyms"}
 
 
 def _checked_text(text: Any) -> Any:
@@ -67,14 +66,8 @@ class TextSimilarity(RequestModel):
     @field_validator("evaluation_metric")
     @classmethod
     def _is_known(cls, value: str) -> str:
-        if value in NEEDS:
-            raise InvalidInput(
-                f"Unsupported value: '{value}' needs {NEEDS[value]}, which this server does not "
-                f"have. Supported values are: {', '.join(map(repr, MEASURES))}.",
-                code="unsupported_parameter",
-            )
-        if value not in MEASURES:
-            supported = ", ".join(map(repr, MEASURES))
+        if value not in METRICS:
+            supported = ", ".join(map(repr, METRICS))
             raise InvalidInput(f"Invalid value: '{value}'. Supported values are: {supported}.")
         return value
 

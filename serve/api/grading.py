@@ -14,12 +14,12 @@ from starlette.requests import Request
 
 from data.errors import EngineFailure, InvalidInput
 from data.grader_text import MissingVariable, SampleNotJson, fill
-from data.similarity import MAX_CHARS, MEASURES, compare
+from data.similarity import COSINE, MAX_CHARS, MEASURES, compare, cosine
 from data.tables import new_id
 from serve.api.adapters import RewardModel, ServedModel
 from serve.api.grader_schemas import Multi, RunRequest, ScoreModel, StringCheck, TextSimilarity
 from serve.api.metered import metered
-from serve.api.prompts import read_messages, room_for
+from serve.api.prompts import read_messages, read_prompts, room_for
 from serve.api.rewards import Row, record_scoring, row_of, score_rows
 from serve.api.schemas import ChatMessage
 from serve.engine.base import GenerationRequest, SamplingParams
@@ -82,7 +82,29 @@ class _Run:
                 f"most {MAX_CHARS} are compared.",
                 param="model_sample",
             )
+        if grader.evaluation_metric == COSINE:
+            return await self._cosine(texts)
         return await run_in_threadpool(MEASURES[grader.evaluation_metric], *texts)
+
+    async def _cosine(self, texts: list[str]) -> float:
+        """Compare the texts' embeddings by the base model, which are the account's usage."""
+        if not all(texts):  # nothing to embed
+            return float(texts[0] == texts[1])
+        name = self.runtime.models.base_model
+        served = await self.runtime.models.resolve(self.account, name)
+        prompts = await run_in_threadpool(read_prompts, texts, served.tokens, True)
+        for prompt in prompts:
+            room_for(prompt, 0, 0, self.runtime.engine.max_context, "model_sample")
+        generator = metered(self.runtime, self.request, None, served, prompts, kind="embeddings")
+        params = SamplingParams(max_tokens=0, embed=True)
+        asked = [
+            GenerationRequest(new_id("grade-"), prompt.ids, params, served.adapter, self.account)
+            for prompt in prompts
+        ]
+        left, right = await generator.answer(asked)
+        used = sum(len(prompt.ids) for prompt in prompts)
+        self.tokens[name] = self.tokens.get(name, 0) + used
+        return cosine(left.embedding, right.embedding)
 
     async def _judge(self, grader: ScoreModel) -> float:
         model = await self.runtime.models.resolve_judge(self.account, grader.model)

@@ -8,15 +8,16 @@ from __future__ import annotations
 from typing import Annotated, Any, ClassVar
 
 from fastapi import APIRouter, Query, Request
-from pydantic import Field
+from pydantic import Field, field_validator
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
-from data import jobs
+from data import job_events, jobs
 from data.errors import InvalidInput
 from data.job_spec import JobSpec
-from data.prompt_format import check_rows
-from data.tables import Job, JobEvent
+from data.prompt_format import check_rows, format_of
+from data.rows import Format
+from data.tables import Job
 from serve.api import completions, embeddings, models
 from serve.api.deps import Account, Caller, Running, json_response
 from serve.api.embeddings import EmbeddingRequest
@@ -30,6 +31,7 @@ from serve.runtime import Runtime
 
 MAX_LISTED = 100
 MAX_SUFFIX = 40
+FORMER_WEIGHT = 0.01  # of a prompt's tokens, beside 1 for a completion's
 STATUS = {"validating_files": "pending", "queued": "pending", "paused": "pending"}
 
 router = APIRouter(prefix="/v1", route_class=StrictJsonRoute)
@@ -52,8 +54,8 @@ class FineTuneRequest(RequestModel):
 
     unsupported: ClassVar[frozenset[str]] = frozenset(
         {
-            *("compute_classification_metrics", "classification_n_classes"),
-            *("classification_positive_class", "classification_betas"),
+            *("classification_n_classes", "classification_positive_class"),
+            "classification_betas",
         }
     )
 
@@ -65,6 +67,19 @@ class FineTuneRequest(RequestModel):
     learning_rate_multiplier: float | None = Field(None, gt=0)
     suffix: str | None = Field(None, max_length=MAX_SUFFIX)
     prompt_loss_weight: float | None = Field(None, ge=0, le=1)
+    compute_classification_metrics: bool | None = None
+
+    @field_validator("compute_classification_metrics")
+    @classmethod
+    def _is_off(cls, value: bool | None) -> bool | None:
+        if value:
+            raise InvalidInput(
+                "Unsupported value: 'compute_classification_metrics' is true, but a job computes "
+                "losses and token accuracies alone. Leave it out; `python -m train.evaluate` has "
+                "classification metrics.",
+                code="unsupported_parameter",
+            )
+        return value
 
 
 class EventsQuery(QueryModel):
@@ -112,7 +127,7 @@ async def create_fine_tune(body: FineTuneRequest, caller: Caller, runtime: Runni
     """Queue a fine-tuning job."""
     chosen = {"n_epochs": body.n_epochs, "batch_size": body.batch_size}
     chosen["learning_rate_multiplier"] = body.learning_rate_multiplier  # type: ignore[assignment]
-    weight = body.prompt_loss_weight
+    weight = await run_in_threadpool(_prompt_weight, body, caller, runtime)
     spec = JobSpec(
         options={} if weight is None else {"prompt_loss_weight": weight},
         model=body.model or runtime.models.base_model,
@@ -160,19 +175,29 @@ async def list_fine_tune_events(
     caller: Caller,
     runtime: Running,
 ) -> Response:
-    """List a job's events, oldest first; or stream them until it ends."""
+    """List a job's events, oldest first; or stream them until it ends.
+
+    Those of either begin after `after`, the id of an event as `/fine_tuning/jobs` tells it.
+    """
     if query.stream:
         return await EventStream.begin(
             request, _frames(job_frames(runtime, caller.id, job_id, query.after))
         )
-    await run_in_threadpool(jobs.get, runtime.database, caller.id, job_id)
-    found = await run_in_threadpool(_events, runtime, caller.id, job_id)
-    return json_response({"object": "list", "data": found})
+    shown = await run_in_threadpool(_events, runtime, caller.id, job_id, query.after)
+    return json_response({"object": "list", "data": shown})
 
 
 async def _frames(events: Frames) -> Frames:
     async for found in events:
         yield [_former(event) for event in found]
+
+
+def _prompt_weight(body: FineTuneRequest, caller: Account, runtime: Runtime) -> float | None:
+    """Return the weight asked for; by default the one of that time, which only such rows have."""
+    if body.prompt_loss_weight is not None:
+        return body.prompt_loss_weight
+    found = format_of(runtime.files, caller.id, body.training_file)
+    return FORMER_WEIGHT if found is Format.PROMPT_COMPLETION else None
 
 
 def _check_model(engine: str, model: str) -> None:
@@ -205,7 +230,7 @@ def _describe(runtime: Runtime, caller: Account, job: Job, with_events: bool) ->
         "fine_tuned_model": job.fine_tuned_model,
         "organization_id": ORGANIZATION,
         "status": STATUS.get(job.status, job.status),
-        "hyperparams": job.hyperparameters,
+        "hyperparams": _hyperparams(job),
         "training_files": _files(runtime, caller, [job.training_file]),
         "validation_files": _files(runtime, caller, [job.validation_file]),
         "result_files": _files(runtime, caller, job.result_files),
@@ -215,19 +240,23 @@ def _describe(runtime: Runtime, caller: Account, job: Job, with_events: bool) ->
     return described
 
 
+def _hyperparams(job: Job) -> dict[str, Any]:
+    if job.method["type"] != "supervised":
+        return job.hyperparameters
+    return job.hyperparameters | {"prompt_loss_weight": job.options.get("prompt_loss_weight", 0.0)}
+
+
 def _files(runtime: Runtime, caller: Account, ids: list[str | None]) -> list[dict[str, Any]]:
     found = runtime.files.find_all(caller.id, [file_id for file_id in ids if file_id is not None])
     return [describe_file(record) for record in found]
 
 
-def _events(runtime: Runtime, account_id: str, job_id: str) -> list[dict[str, Any]]:
-    found: list[JobEvent] = []
-    more, after = True, None
-    while more:
-        page, more = jobs.list_events(runtime.database, account_id, job_id, MAX_LISTED, after)
-        found += page
-        after = page[-1].id if page else None
+def _events(
+    runtime: Runtime, account_id: str, job_id: str, after: str | None = None
+) -> list[dict[str, Any]]:
+    """Return a job's events after one of them, or all, oldest first."""
+    seq = job_events.position_of(runtime.database, account_id, job_id, after)
+    found, _ = job_events.events_since(runtime.database, account_id, job_id, seq)
     return [
-        _former({"created_at": e.created_at, "level": e.level, "message": e.message})
-        for e in reversed(found)
+        _former({"created_at": e.created_at, "level": e.level, "message": e.message}) for e in found
     ]

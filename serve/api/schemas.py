@@ -51,10 +51,14 @@ class RequestModel(BaseModel):
         return {name: value for name, value in values.items() if value is not None}
 
 
-class QueryModel(BaseModel):
-    """The query of a list: text that reads as the right type, no unknown names."""
+class PlainQuery(BaseModel):
+    """A query: text that reads as the right type, no unknown names."""
 
     model_config = ConfigDict(extra="forbid")
+
+
+class QueryModel(PlainQuery):
+    """The query of a list that comes in pages."""
 
     after: str | None = None
 

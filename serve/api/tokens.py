@@ -15,7 +15,7 @@ from starlette.responses import Response
 from data.errors import InvalidInput
 from serve.api.deps import Caller, Running, json_response
 from serve.api.json_route import StrictJsonRoute
-from serve.api.schemas import QueryModel, RequestModel
+from serve.api.schemas import RequestModel
 from serve.api.token_text import TokenText
 from serve.runtime import Runtime
 
@@ -23,12 +23,6 @@ MAX_CHARACTERS = 1 << 22
 MAX_TOKENS = 1 << 20
 
 router = APIRouter(route_class=StrictJsonRoute)
-
-
-class OfModel(QueryModel):
-    """Whose tokenizer; the base model's unless named."""
-
-    model: str | None = None
 
 
 class TokenizeRequest(RequestModel):

@@ -20,12 +20,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 from data.errors import AdapterRefused
-from serve.engine.adapter_weights import LoadedAdapter, Weights, site_shape
+from serve.engine.adapter_weights import LoadedAdapter, Trial, Weights, site_shape
 from serve.engine.base import Adapter, AdapterRef, MemoryAdapter
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 ORIGIN_FILE = "hone.json"
+PROBE_FILE = "probe.json"
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")
 PREFIX = "base_model.model."
 TENSOR = re.compile(
@@ -93,7 +94,8 @@ def read_adapter(
         site: _check_site(path, site, sites[site], pair, config) for site, pair in halves.items()
     }
     _check_complete(folder, config, sites, weights)
-    return LoadedAdapter(ref.digest, weights)
+    trial = _read_trial(folder) if isinstance(ref, AdapterRef) else None
+    return LoadedAdapter(ref.digest, weights, trial)
 
 
 def _refuse(path: Path, reason: str, code: str) -> AdapterRefused:
@@ -111,6 +113,25 @@ def _check_origin(folder: Path, base_fingerprint: str) -> None:
     if found != base_fingerprint:
         reason = f"the adapter was trained on {found}; this base is {base_fingerprint}"
         raise _refuse(path, reason, "wrong_base")
+
+
+def _read_trial(folder: Path) -> Trial | None:
+    """Return what the trainer recorded for loads; None if it recorded nothing."""
+    path = folder / PROBE_FILE
+    if not path.exists():
+        return None
+    try:
+        given = json.loads(path.read_text("utf-8")).get("trial")
+        if given is None:
+            return None
+        ids, logprobs = given["token_ids"], given["logprobs"]
+        trial = Trial(tuple(map(int, ids)), tuple(map(float, logprobs)), str(given["dtype"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _refuse(path, f"cannot be read ({error!r})", "invalid_probe") from error
+    if len(trial.logprobs) != len(trial.token_ids) - 1 or min(trial.token_ids) < 0:
+        reason = f"its trial has the tokens {ids} and {len(logprobs)} log-probabilities"
+        raise _refuse(path, reason, "invalid_probe")
+    return trial
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

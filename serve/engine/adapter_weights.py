@@ -19,11 +19,30 @@ class Weights:
 
 
 @dataclass(frozen=True, slots=True)
+class Trial:
+    """A few tokens and what the trainer's own model said of them: whoever serves must say the same.
+
+    Attributes:
+        logprobs: Of every token but the first.
+        dtype: The trainer's.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
 class LoadedAdapter:
-    """An adapter that passed the checks of its files, in host memory."""
+    """An adapter that passed the checks of its files, in host memory.
+
+    Attributes:
+        trial: None where the trainer left none, as other trainers do.
+    """
 
     digest: str
     weights: Mapping[str, Weights]
+    trial: Trial | None = None
 
     @property
     def rank(self) -> int:

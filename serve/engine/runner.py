@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from data.errors import AdapterRefused, EngineFailure, InvalidInput, ModelUnavailable
 from serve.engine import kernels
-from serve.engine.adapter_weights import LoadedAdapter
+from serve.engine.adapter_weights import LoadedAdapter, Trial
 from serve.engine.attention import IMPLEMENTATION, Group, ProbeStep, Singles, Step
 from serve.engine.blocks import SMALLEST, Block, BlockPool, block_size
 from serve.engine.forward import Forward, Part, parts_of
@@ -29,6 +29,8 @@ from serve.engine.widened import widened
 
 PROBE_TOKENS = 4  # what one tile of the kernels takes
 TOLERANCE, TOLERANCE_BFLOAT16 = 1e-4, 0.05  # of the logits' norm, at most tokens
+# Of the log-probabilities of an adapter's trial, on average: both sides in float32, or not.
+TRIAL_TOLERANCE, TRIAL_TOLERANCE_NARROW = 0.02, 0.5
 POSITION_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx")
 SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
 # These scale rotary angles by the longest sequence seen, so a batch mate would change the result.
@@ -79,6 +81,7 @@ class ModelRunner:
             model.set_attn_implementation(self._previous_attention)
             raise
         dtype = torch.float32 if in_bfloat16 else model.dtype
+        self._is_float32 = model.dtype == torch.float32 and not in_bfloat16
         self._has_kernels = in_bfloat16 or kernels.usable(model)
         self._widened = widened(model) if in_bfloat16 else None
         self.bank = LoraBank(model, max_lora_rows, dtype)
@@ -159,21 +162,60 @@ class ModelRunner:
         """Try an adapter on a few tokens; False if there is no room for it now.
 
         Raises:
-            AdapterRefused: Its output is not finite.
+            AdapterRefused: Its output is not finite, or not what its trainer recorded.
         """
+        trial = adapter.trial
+        ids = self._probe_ids if trial is None else self._trial_ids(adapter.digest, trial)
         if not self.bank.activate(adapter, in_use):
             return False
         keep = self._tensor(list(range(PROBE_TOKENS)))
         self.bank.begin([(adapter.digest, PROBE_TOKENS)], keep)
-        logits = self._probe_logits() if self._prober is None else self._native_logits(self._prober)
-        if not bool(logits.isfinite().all()):
+        logits = (
+            self._probe_logits(ids)
+            if self._prober is None
+            else self._native_logits(self._prober, ids)
+        )
+        try:
+            if not bool(logits.isfinite().all()):
+                raise AdapterRefused(
+                    f"Adapter {adapter.digest}: its output on a probe is not finite; train it "
+                    f"again with a smaller learning rate.",
+                    code="adapter_not_finite",
+                )
+            if trial is not None:
+                self._compare(adapter.digest, trial, logits)
+        except AdapterRefused:
             self.bank.deactivate(adapter.digest)
-            raise AdapterRefused(
-                f"Adapter {adapter.digest}: its output on a probe is not finite; train it again "
-                f"with a smaller learning rate.",
-                code="adapter_not_finite",
-            )
+            raise
         return True
+
+    def _trial_ids(self, digest: str, trial: Trial) -> list[int]:
+        """Return a trial's tokens, padded to what a probe takes."""
+        ids, vocab_size = list(trial.token_ids), self.model.config.get_text_config().vocab_size
+        if len(ids) > PROBE_TOKENS or max(ids) >= vocab_size:
+            raise AdapterRefused(
+                f"Adapter {digest}: its trial has the tokens {ids}; expected at most "
+                f"{PROBE_TOKENS}, each below {vocab_size}. Train it again.",
+                code="adapter_invalid_probe",
+            )
+        return ids + self._probe_ids[len(ids) :]
+
+    def _compare(self, digest: str, trial: Trial, logits: torch.Tensor) -> None:
+        """Hold what is served against what the trainer's model said."""
+        targets = self._tensor(list(trial.token_ids[1:]))
+        log_probs = logits[: len(targets)].float().log_softmax(dim=-1)
+        found = log_probs.gather(-1, targets[:, None]).squeeze(-1).cpu()
+        mean = float((found - torch.tensor(trial.logprobs)).abs().mean())
+        is_exact = self._is_float32 and trial.dtype == "float32"
+        allowed = TRIAL_TOLERANCE if is_exact else TRIAL_TOLERANCE_NARROW
+        if not mean <= allowed:  # NaN fails too
+            raise AdapterRefused(
+                f"Adapter {digest}: its log-probabilities on a few tokens are {mean:.2g} from its "
+                f"trainer's on average (allowed {allowed}): it would answer differently from what "
+                f"was trained. Train it again, or serve with the dtype it was trained in "
+                f"({trial.dtype}).",
+                code="adapter_probe_mismatch",
+            )
 
     def close(self) -> None:
         """Give the model back as it was."""
@@ -254,20 +296,21 @@ class ModelRunner:
     def _agrees(self, native: Forward, tolerance: float) -> bool:
         """Tell whether the kernels' pass computes what the model does."""
         with torch.inference_mode():
-            expected, got = self._probe_logits(), self._native_logits(native)
+            ids = self._probe_ids
+            expected, got = self._probe_logits(ids), self._native_logits(native, ids)
         errors = (got - expected).norm(dim=-1) / expected.norm(dim=-1)
         return bool(errors.median() <= tolerance)  # rounding may hit a single token hard
 
-    def _probe_logits(self) -> torch.Tensor:
+    def _probe_logits(self, ids: list[int]) -> torch.Tensor:
         """Return the model's logits of a few tokens."""
         places = list(range(PROBE_TOKENS))
         step = ProbeStep(PROBE_TOKENS, self.device)
-        return self._forward(self._probe_ids, places, self._tensor(places), step)
+        return self._forward(ids, places, self._tensor(places), step)
 
-    def _native_logits(self, native: Forward) -> torch.Tensor:
+    def _native_logits(self, native: Forward, ids: list[int]) -> torch.Tensor:
         """Return the kernels' logits of the same tokens."""
         part = Part(0, 0, PROBE_TOKENS, PROBE_TOKENS)
-        return native(self._tensor(self._probe_ids), [part])[0]
+        return native(self._tensor(ids), [part])[0]
 
     @property
     def _probe_ids(self) -> list[int]:
