@@ -139,10 +139,12 @@ def train(
     if not trainer.is_world_process_zero():
         return result
     scored.model.eval()
-    normalizer = _normalize(job, scored, start)
+    held_out: list[list[float]] = []
     if job.valid is not None:
-        scores = score_groups(scored, job.valid.groups, job.max_tokens, Normalizer())
-        card = report_card(job.valid.groups, scores)
+        held_out = score_groups(scored, job.valid.groups, job.max_tokens, Normalizer())
+    normalizer = _normalize(job, scored, start, held_out)
+    if job.valid is not None:
+        card = report_card(job.valid.groups, held_out)
         write_json(run.card, card)
         title = f"Reward model of {job.train.path.name}"
         replace_text(run.report, card_page(card, title))
@@ -167,13 +169,19 @@ def score_groups(
     return [found[id(group)] for group in groups]
 
 
-def _normalize(job: RewardRun, scored: ScoredBase, start: MemoryAdapter) -> Normalizer:
-    """Measure the raw scores of the reference: of samples of the start policy, or held-out rows."""
+def _normalize(
+    job: RewardRun, scored: ScoredBase, start: MemoryAdapter, held_out: list[list[float]]
+) -> Normalizer:
+    """Measure the raw scores of the reference: of samples of the start policy, or held-out rows.
+
+    Args:
+        held_out: The raw scores of validation rows; empty where there are none.
+    """
     config = job.config
-    plain = Normalizer()
     if config.normalize_on == "validation":
-        groups = (job.valid or job.train).groups
-        raw = [s for found in score_groups(scored, groups, job.max_tokens, plain) for s in found]
+        train = job.train.groups
+        by_group = held_out or score_groups(scored, train, job.max_tokens, Normalizer())
+        raw = [score for found in by_group for score in found]
     else:
         raw = _score_samples(job, scored, start)
     values = torch.tensor(raw, dtype=torch.float64)
