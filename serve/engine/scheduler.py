@@ -16,7 +16,7 @@ from typing import NamedTuple
 from serve.engine.sequence import Stream
 
 LONG_STALL = 4  # steps at full budget; a prompt that takes more goes at a third, to stall less
-FAR = 1500  # tokens to look back on at which a token's attention costs as much as its products
+FAR = 1000  # tokens to look back on at which a token's attention costs as much as its products
 
 
 class Admission(Enum):
