@@ -146,3 +146,34 @@ def test_a_model_without_a_template(server: Server, client: openai.OpenAI) -> No
         assert caught.value.code == "chat_template_missing"
     finally:
         tokenizer.chat_template = template
+
+
+def test_prompt_logprobs_are_those_of_the_rendered_conversation(client: openai.OpenAI) -> None:
+    body = {"prompt_logprobs": 1}
+    plain: Any = client.completions.create(
+        model=MODEL, prompt=RENDERED, max_tokens=1, extra_body={**body, "add_special_tokens": False}
+    )
+    wanted = plain.choices[0].prompt_logprobs
+    answer: Any = chat(client, n=2, extra_body=body)
+    assert [choice.prompt_logprobs for choice in answer.choices] == [wanted, wanted]
+    chunks: Any = list(
+        client.chat.completions.create(
+            model=MODEL, messages=MESSAGES, max_tokens=3, stream=True, extra_body=body
+        )
+    )
+    told = [getattr(choice, "prompt_logprobs", None) for c in chunks for choice in c.choices]
+    assert [entry for entry in told if entry is not None] == [wanted]
+    assert not hasattr(chat(client).choices[0], "prompt_logprobs")
+
+
+def test_add_special_tokens_puts_them_before_the_template(client: openai.OpenAI) -> None:
+    def prompt_ids(**more: Any) -> list[int]:
+        answer: Any = chat(client, extra_body={"return_token_ids": True, **more})
+        found: list[int] = answer.choices[0].prompt_token_ids
+        return found
+
+    completion: Any = client.completions.create(
+        model=MODEL, prompt=RENDERED, max_tokens=1, extra_body={"return_token_ids": True}
+    )
+    assert prompt_ids(add_special_tokens=True) == completion.choices[0].prompt_token_ids
+    assert prompt_ids() == prompt_ids(add_special_tokens=False)

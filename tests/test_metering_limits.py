@@ -183,6 +183,13 @@ def test_spend_limit_stops_and_alert_tells_once(
     with pytest.raises(RateLimitError):
         client.fine_tuning.jobs.create(model=MODEL, training_file="file-x")
     assert client.moderations.create(input="hello").results  # what is free goes on
+    line = {"custom_id": "1", "method": "POST", "url": "/v1/moderations", "body": {"input": "a"}}
+    content = json.dumps(line).encode()
+    file = client.files.create(file=("batch.jsonl", content), purpose="batch")
+    asked: Any = {"input_file_id": file.id, "completion_window": "24h"}
+    assert client.batches.create(endpoint="/v1/moderations", **asked).id
+    with pytest.raises(RateLimitError):
+        client.batches.create(endpoint="/v1/completions", **asked)
     grader: Any = {"type": "string_check", "name": "same", "input": "a", "reference": "a"}
     run = client.fine_tuning.alpha.graders.run
     assert run(grader=grader | {"operation": "eq"}, model_sample="a").reward == 1

@@ -17,7 +17,7 @@ from serve.api.adapters import ServedModel
 from serve.api.deps import Caller, Running, json_response
 from serve.api.generation import Answer, Generator, unless_disconnected
 from serve.api.json_route import StrictJsonRoute
-from serve.api.logprobs import chat_logprobs
+from serve.api.logprobs import chat_logprobs, prompt_logprobs
 from serve.api.metered import metered
 from serve.api.prompts import Prompt, read_messages, room_for
 from serve.api.rewards import Ranking, best, ranking_of, reward_of
@@ -115,16 +115,23 @@ class _Plan:
         shown = [entry for entry in scored if entry.token_id not in self.served.eos_token_ids]
         return chat_logprobs(shown, self.served.tokens, self.body.top_logprobs or 0)
 
+    def of_prompt(self, scored: Sequence[TokenLogprob | None] | None) -> dict[str, Any]:
+        """Return the extension `prompt_logprobs` of a choice, if it was asked for."""
+        if self.body.prompt_logprobs is None:
+            return {}
+        told = prompt_logprobs(scored or (), self.served.tokens, self.body.prompt_logprobs)
+        return {"prompt_logprobs": told}
+
 
 def _plan(body: ChatRequest, served: ServedModel, max_context: int, account: str) -> _Plan:
     completion_id = new_id("chatcmpl-")
-    prompt = read_messages(body.messages, served.tokens)
+    prompt = read_messages(body.messages, served.tokens, body.add_special_tokens)
     wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     room = room_for(prompt, wanted, max_context, max_context, "messages")
     scored = (body.top_logprobs or 0) if body.logprobs else None
     if scored is None and body.candidates > body.n and body.reward_model is None:
         scored = 0  # best_of compares by them
-    params = sampling_params(body, served, room, scored)
+    params = sampling_params(body, served, room, scored, body.prompt_logprobs)
     if body.response_format is not None:
         params = replace(params, json_schema=body.response_format.schema_text)
     requests = engine_requests(completion_id, [(prompt, params)], body.candidates, served, account)
@@ -154,7 +161,7 @@ def _choice(plan: _Plan, index: int, answer: Answer) -> dict[str, Any]:
     if plan.body.return_token_ids:
         choice["token_ids"] = answer.token_ids
         choice["prompt_token_ids"] = list(plan.prompt.ids)
-    return choice
+    return choice | plan.of_prompt(answer.prompt_logprobs)
 
 
 async def _frames(
@@ -175,7 +182,8 @@ async def _frames(
                 answers[index].add(delta)
                 if index not in begun:
                     begun.add(index)
-                    pieces.append(_piece(index, {"role": "assistant", "content": ""}))
+                    start = _piece(index, {"role": "assistant", "content": ""})
+                    pieces.append(start | plan.of_prompt(delta.prompt_logprobs))
                 if delta.text or delta.logprobs or plan.body.return_token_ids:
                     pieces.append(_content(plan, index, delta))
                 if delta.finish_reason is not None:

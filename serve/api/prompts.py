@@ -86,7 +86,9 @@ def read_prompts(value: Any, tokens: TokenText, add_special_tokens: bool) -> lis
     raise _wrong_form(value)
 
 
-def read_messages(messages: Sequence[ChatMessage], tokens: TokenText) -> Prompt:
+def read_messages(
+    messages: Sequence[ChatMessage], tokens: TokenText, add_special_tokens: bool = False
+) -> Prompt:
     """Render a conversation for the model to answer.
 
     Raises:
@@ -116,7 +118,7 @@ def read_messages(messages: Sequence[ChatMessage], tokens: TokenText) -> Prompt:
             f"Invalid 'messages': the model's chat template refuses the conversation: {error}",
             param="messages",
         ) from error
-    return _from_text(text, tokens, add_special_tokens=False)
+    return _from_text(text, tokens, add_special_tokens)
 
 
 def room_for(prompt: Prompt, wanted: int | None, default: int, max_context: int, param: str) -> int:
