@@ -18,7 +18,7 @@ from api_server import MODEL, Server, running, tiny_settings
 from sqlalchemy import select
 from test_api_adapters import publish
 from test_metering_ledger import rows
-from test_web import person
+from web_forms import person
 
 from data.errors import InvalidInput
 from data.feedback.draws import as_tasks, check_draw
