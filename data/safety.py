@@ -6,7 +6,7 @@ server within seconds, and its jobs are paused here. The case says why, to the a
 
 from __future__ import annotations
 
-from sqlalchemy import select
+from sqlalchemy import select, tuple_
 from sqlalchemy.orm import Session
 
 from data import audit, job_pause, projects, webhooks
@@ -141,14 +141,33 @@ def answer_appeal(database: Database, case_id: str, message: str) -> SafetyCase:
     return case
 
 
-def list_cases(database: Database, waiting: bool = False) -> list[SafetyCase]:
-    """Return all cases, newest first; `waiting`: only those whose appeal has no answer."""
-    query = select(SafetyCase).order_by(SafetyCase.created_at.desc(), SafetyCase.id)
+def list_cases(
+    database: Database, waiting: bool = False, limit: int | None = None, after: str | None = None
+) -> tuple[list[SafetyCase], bool]:
+    """Return cases, newest first, and whether more follow.
+
+    Args:
+        waiting: Only those whose appeal has no answer.
+        after: Id of the case that the page follows.
+
+    Raises:
+        InvalidInput: `after` names no case.
+    """
+    query = select(SafetyCase).order_by(SafetyCase.created_at.desc(), SafetyCase.id.desc())
     with database.read() as session:
-        cases = session.scalars(query).all()
-    if not waiting:
-        return list(cases)
-    return [c for c in cases if c.appeal is not None and c.appeal["answered_at"] is None]
+        if after is not None:
+            last = session.get(SafetyCase, after)
+            if last is None:
+                raise InvalidInput(f"Invalid 'after': no case {after}", param="after")
+            place = tuple_(SafetyCase.created_at, SafetyCase.id)
+            query = query.where(place < (last.created_at, last.id))
+        if waiting:
+            made, answered = (
+                SafetyCase.appeal[name].as_string() for name in ("message", "answered_at")
+            )
+            query = query.where(made.is_not(None), answered.is_(None))
+        found = session.scalars(query.limit(None if limit is None else limit + 1)).all()
+    return list(found[:limit]), limit is not None and len(found) > limit
 
 
 def closed_accounts(database: Database) -> dict[str, Project]:

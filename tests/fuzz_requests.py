@@ -142,6 +142,8 @@ SAMPLES: dict[str, Any] = {
     "/v1/organization/admin_api_keys": {"name": "a", "expires_in_seconds": 60},
     "/v1/organization/projects/{project_id}/warn": {"reason": "a"},
     "/v1/organization/projects/{project_id}/suspend": {"reason": "a"},
+    "/v1/organization/safety_cases/{case_id}/answer": {"message": "a"},
+    "/v1/safety/cases/{case_id}/appeal": {"message": "a"},
     "/v1/organization/projects/{project_id}/model_permissions": {
         "mode": "allow_list",
         "model_ids": [MODEL],

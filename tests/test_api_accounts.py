@@ -427,11 +427,20 @@ def test_a_suspended_account_appeals_and_reads_the_answer(server: Server) -> Non
     admin = server.http(admin_key)
     waiting = admin.get("/v1/organization/safety_cases", params={"waiting": "true"}).json()
     assert case in [entry["id"] for entry in waiting["data"]]
+    cases = "/v1/organization/safety_cases"
+    every = [entry["id"] for entry in admin.get(cases, params={"limit": 100}).json()["data"]]
+    assert len(every) > 1
+    page = admin.get(cases, params={"limit": 1}).json()
+    assert ([entry["id"] for entry in page["data"]], page["has_more"]) == (every[:1], True)
+    rest = admin.get(cases, params={"after": every[0]}).json()
+    assert [entry["id"] for entry in rest["data"]] == every[1:]
     answer = f"/v1/organization/safety_cases/{case}/answer"
     assert http.post(answer, json={"message": "x"}).status_code == 403
     told = admin.post(answer, json={"message": "You may go on."}).json()
     assert told["appeal"]["answer"] == "You may go on."
     assert admin.post(answer, json={"message": "x"}).status_code == 400
+    waiting = admin.get(cases, params={"waiting": "true"}).json()
+    assert case not in [entry["id"] for entry in waiting["data"]]
     assert http.get(path).json()["appeal"]["answered_at"] is not None
     log = admin.get("/v1/organization/audit_logs", params={"resource_ids": case}).json()["data"]
     assert [entry["type"] for entry in log] == ["case.answered", "case.appealed"]

@@ -45,8 +45,9 @@ class PermissionsRequest(RequestModel):
 
 
 class ListCases(QueryModel):
-    """Which cases."""
+    """Which part of the list."""
 
+    limit: int = Field(20, ge=1, le=MAX_LIMIT)
     waiting: bool = False
 
 
@@ -105,8 +106,10 @@ async def list_cases(
     query: Annotated[ListCases, Query()], _key: Operator, runtime: Running
 ) -> Response:
     """List cases of all accounts, newest first."""
-    found = await run_in_threadpool(safety.list_cases, runtime.database, query.waiting)
-    return page([_case(case) for case in found], False)
+    found, has_more = await run_in_threadpool(
+        safety.list_cases, runtime.database, query.waiting, query.limit, query.after
+    )
+    return page([_case(case) for case in found], has_more)
 
 
 @router.post("/organization/safety_cases/{case_id}/answer")

@@ -72,7 +72,7 @@ def cases(
     from data import safety
 
     _, database = open_home()
-    found = safety.list_cases(database, waiting)
+    found, _ = safety.list_cases(database, waiting)
     if as_json:
         names = ("id", "project_id", "notice", "reason", "created_at", "closed_at", "appeal")
         print_json([{name: getattr(case, name) for name in names} for case in found])
