@@ -145,3 +145,8 @@ def test_no_chat_template() -> None:
     with pytest.raises(InvalidInput) as caught:
         read_messages([ChatMessage(role="user", content="x")], bare)
     assert caught.value.code == "chat_template_missing"
+
+
+def test_an_empty_conversation_is_refused() -> None:
+    with pytest.raises(InvalidInput, match="at least one message"):
+        read_messages([], TokenText(tiny_tokenizer()))

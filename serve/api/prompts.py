@@ -95,6 +95,11 @@ def read_messages(
         InvalidInput: The model has no chat template (`chat_template_missing`), or its template
             refuses the conversation.
     """
+    if not messages:
+        raise InvalidInput(
+            "Invalid 'messages': the conversation is empty; send at least one message.",
+            param="messages",
+        )
     if not tokens.tokenizer.chat_template:
         raise InvalidInput(
             "This model has no chat template; use /v1/completions, or add a chat_template to the "

@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 from serve.engine.sequence import Stream
 
-LONG_STALL = 4  # steps at full budget; a prompt that takes more goes at a third, to stall less
-FAR = 1000  # tokens to look back on at which a token's attention costs as much as its products
+LONG_STALL = 4  # steps at full budget; a prompt that takes more goes at a quarter, to stall less
+FAR = 600  # tokens to look back on at which a token's attention costs as much as its products
 
 
 class Admission(Enum):
@@ -99,7 +99,7 @@ class Scheduler:
                 length = len(stream.request.prompt_ids)
                 left = length - stream.num_computed
                 if works and length > LONG_STALL * self.prefill_beside:
-                    share = self.prefill_beside // 3 * FAR // (FAR + stream.num_computed)
+                    share = self.prefill_beside // 4 * FAR // (FAR + stream.num_computed)
                     budget = min(budget, max(share, 1))
                 count = min(left, budget)
                 works.append(Work(stream, stream.num_computed, count))
