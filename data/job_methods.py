@@ -60,7 +60,8 @@ METHODS: dict[str, MethodRules] = {
         (Format.PROMPT_COMPLETION, Format.CHAT, Format.TEXT),
         _COMMON,
         frozenset(
-            _DATA_OPTIONS | {"n_checkpoints", "n_evals", "early_stopping", "prompt_loss_weight"}
+            _DATA_OPTIONS
+            | {"n_checkpoints", "n_evals", "early_stopping", "prompt_loss_weight", "classification"}
         ),
     ),
     "dpo": MethodRules(
@@ -146,9 +147,10 @@ def unusable_rows(method: str, options: Mapping[str, Any], kind: Format | None) 
     if kind not in rules.formats:
         what = "supervised fine-tuning" if method == "supervised" else f"the method {method}"
         return f"are of the kind {kind}; {what} takes {', '.join(rules.formats)}."
-    if options.get("prompt_loss_weight") and kind != Format.PROMPT_COMPLETION:
-        return (
-            f"are of the kind {kind}, but `prompt_loss_weight` needs {Format.PROMPT_COMPLETION} "
-            "rows. Leave it out, or upload such rows."
-        )
+    for name in ("prompt_loss_weight", "classification"):
+        if options.get(name) and kind != Format.PROMPT_COMPLETION:
+            return (
+                f"are of the kind {kind}, but `{name}` needs {Format.PROMPT_COMPLETION} rows. "
+                "Leave it out, or upload such rows."
+            )
     return None

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data.errors import InvalidInput
+from data.job_checks import check_choice, check_keys, check_number, check_text, unknown
 from data.job_methods import METHODS, MethodRules, Rule
-from data.settings import nearest
+from data.job_sections import SECTIONS, check_section
 
 AUTO = "auto"
 MAX_SEED = 2**31 - 1
@@ -29,19 +30,6 @@ OPTIONS: dict[str, Rule] = {
     "prompt_loss_weight": (float, 0, 1),
 }
 TEXTS = ("from_checkpoint",)
-SECTIONS: dict[str, dict[str, Rule]] = {
-    "lora": {
-        "r": (int, 1, 256),
-        "alpha": (float, None, 1024),
-        "dropout": (float, 0, 0.9),
-        "lr_ratio": (float, 1, 64),
-    },
-    "early_stopping": {
-        "patience": (int, 1, 100),
-        "min_delta": (float, 0, 100),
-        "warmup_evals": (int, 0, 1000),
-    },
-}
 
 
 def auto_epochs(num_rows: int) -> int:
@@ -70,15 +58,15 @@ class JobSpec:
         self._check_names()
         for name, value in self.options.items():
             if name in SECTIONS:
-                _check_section(name, value)
+                check_section(name, value)
             elif name == "on_long":
-                _check_choice(name, value, ("truncate", "error", "drop"))
+                check_choice(name, value, ("truncate", "error", "drop"))
             elif name in OPTIONS:
-                _check_number(name, value, OPTIONS[name])
+                check_number(name, value, OPTIONS[name])
             elif name in TEXTS:
-                _check_text(name, value)
+                check_text(name, value)
             else:
-                raise _unknown(name, name, [*OPTIONS, *SECTIONS, *TEXTS, "on_long"])
+                raise unknown(name, name, [*OPTIONS, *SECTIONS, *TEXTS, "on_long"])
         self._check_method_options()
         self._check_evaluations()
         self._check_integrations()
@@ -101,12 +89,12 @@ class JobSpec:
 
     def resolved_hyperparameters(self) -> dict[str, Any]:
         """Return every hyperparameter, "auto" where the client left it open."""
-        _check_choice("method.type", self.method_type, tuple(METHODS))
+        check_choice("method.type", self.method_type, tuple(METHODS))
         rules = self.rules
         section = (self.method or {}).get(self.method_type) or {}
-        _check_keys("method", self.method or {}, ("type", self.method_type))
+        check_keys("method", self.method or {}, ("type", self.method_type))
         known = ("hyperparameters", "grader") if rules.graded else ("hyperparameters",)
-        _check_keys(f"method.{self.method_type}", section, known)
+        check_keys(f"method.{self.method_type}", section, known)
         if rules.graded and not section.get("grader"):
             raise InvalidInput(
                 f"Missing required parameter: 'method.{self.method_type}.grader': it says what a "
@@ -127,9 +115,9 @@ class JobSpec:
                 _check_effort(f"{place}.{name}", value)
                 continue
             if name not in rules.hyperparameters:
-                raise _unknown(f"{place}.{name}", name, list(rules.hyperparameters))
+                raise unknown(f"{place}.{name}", name, list(rules.hyperparameters))
             if value is not None and value != AUTO:
-                _check_number(f"{place}.{name}", value, rules.hyperparameters[name])
+                check_number(f"{place}.{name}", value, rules.hyperparameters[name])
         return {
             name: AUTO if asked.get(name) is None else asked[name] for name in rules.hyperparameters
         }
@@ -163,7 +151,7 @@ class JobSpec:
         if self.validation_file is not None:
             return
         stopping = self.options.get("early_stopping")
-        wanted = ["n_evals"] if "n_evals" in self.options else []
+        wanted = [name for name in ("classification", "n_evals") if name in self.options]
         wanted += ["early_stopping"] if stopping and stopping.get("enabled", True) else []
         if wanted:
             raise InvalidInput(
@@ -186,7 +174,7 @@ class JobSpec:
         if self.suffix is not None:
             check_suffix(self.suffix)
         if self.seed is not None:
-            _check_number("seed", self.seed, (int, 0, MAX_SEED))
+            check_number("seed", self.seed, (int, 0, MAX_SEED))
         metadata = self.metadata or {}
         if len(metadata) > MAX_METADATA:
             raise InvalidInput(
@@ -202,25 +190,6 @@ class JobSpec:
                 )
 
 
-def _check_number(name: str, value: Any, rule: tuple[type, float | None, float]) -> None:
-    kind, low, high = rule
-    wanted = "an integer" if kind is int else "a number"
-    fits = isinstance(value, int) if kind is int else isinstance(value, int | float)
-    if isinstance(value, bool) or not fits:
-        raise InvalidInput(
-            f"Invalid type for '{name}': expected {wanted}, but got {value!r} instead.",
-            param=name,
-            code="invalid_type",
-        )
-    below = value <= 0 if low is None else value < low
-    if below or not value <= high:  # NaN is refused too
-        bounds = f"more than 0 and at most {high}" if low is None else f"{low} to {high}"
-        raise InvalidInput(
-            f"Invalid '{name}': expected {wanted} of {bounds}, but got {value!r} instead.",
-            param=name,
-        )
-
-
 def _check_effort(name: str, value: Any) -> None:
     if value not in (None, "default"):
         raise InvalidInput(
@@ -229,73 +198,6 @@ def _check_effort(name: str, value: Any) -> None:
             param=name,
             code="unsupported_parameter",
         )
-
-
-def _check_text(name: str, value: Any) -> None:
-    if not isinstance(value, str):
-        raise InvalidInput(
-            f"Invalid type for '{name}': expected a string, but got {value!r} instead.",
-            param=name,
-            code="invalid_type",
-        )
-
-
-def _check_section(name: str, value: Any) -> None:
-    if not isinstance(value, Mapping):
-        raise InvalidInput(
-            f"Invalid type for '{name}': expected an object, but got {value!r} instead.",
-            param=name,
-            code="invalid_type",
-        )
-    known = SECTIONS[name]
-    switches = {"lora": ["target_modules", "use_rslora"], "early_stopping": ["enabled"]}[name]
-    for key, item in value.items():
-        if key in known:
-            _check_number(f"{name}.{key}", item, known[key])
-        elif key in ("enabled", "use_rslora") and key in switches:
-            if not isinstance(item, bool):
-                raise InvalidInput(
-                    f"Invalid type for '{name}.{key}': expected true or false, but got {item!r}.",
-                    param=f"{name}.{key}",
-                    code="invalid_type",
-                )
-        elif key == "target_modules" and name == "lora":
-            _check_targets(item)
-        else:
-            raise _unknown(f"{name}.{key}", key, [*known, *switches])
-
-
-def _check_targets(value: Any) -> None:
-    names = isinstance(value, list) and value and all(isinstance(name, str) for name in value)
-    if value != "all-linear" and not names:
-        raise InvalidInput(
-            f"Invalid 'lora.target_modules': {value!r}. Give \"all-linear\" or a list of module "
-            'names such as ["q_proj", "v_proj"].',
-            param="lora.target_modules",
-        )
-
-
-def _check_keys(name: str, value: Mapping[str, Any], known: tuple[str, ...]) -> None:
-    for key in value:
-        if key not in known:
-            raise _unknown(f"{name}.{key}", key, list(known))
-
-
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise InvalidInput(
-            f"Invalid value: {value!r} for '{name}'. Supported values are: "
-            f"{', '.join(map(repr, choices))}.",
-            param=name,
-        )
-
-
-def _unknown(name: str, last: str, known: list[str]) -> InvalidInput:
-    guess = nearest(last, known)
-    hint = f"Did you mean '{guess}'?" if guess else f"Known: {', '.join(known)}."
-    return InvalidInput(
-        f"Unknown parameter: '{name}'. {hint}", param=name, code="unknown_parameter"
-    )
 
 
 def check_suffix(suffix: Any) -> None:

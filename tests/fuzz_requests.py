@@ -77,11 +77,16 @@ SAMPLES: dict[str, Any] = {
         "metadata": {"a": "b"},
         "lora": {"r": 4, "alpha": 8.0, "target_modules": ["q_proj"]},
         "early_stopping": {"enabled": True, "patience": 2},
+        "classification": {"positive_class": " a", "betas": [0.5]},
         "n_checkpoints": 2,
         "integrations": [],
     },
     "/v1/fine_tuning/estimate": {"model": MODEL, "training_file": "{file}"},
-    "/v1/fine-tunes": {"training_file": "{file}", "n_epochs": 2, "suffix": "old"},
+    "/v1/fine-tunes": {
+        **{"training_file": "{file}", "n_epochs": 2, "suffix": "old"},
+        **{"validation_file": "{file}", "compute_classification_metrics": True},
+        **{"classification_n_classes": 2, "classification_positive_class": " a"},
+    },
     "/v1/fine_tuning/checkpoints/{model}/permissions": {"project_ids": ["proj_x"]},
     "/v1/fine_tuning/alpha/graders/run": {
         "grader": CHECK,

@@ -114,6 +114,31 @@ def test_the_weight_of_prompts_by_default(
     server.http().post(f"/v1/fine-tunes/{made['id']}/cancel")
 
 
+CLASSES = {
+    "training_file": "FILE",
+    "validation_file": "FILE",
+    "compute_classification_metrics": True,
+    "classification_n_classes": 3,
+}
+
+
+def test_classification_metrics_of_a_fine_tune(server: Server) -> None:
+    file_id = upload(server)
+    body = {**CLASSES, "training_file": file_id, "validation_file": file_id, "n_epochs": 2}
+    body |= {"classification_n_classes": 2, "classification_positive_class": " a 1"}
+    body["classification_betas"] = [0.5]
+    made = server.http().post("/v1/fine-tunes", json=body).json()
+    section = {"n_classes": 2, "positive_class": " a 1", "betas": [0.5]}
+    with server.runtime.database.read() as session:
+        options = session.get_one(Job, made["id"]).options
+    assert options["classification"] == section
+    assert options["n_evals"] == 2  # one at the end of each epoch
+    shown = made["hyperparams"]
+    assert shown["compute_classification_metrics"] is True
+    assert {name: shown[f"classification_{name}"] for name in section} == section
+    server.http().post(f"/v1/fine-tunes/{made['id']}/cancel")
+
+
 @pytest.mark.parametrize("value", [False, None])
 def test_no_classification_metrics_may_be_asked_for(server: Server, value: bool | None) -> None:
     body = {"training_file": upload(server), "compute_classification_metrics": value}
@@ -143,10 +168,11 @@ def test_events_of_a_fine_tune_are_streamed(server: Server) -> None:
         ({"training_file": "FILE", "n_epochs": 0}, "n_epochs"),
         ({"training_file": "FILE", "prompt_loss_weight": 1.5}, "prompt_loss_weight"),
         ({"training_file": "FILE", "classification_n_classes": 2}, "classification_n_classes"),
-        (
-            {"training_file": "FILE", "compute_classification_metrics": True},
-            "compute_classification_metrics",
-        ),
+        ({"training_file": "FILE", "compute_classification_metrics": True}, "validation_file"),
+        ({**CLASSES, "classification_n_classes": None}, "classification_n_classes"),
+        ({**CLASSES, "classification_n_classes": 1}, "classification_n_classes"),
+        ({**CLASSES, "classification_positive_class": "a"}, "classification_positive_class"),
+        ({**CLASSES, "classification_betas": [0.5]}, "classification_betas"),
         ({"training_file": "FILE", "suffix": 41 * "x"}, "suffix"),
     ],
 )

@@ -86,7 +86,7 @@ def classification(questions: Sequence[Question]) -> dict[str, Any]:
             ]
         )
     said = [q.said.strip() if q.said.strip() in labels else OTHER for q in questions]
-    report = _library("sklearn.metrics", "scikit-learn").classification_report(
+    report = library("sklearn.metrics", "scikit-learn").classification_report(
         right, said, labels=labels, output_dict=True, zero_division=0.0
     )
     names = ("precision", "recall", "f1-score", "support")
@@ -104,13 +104,13 @@ def classification(questions: Sequence[Question]) -> dict[str, Any]:
 def bleu(questions: Sequence[Question]) -> float:
     """Return sacreBLEU of the corpus, 0 to 100, with all right answers as references."""
     said, references = _corpus(questions)
-    return float(_library("sacrebleu").corpus_bleu(said, references).score)
+    return float(library("sacrebleu").corpus_bleu(said, references).score)
 
 
 def chrf(questions: Sequence[Question]) -> float:
     """Return sacreBLEU's chrF2 of the corpus, 0 to 100, with all right answers as references."""
     said, references = _corpus(questions)
-    return float(_library("sacrebleu").corpus_chrf(said, references).score)
+    return float(library("sacrebleu").corpus_chrf(said, references).score)
 
 
 def _corpus(questions: Sequence[Question]) -> tuple[list[str], list[list[str | None]]]:
@@ -129,18 +129,23 @@ def _best(score: Callable[[str, str], float]) -> Scorer:
 
 def _sentence(name: str) -> Callable[[], Scorer]:
     def make() -> Scorer:
-        score = getattr(_library("sacrebleu"), name)
+        score = getattr(library("sacrebleu"), name)
         return lambda q: float(score(q.said.strip(), [a.strip() for a in q.answers]).score) / 100
 
     return make
 
 
 def _rouge_l() -> Scorer:
-    scorer = _library("rouge_score.rouge_scorer", "rouge-score").RougeScorer(["rougeL"])
+    scorer = library("rouge_score.rouge_scorer", "rouge-score").RougeScorer(["rougeL"])
     return _best(lambda said, answer: float(scorer.score(answer, said)["rougeL"].fmeasure))
 
 
-def _library(module: str, package: str | None = None) -> Any:
+def library(module: str, package: str | None = None) -> Any:
+    """Import what computes a metric.
+
+    Raises:
+        ConfigError: It is not installed.
+    """
     try:
         return import_module(module)
     except ImportError as error:

@@ -60,6 +60,31 @@ class EarlyStopping(StrictModel):
     warmup_evals: int = Field(0, ge=0, description="First evaluations that never stop a run.")
 
 
+class ClassSettings(StrictModel):
+    """Validate as a classification too; its classes are the completions (`train.class_metrics`)."""
+
+    enabled: bool = Field(False, description="Needs validation rows and scikit-learn.")
+    n_classes: int | None = Field(None, ge=2, description="Different completions; 2 needs none.")
+    positive_class: str | None = Field(
+        None, description="Of two classes, the one that precision and recall are of."
+    )
+    betas: list[Annotated[float, Field(gt=0)]] = Field(
+        default_factory=list, description="Of F-scores beside F1; with positive_class."
+    )
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if not self.enabled:
+            return self
+        if self.n_classes is None and self.positive_class is None:
+            raise ValueError("give n_classes, or the positive_class of two")
+        if self.positive_class is not None and (self.n_classes or 2) > 2:
+            raise ValueError(f"positive_class is of two classes, n_classes is {self.n_classes}")
+        if self.betas and self.positive_class is None:
+            raise ValueError("betas need a positive_class")
+        return self
+
+
 class WandbSettings(StrictModel):
     """Logging to Weights & Biases; nothing is sent unless a project is named."""
 
@@ -121,6 +146,7 @@ class SftConfig(RunConfig):
 
     lora: SftLora = SftLora()
     early_stopping: EarlyStopping = EarlyStopping()
+    classification: ClassSettings = ClassSettings()
     n_evals: int | None = Field(None, ge=1, description="Evaluations in the run; default 4.")
     n_checkpoints: int | None = Field(
         None, ge=1, description="Checkpoints; default one an epoch, and at least 4."
@@ -153,6 +179,8 @@ class SftConfig(RunConfig):
         has_validation = self.validation_file is not None or self.validation_fraction > 0
         if self.early_stopping.enabled and not has_validation:
             problems.append("early_stopping needs validation_file or validation_fraction")
+        if self.classification.enabled and not has_validation:
+            problems.append("classification needs validation_file or validation_fraction")
         if self.compare_with is not None and not has_validation:
             problems.append("compare_with needs validation_file or validation_fraction")
         if self.compare_base is not None and self.compare_with is None:

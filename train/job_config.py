@@ -76,8 +76,9 @@ def write_config(
         values["compare_base"] = upgrade["old_base"]
         if "held_out" in upgrade:
             values["validation_fraction"] = upgrade["held_out"]
-    if "early_stopping" in asked:
-        values["early_stopping"] = {"enabled": True, **asked["early_stopping"]}
+    for section in ("early_stopping", "classification"):
+        if section in asked:
+            values[section] = {"enabled": True, **asked[section]}
     wandb = wandb_of(job, settings)
     if wandb:
         values["wandb"] = wandb

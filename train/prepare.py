@@ -20,6 +20,7 @@ from data.render import IGNORED
 from data.rows import Format
 from train.base_model import Base, load_base
 from train.batches import Rendered, limit_length, load_file, name_lines, split
+from train.class_metrics import Classes, find_classes
 from train.config import Plan, SftConfig, auto_learning_rate, resolve, resolve_length
 
 ABSURD = 30  # times the rate of auto
@@ -38,6 +39,7 @@ class TrainingJob:
     num_processes: int
     warnings: list[str]
     facts: dict[str, Any]
+    classes: Classes | None = None
 
 
 def prepare(config: SftConfig, tokens: Path | None = None, base: Base | None = None) -> TrainingJob:
@@ -98,7 +100,10 @@ def prepare(config: SftConfig, tokens: Path | None = None, base: Base | None = N
         *_warn_of_overlap(config),
         *_warn_of_rate(plan, base.num_parameters),
     ]
-    return TrainingJob(config, base, train, valid, plan, num_processes, warnings, facts)
+    classes = None
+    if config.classification.enabled and valid is not None:
+        classes = find_classes(config.classification, tokenizer, train, valid)
+    return TrainingJob(config, base, train, valid, plan, num_processes, warnings, facts, classes)
 
 
 def show_tokens(job: TrainingJob, count: int) -> None:

@@ -26,6 +26,7 @@ from trl import SFTTrainer
 from data.errors import ConfigError, TrainingFailed
 from data.render import IGNORED
 from train.batches import LengthGroupedSampler, name_lines
+from train.class_metrics import Classes, Found, gathered
 from train.fused_layers import fuse_layers
 from train.loss_head import use_compact_head
 from train.memory import describe_memory, is_out_of_memory
@@ -48,6 +49,7 @@ class LoraTrainer(SFTTrainer):
         lr_ratio: Learning rate of the matrices B over that of the others (LoRA+, arXiv:2402.12354).
         lines: Of each training row, for messages about it.
         seat: Where the run takes its turns with others on the same base, if it does.
+        classes: That the validation rows are classified into, if they are.
         kwargs: Of SFTTrainer.
     """
 
@@ -60,12 +62,14 @@ class LoraTrainer(SFTTrainer):
         lr_ratio: float = 1.0,
         lines: Sequence[int] | NDArray[np.int64] = (),
         seat: Seat | None = None,
+        classes: Classes | None = None,
         **kwargs: Any,
     ) -> None:
         self._order = order
         self._lr_ratio = lr_ratio
         self._lines = lines
         self._seat = seat
+        self._classes = classes
         self._prompt_loss_weight = prompt_loss_weight
         self._max_rows = max_rows
         self._max_tokens = max_tokens
@@ -176,16 +180,27 @@ class LoraTrainer(SFTTrainer):
         """Validate token by token: each counts alike, however the rows fall into batches."""
         self.model.eval()
         totals = torch.zeros(3, dtype=torch.float64, device=self.args.device)
+        classified: Found = []
         for batch in self.get_eval_dataloader():
             for part in cut_batch(batch, self._max_rows, self._max_tokens):
-                totals += self._sums(self._prepare_inputs(part))
+                inputs = self._prepare_inputs(part)
+                totals += self._sums(inputs)
+                if self._classes is not None:
+                    with self.compute_loss_context_manager():
+                        classified += self._classes.scores(self._bare_model(), inputs)
         loss, correct, count = self.accelerator.reduce(totals).tolist()
         metrics = {"eval_loss": loss / count, "eval_mean_token_accuracy": correct / count}
+        if self._classes is not None:
+            metrics |= self._classes.metrics(gathered(classified))
         self.log(metrics)
         self.control: TrainerControl = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
         return metrics
+
+    def _bare_model(self) -> Any:
+        """Return the causal LM with the adapter in it."""
+        return self.accelerator.unwrap_model(self.model).get_base_model()
 
     def _sums(self, inputs: Batch) -> torch.Tensor:
         """Return a batch's loss, its right tokens, and its learned tokens, each summed: [3]."""

@@ -147,6 +147,7 @@ def _make_trainer(
         lr_ratio=config.lora.lr_ratio,
         lines=job.train.lines,
         seat=seat,
+        classes=job.classes,
         model=base.model,
         args=_training_arguments(job, run),
         train_dataset=as_dataset(job.train.examples),

@@ -16,6 +16,7 @@ from serve.api.schemas import RequestModel
 
 MAX_INTEGRATIONS = 5
 OPTIONS = (
+    "classification",
     "early_stopping",
     "from_checkpoint",
     "keep_checkpoints",
@@ -85,6 +86,7 @@ class JobRequest(RequestModel):
     metadata: dict[str, str] | None = None
     integrations: list[Integration] = Field(default_factory=list, max_length=MAX_INTEGRATIONS)
 
+    classification: dict[str, Any] | None = None
     lora: dict[str, Any] | None = None
     early_stopping: dict[str, Any] | None = None
     from_checkpoint: str | None = None

@@ -5,15 +5,16 @@ An engine is a model. A fine-tune is a fine-tuning job in its former shape, even
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
-from pydantic import Field, field_validator
+from pydantic import Field
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from data import job_events, jobs
 from data.errors import InvalidInput
+from data.job_sections import check_section
 from data.job_spec import JobSpec
 from data.prompt_format import check_rows, format_of
 from data.rows import Format
@@ -52,13 +53,6 @@ class EngineEmbeddingRequest(EmbeddingRequest):
 class FineTuneRequest(RequestModel):
     """`POST /v1/fine-tunes`."""
 
-    unsupported: ClassVar[frozenset[str]] = frozenset(
-        {
-            *("classification_n_classes", "classification_positive_class"),
-            "classification_betas",
-        }
-    )
-
     training_file: str
     validation_file: str | None = None
     model: str | None = None
@@ -68,18 +62,38 @@ class FineTuneRequest(RequestModel):
     suffix: str | None = Field(None, max_length=MAX_SUFFIX)
     prompt_loss_weight: float | None = Field(None, ge=0, le=1)
     compute_classification_metrics: bool | None = None
+    classification_n_classes: int | None = None
+    classification_positive_class: str | None = None
+    classification_betas: list[float] | None = None
 
-    @field_validator("compute_classification_metrics")
-    @classmethod
-    def _is_off(cls, value: bool | None) -> bool | None:
-        if value:
+    def options(self) -> dict[str, Any]:
+        """Return what it asks of a job beside hyperparameters: metrics at the end of each epoch.
+
+        Raises:
+            InvalidInput: Classes are told of, but no metrics asked for.
+        """
+        told = {
+            name: value
+            for name in ("n_classes", "positive_class", "betas")
+            if (value := getattr(self, f"classification_{name}")) is not None
+        }
+        if self.compute_classification_metrics and self.validation_file is None:
             raise InvalidInput(
-                "Unsupported value: 'compute_classification_metrics' is true, but a job computes "
-                "losses and token accuracies alone. Leave it out; `python -m train.evaluate` has "
-                "classification metrics.",
-                code="unsupported_parameter",
+                "Missing required parameter: 'validation_file': classification metrics are of its "
+                "rows.",
+                param="validation_file",
+                code="missing_required_parameter",
             )
-        return value
+        if self.compute_classification_metrics:
+            _check_classes(told)
+            return {"classification": told, "n_evals": self.n_epochs}
+        if told:
+            name = f"classification_{next(iter(told))}"
+            raise InvalidInput(
+                f"Invalid '{name}': it is used with 'compute_classification_metrics': true only.",
+                param=name,
+            )
+        return {}
 
 
 class EventsQuery(QueryModel):
@@ -127,9 +141,12 @@ async def create_fine_tune(body: FineTuneRequest, caller: Caller, runtime: Runni
     """Queue a fine-tuning job."""
     chosen = {"n_epochs": body.n_epochs, "batch_size": body.batch_size}
     chosen["learning_rate_multiplier"] = body.learning_rate_multiplier  # type: ignore[assignment]
+    options = body.options()
     weight = await run_in_threadpool(_prompt_weight, body, caller, runtime)
+    if weight is not None:
+        options["prompt_loss_weight"] = weight
     spec = JobSpec(
-        options={} if weight is None else {"prompt_loss_weight": weight},
+        options=options,
         model=body.model or runtime.models.base_model,
         training_file=body.training_file,
         validation_file=body.validation_file,
@@ -200,6 +217,16 @@ def _prompt_weight(body: FineTuneRequest, caller: Account, runtime: Runtime) -> 
     return FORMER_WEIGHT if found is Format.PROMPT_COMPLETION else None
 
 
+def _check_classes(told: dict[str, Any]) -> None:
+    """Check the classes, and name the fields as this route does."""
+    try:
+        check_section("classification", told)
+    except InvalidInput as error:
+        message = error.message.replace("'classification.", "'classification_")
+        param = (error.param or "").replace("classification.", "classification_")
+        raise InvalidInput(message, param=param, code=error.code) from error
+
+
 def _check_model(engine: str, model: str) -> None:
     if model and model != engine:
         raise InvalidInput(
@@ -243,7 +270,13 @@ def _describe(runtime: Runtime, caller: Account, job: Job, with_events: bool) ->
 def _hyperparams(job: Job) -> dict[str, Any]:
     if job.method["type"] != "supervised":
         return job.hyperparameters
-    return job.hyperparameters | {"prompt_loss_weight": job.options.get("prompt_loss_weight", 0.0)}
+    weight = job.options.get("prompt_loss_weight", 0.0)
+    shown: dict[str, Any] = {**job.hyperparameters, "prompt_loss_weight": weight}
+    if "classification" in job.options:
+        shown["compute_classification_metrics"] = True
+        for name, value in job.options["classification"].items():
+            shown[f"classification_{name}"] = value
+    return shown
 
 
 def _files(runtime: Runtime, caller: Account, ids: list[str | None]) -> list[dict[str, Any]]:
