@@ -15,14 +15,16 @@ import unicodedata
 from dataclasses import dataclass
 from typing import Literal
 
-from sqlalchemy import select
+from sqlalchemy import bindparam, select
 from sqlalchemy.orm import Session
 
 from data import audit
 from data.db import Database
 from data.errors import Forbidden, InvalidInput, NotFound, StateConflict, Unauthorized
+from data.model_rules import ModelRules
 from data.roles import Role
 from data.tables import ApiKey, Project, new_id, now
+from data.tables_accounts import ModelPermission
 
 KEY_PREFIXES = {"project": "sk-", "admin": "sk-admin-"}
 MAX_NAME = 64
@@ -33,7 +35,8 @@ LAST_USED_STEP_S = 60  # last_used_at is written at most this often
 class Principal:
     """Who a key stands for; `project_id` and `project_slug` are None for an admin key.
 
-    `role` tells what the key of an account may do; see `data.roles`.
+    `role` tells what the key of an account may do; see `data.roles`. `models` are those that the
+    account may use, as they were when the key was looked up; None if nobody looked.
     """
 
     project_id: str | None
@@ -41,6 +44,22 @@ class Principal:
     key_id: str
     kind: Literal["project", "admin"]
     role: str = "owner"
+    models: ModelRules | None = None
+
+
+# One statement without a session's bookkeeping: every request begins with it.
+_LOOKUP = (
+    select(
+        *(ApiKey.id, ApiKey.hash, ApiKey.role, ApiKey.project_id, ApiKey.revoked_at),
+        *(ApiKey.expires_at, ApiKey.last_used_at),
+        *(Project.slug, Project.status, Project.case_id),
+        *(ModelPermission.mode, ModelPermission.model_ids),
+    )
+    .select_from(ApiKey)
+    .outerjoin(Project, Project.id == ApiKey.project_id)
+    .outerjoin(ModelPermission, ModelPermission.project_id == ApiKey.project_id)
+    .where(ApiKey.hash == bindparam("hash"))
+)
 
 
 def create_account(database: Database, name: str) -> tuple[Project, str]:
@@ -172,36 +191,31 @@ def authenticate(database: Database, key: str | None, *, also_closed: bool = Fal
             code="invalid_api_key",
         )
     digest = _digest(key)
-    with database.read() as session:
-        record = session.scalar(select(ApiKey).where(ApiKey.hash == digest))
-        project = session.get(Project, record.project_id) if record and record.project_id else None
-    if record is None or not hmac.compare_digest(record.hash, digest):
+    with database.engine.connect() as connection:
+        found = connection.execute(_LOOKUP, {"hash": digest}).one_or_none()
+    if found is None or not hmac.compare_digest(found.hash, digest):
         raise _wrong(key)
-    if record.revoked_at is not None or (
-        record.expires_at is not None and record.expires_at <= now()
-    ):
+    if found.revoked_at is not None or (found.expires_at is not None and found.expires_at <= now()):
         raise _wrong(key)
-    if project is not None and project.status != "active" and not also_closed:
-        raise closed(project)
-    _touch(database, record)
-    kind: Literal["project", "admin"] = "admin" if project is None else "project"
+    if found.slug is not None and found.status != "active" and not also_closed:
+        raise closed(found.slug, found.status, found.case_id)
+    _touch(database, found.id, found.last_used_at)
     return Principal(
-        project_id=project.id if project else None,
-        project_slug=project.slug if project else None,
-        key_id=record.id,
-        kind=kind,
-        role=record.role,
+        project_id=found.project_id,
+        project_slug=found.slug,
+        key_id=found.id,
+        kind="admin" if found.project_id is None else "project",
+        role=found.role,
+        models=ModelRules() if found.mode is None else ModelRules(found.mode, (*found.model_ids,)),
     )
 
 
-def closed(project: Project) -> Forbidden:
+def closed(slug: str, status: str, case_id: str | None) -> Forbidden:
     """Return the error that calls of an account get that is not active."""
     told = ""
-    if project.case_id is not None:
-        told = f" GET /v1/safety/cases/{project.case_id} with this key shows the case."
-    return Forbidden(
-        f"The account {project.slug} is {project.status}.{told}", code="account_suspended"
-    )
+    if case_id is not None:
+        told = f" GET /v1/safety/cases/{case_id} with this key shows the case."
+    return Forbidden(f"The account {slug} is {status}.{told}", code="account_suspended")
 
 
 def redact(key: str) -> str:
@@ -246,11 +260,11 @@ def add_key(
     return record, key
 
 
-def _touch(database: Database, record: ApiKey) -> None:
+def _touch(database: Database, key_id: str, last_used_at: int | None) -> None:
     moment = now()
-    if record.last_used_at is not None and moment - record.last_used_at < LAST_USED_STEP_S:
+    if last_used_at is not None and moment - last_used_at < LAST_USED_STEP_S:
         return
     with database.write() as session:
-        fresh = session.get(ApiKey, record.id)
+        fresh = session.get(ApiKey, key_id)
         if fresh is not None:
             fresh.last_used_at = moment

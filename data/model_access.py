@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session
 from data import audit, projects
 from data.db import Database
 from data.errors import InvalidInput
+from data.model_rules import ModelRules
 from data.tables import now
 from data.tables_accounts import ModelPermission
 
@@ -25,12 +26,8 @@ def permits(database: Database, project_id: str, name: str, base_model: str | No
     """Tell whether an account may use a model; give the base of a fine-tune."""
     with database.read() as session:
         row = session.get(ModelPermission, project_id)
-    if row is None:
-        return True
-    listed = base_model in row.model_ids or any(
-        name == entry or name.startswith(f"{entry}:") for entry in row.model_ids
-    )
-    return listed if row.mode == "allow_list" else not listed
+    rules = ModelRules() if row is None else ModelRules(row.mode, tuple(row.model_ids))
+    return rules.permits(name, base_model)
 
 
 def get(database: Database, project_id: str) -> ModelPermission:

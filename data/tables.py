@@ -20,7 +20,13 @@ Sequence64 = BigInteger().with_variant(Integer, "sqlite")  # SQLite autoincremen
 
 def new_id(prefix: str, length: int = 24) -> str:
     """Return `prefix` plus random letters and digits (24 of them carry 142 bits)."""
-    return prefix + "".join(secrets.choice(ID_ALPHABET) for _ in range(length))
+    base = len(ID_ALPHABET)
+    number = secrets.randbelow(base**length)  # one call to the system, not one a letter
+    letters = []
+    for _ in range(length):
+        number, place = divmod(number, base)
+        letters.append(ID_ALPHABET[place])
+    return prefix + "".join(letters)
 
 
 def now() -> int:

@@ -34,7 +34,9 @@ async def look(runtime: Runtime) -> None:
     closed = await run_in_threadpool(safety.closed_accounts, runtime.database)
     if not closed and not runtime.generator.closed:
         return
-    runtime.generator.close_accounts({i: accounts.closed(p) for i, p in closed.items()})
+    runtime.generator.close_accounts(
+        {i: accounts.closed(p.slug, p.status, p.case_id) for i, p in closed.items()}
+    )
     for state in await run_in_threadpool(runtime.engine.adapters):
         if state.owner in closed and state.tier != "disk":
             await run_in_threadpool(runtime.engine.unload_adapter, state.digest)

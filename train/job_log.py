@@ -29,6 +29,7 @@ TOLD = {
     "valid_loss": "validation loss",
     "accuracy": "accuracy",
     "eval_accuracy": "validation accuracy",
+    "classification/accuracy": "accuracy",
     "rewards/accuracies": "accuracy",
     "reward": "reward",
     "kl": "KL",

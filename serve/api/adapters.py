@@ -19,6 +19,7 @@ from data import model_access, registry
 from data.db import Database
 from data.errors import AdapterRefused, InvalidInput, ModelNotFound
 from data.job_methods import REWARD_MODEL
+from data.model_rules import ModelRules
 from data.reward_head import RewardHead, load_head
 from data.tables import AdapterVersion
 from serve.api.schemas import SamplingFields
@@ -95,32 +96,43 @@ class ModelCatalog:
         )
         return [self.base_model] if permitted else []
 
-    async def resolve(self, account_id: str, name: str) -> ServedModel:
+    async def resolve(
+        self, account_id: str, name: str, rules: ModelRules | None = None
+    ) -> ServedModel:
         """Find a model for this account.
+
+        Args:
+            rules: Which bases it may use, where that is known.
 
         Raises:
             ModelNotFound: There is none, or it belongs to another account.
             AdapterRefused: Its files are not what was published.
         """
         if name == self.base_model:
-            if not await self.bases(account_id):
+            permitted = rules.permits(name) if rules else bool(await self.bases(account_id))
+            if not permitted:
                 raise ModelNotFound(name)
             return self.base
         return await run_in_threadpool(self._resolve_adapter, account_id, name)
 
-    async def resolve_for(self, account_id: str, body: SamplingFields) -> ServedModel:
+    async def resolve_for(
+        self, account_id: str, body: SamplingFields, rules: ModelRules | None = None
+    ) -> ServedModel:
         """Find the model of a request, with the adapter and the scale that it names.
+
+        Args:
+            rules: Which bases the account may use, where that is known.
 
         Raises:
             ModelNotFound: There is none, or it belongs to another account.
             AdapterRefused: Its files are not what was published.
             InvalidInput: `adapter` contradicts `model`, or there is no adapter to scale.
         """
-        served = await self.resolve(account_id, body.model)
+        served = await self.resolve(account_id, body.model, rules)
         wanted = body.adapter or body.adapter_id
         if wanted is not None:
             asked = served
-            served = await self.resolve(account_id, wanted)
+            served = await self.resolve(account_id, wanted, rules)
             if asked.adapter is not None and asked.adapter != served.adapter:
                 raise InvalidInput(
                     f"Invalid 'adapter': '{wanted}' is another adapter than that of the model "

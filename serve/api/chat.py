@@ -38,7 +38,7 @@ async def create_chat_completion(
     body: ChatRequest, request: Request, caller: Caller, runtime: Running
 ) -> Response:
     """Answer a conversation `n` times."""
-    served = await runtime.models.resolve_for(caller.id, body)
+    served = await runtime.models.resolve_for(caller.id, body, caller.models)
     plan = await run_in_threadpool(_plan, body, served, runtime.engine.max_context, caller.id)
     ranking = await ranking_of(runtime, request, caller.id, body.reward_model, served)
     screening = Screening(runtime, request, caller.id, body, served.name)

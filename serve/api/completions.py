@@ -46,7 +46,7 @@ async def create_completion(
     """Continue each prompt `n` times."""
     if body.model == content_filter.MODEL:
         return await content_filter.answer(body, request, caller, runtime)
-    served = await runtime.models.resolve_for(caller.id, body)
+    served = await runtime.models.resolve_for(caller.id, body, caller.models)
     plan = await run_in_threadpool(_plan, body, served, runtime.engine.max_context, caller.id)
     ranking = await ranking_of(runtime, request, caller.id, body.reward_model, served)
     screening = Screening(runtime, request, caller.id, body, served.name)

@@ -11,15 +11,17 @@ from starlette.responses import Response
 
 from data.accounts import Principal
 from data.errors import Forbidden
+from data.model_rules import ModelRules
 from serve.runtime import Runtime
 
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """The account that calls."""
+    """The account that calls; `models` are those that it may use, None if they are to be read."""
 
     id: str
     slug: str
+    models: ModelRules | None = None
 
 
 async def _runtime(request: Request) -> Runtime:
@@ -32,7 +34,7 @@ async def _account(request: Request) -> Account:
     principal: Principal = request.state.principal
     if principal.project_id is None or principal.project_slug is None:
         raise Forbidden("An admin key manages accounts; use the API key of an account here.")
-    return Account(principal.project_id, principal.project_slug)
+    return Account(principal.project_id, principal.project_slug, principal.models)
 
 
 async def _operator(request: Request) -> Principal:

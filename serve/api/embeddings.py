@@ -49,7 +49,7 @@ async def create_embeddings(
     body: EmbeddingRequest, request: Request, caller: Caller, runtime: Running
 ) -> Response:
     """Embed each text."""
-    served = await runtime.models.resolve(caller.id, body.model)
+    served = await runtime.models.resolve(caller.id, body.model, caller.models)
     prompts = await run_in_threadpool(_read, body.input, served, runtime.engine.max_context)
     screening = Screening(runtime, request, caller.id, body, served.name)
     await screening.admit([prompt.text for prompt in prompts], "input")
