@@ -224,6 +224,7 @@ def test_the_client_of_that_time(server: Server, tmp_path: Path) -> None:
     assert len(set(told["texts"])) == 1
     assert told["made"]["id"] in told["listed"]
     assert told["made"]["hyperparams"]["n_epochs"] == 1
+    assert told["made"]["hyperparams"]["classification_n_classes"] == 12
     assert told["events"][0].startswith("Created fine-tuning job")
     assert told["status"] == "cancelled"
     assert "does not exist" in told["missing"]

@@ -18,7 +18,14 @@ chunks = openai.Completion.create(engine=model, stream=True, **options)
 pieces = [chunk["choices"][0]["text"] for chunk in chunks]
 with open(rows, "rb") as stream:
     uploaded = openai.File.create(file=stream, purpose="fine-tune")
-made = openai.FineTune.create(training_file=uploaded["id"], n_epochs=1, suffix="old")
+made = openai.FineTune.create(
+    training_file=uploaded["id"],
+    validation_file=uploaded["id"],
+    n_epochs=1,
+    suffix="old",
+    compute_classification_metrics=True,
+    classification_n_classes=12,
+)
 listed = [tune["id"] for tune in openai.FineTune.list()["data"]]
 openai.FineTune.cancel(made["id"])
 events = [event["message"] for event in openai.FineTune.stream_events(made["id"])]
