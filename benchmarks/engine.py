@@ -74,15 +74,16 @@ class Load:
         adapters: Sequence[AdapterRef | None],
         clients: int,
         prompts: Sequence[tuple[int, ...]] | None = None,
-        num_tokens: int = OUTPUT_TOKENS,
+        num_tokens: int | Sequence[int] = OUTPUT_TOKENS,
     ) -> list[Watch]:
-        """Send one request for each of `adapters`."""
+        """Send one request for each of `adapters`, all of as many tokens, or each of its own."""
         room = threading.Semaphore(clients)
         watches = []
         for index, adapter in enumerate(adapters):
             room.acquire()
             prompt = prompts[index] if prompts else self.prompt()
-            watches.append(self.send(prompt, adapter, num_tokens, room.release))
+            count = num_tokens if isinstance(num_tokens, int) else num_tokens[index]
+            watches.append(self.send(prompt, adapter, count, room.release))
         for _ in range(clients):
             room.acquire()
         for watch in watches:

@@ -6,6 +6,7 @@ first one way, then the other, each time with prompts that nobody sent before.
 
     python benchmarks/http_overhead.py
     python benchmarks/http_overhead.py --stream
+    python benchmarks/http_overhead.py --stream --varied --requests 96 --rounds 4
 
 Prints one JSON object last: output tokens a second by round, and the median of the ratios.
 """
@@ -33,6 +34,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE / "peers"), str(HERE.parent / "tests")]
 
 OUTPUT_TOKENS = 64
+VARIED = (32, 96)  # and all between, 64 in the mean
 PROMPT_TOKENS = 75
 TOKEN_IDS = (100, 40_000)  # that prompts are drawn from
 
@@ -44,6 +46,11 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--model", help="default: the one that hone serves")
     parser.add_argument("--models", type=Path, help="folder of downloaded models")
+    parser.add_argument(
+        "--varied",
+        action="store_true",
+        help="answers of 32 to 96 tokens, so that clients do not come back all at once",
+    )
     parser.add_argument("--stream", action="store_true", help="ask for streams over HTTP")
     parser.add_argument("--client", nargs=2, metavar=("URL", "KEY"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -78,17 +85,21 @@ def measure(arguments: argparse.Namespace, home: Path) -> dict[str, Any]:
         load = Load(server.runtime.engine, seed=0)
 
         def engine(count: int) -> float:
-            asked = prompts(draw, count)
+            asked, lengths = prompts(draw, count), output_lengths(draw, count, arguments.varied)
             started = time.monotonic()
-            load.run([None] * count, arguments.clients, asked, OUTPUT_TOKENS)
-            return count * OUTPUT_TOKENS / (time.monotonic() - started)
+            load.run([None] * count, arguments.clients, asked, lengths)
+            return sum(lengths) / (time.monotonic() - started)
 
         def http(count: int) -> float:
-            fields = {"model": model, "max_tokens": OUTPUT_TOKENS, "temperature": 0}
-            fields |= {"ignore_eos": True, "stream": arguments.stream}
-            bodies = [{**fields, "prompt": prompt} for prompt in prompts(draw, count)]
+            asked, lengths = prompts(draw, count), output_lengths(draw, count, arguments.varied)
+            fields = {"model": model, "temperature": 0, "ignore_eos": True}
+            fields["stream"] = arguments.stream
+            bodies = [
+                {**fields, "prompt": prompt, "max_tokens": length}
+                for prompt, length in zip(asked, lengths, strict=True)
+            ]
             client.stdin.write(json.dumps(bodies) + "\n")
-            return count * OUTPUT_TOKENS / float(client.stdout.readline())
+            return sum(lengths) / float(client.stdout.readline())
 
         ways = [engine, http]
         processes = (psutil.Process(), psutil.Process(client.pid))
@@ -109,10 +120,11 @@ def measure(arguments: argparse.Namespace, home: Path) -> dict[str, Any]:
         "clients": arguments.clients,
         "requests": arguments.requests,
         "stream": arguments.stream,
+        "varied": arguments.varied,
         "tokens_per_s": rates,
         "ratios": [round(ratio, 3) for ratio in ratios],
         "ratio": round(statistics.median(ratios), 3),
-        "ratio_of_sums": round(  # every round has the same number of tokens
+        "ratio_of_sums": round(  # every round has as many tokens
             sum(1 / rate for rate in rates["engine"]) / sum(1 / rate for rate in rates["http"]), 3
         ),
         "cpu_s": {way: round(seconds, 1) for way, seconds in spent.items()},
@@ -135,6 +147,16 @@ def prompts(draw: random.Random, count: int) -> list[tuple[int, ...]]:
     return [tuple(draw.randrange(*TOKEN_IDS) for _ in range(PROMPT_TOKENS)) for _ in range(count)]
 
 
+def output_lengths(draw: random.Random, count: int, varied: bool) -> list[int]:
+    """Return how many tokens each answer has; `count` varied ones are always as many in all."""
+    if not varied:
+        return [OUTPUT_TOKENS] * count
+    low, high = VARIED
+    lengths = [low + (high - low) * index // max(count - 1, 1) for index in range(count)]
+    draw.shuffle(lengths)
+    return lengths
+
+
 def answer_requests(url: str, key: str, clients: int) -> None:
     """Be the clients: read bodies, a line for each round, and write the seconds they took.
 
@@ -154,7 +176,9 @@ def answer_requests(url: str, key: str, clients: int) -> None:
             connection.sendall(head.encode() + content)
             while piece := connection.recv(1 << 16):
                 received += piece
-        whole = b"data: [DONE]" if body["stream"] else b'"completion_tokens":%d' % OUTPUT_TOKENS
+        whole = (
+            b"data: [DONE]" if body["stream"] else b'"completion_tokens":%d' % body["max_tokens"]
+        )
         if not received.startswith(b"HTTP/1.1 200") or whole not in received:
             raise SystemExit(f"not answered whole: {received[:500]!r}")
 
