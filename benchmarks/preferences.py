@@ -30,6 +30,7 @@ ROOT = Path(__file__).parents[1]
 SETS = ("nlg_ratings", "qa_feedback", "ukp_convincing", "hh_helpful", "hh_harmless")
 POLICIES = ("dpo", "ppo")
 NEW_TOKENS = 64
+PPO_PROMPT_TOKENS = 224
 JUDGE_PAIRS = 200  # training pairs that the judge, which learned the test pairs, is judged on
 
 
@@ -193,12 +194,13 @@ def policies(given: argparse.Namespace) -> dict[str, Any]:
             "prompts_file": pairs,
             "start_adapter": start,
             "reward.model": reward,
-            "max_prompt_length": given.max_length - NEW_TOKENS,
+            "max_prompt_length": PPO_PROMPT_TOKENS,  # longer ones are left out
             "max_new_tokens": NEW_TOKENS,
             "batch_size": 32,
             "total_episodes": 32 * given.ppo_updates,
-            "num_epochs": 2,
-            "learning_rate": 1e-4,
+            "num_epochs": 4,
+            "num_minibatches": 2,
+            "learning_rate": 3e-4,
             "kl.coef": 0.02,
             "eval_prompts": 0,
         },

@@ -198,7 +198,6 @@ def request_cancel(database: Database, project_id: str, job_id: str) -> Job:
                 f"The job {job_id} has ended ({job.status}), so it cannot be cancelled.",
                 param="id",
             )
-        job.cancel_requested = True
         audit.record(session, "job.cancelled", job.id, project_id)
         move(session, job, "cancelled")
     return job

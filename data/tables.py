@@ -128,7 +128,6 @@ class Job(Record):
     start_version_id: Mapped[str | None] = mapped_column(String(64))  # the adapter to go on from
     tokens_per_s: Mapped[float | None] = mapped_column(Float)  # as measured in training
     validated: Mapped[bool] = mapped_column(default=False)
-    cancel_requested: Mapped[bool] = mapped_column(default=False)
     pause_requested: Mapped[bool] = mapped_column(default=False)
     attempts: Mapped[int] = mapped_column(default=0)  # crashes in a row without progress
     progress_step: Mapped[int] = mapped_column(default=0)  # checkpoint that the last start found
