@@ -15,11 +15,7 @@ def check_number(name: str, value: Any, rule: tuple[type, float | None, float]) 
     wanted = "an integer" if kind is int else "a number"
     fits = isinstance(value, int) if kind is int else isinstance(value, int | float)
     if isinstance(value, bool) or not fits:
-        raise InvalidInput(
-            f"Invalid type for '{name}': expected {wanted}, but got {value!r} instead.",
-            param=name,
-            code="invalid_type",
-        )
+        raise wrong_type(name, wanted, value)
     below = value <= 0 if low is None else value < low
     if below or not value <= high:  # NaN is refused too
         bounds = f"more than 0 and at most {high}" if low is None else f"{low} to {high}"
@@ -32,11 +28,7 @@ def check_number(name: str, value: Any, rule: tuple[type, float | None, float]) 
 def check_text(name: str, value: Any) -> None:
     """Raise InvalidInput unless a value is a string."""
     if not isinstance(value, str):
-        raise InvalidInput(
-            f"Invalid type for '{name}': expected a string, but got {value!r} instead.",
-            param=name,
-            code="invalid_type",
-        )
+        raise wrong_type(name, "a string", value)
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -62,4 +54,13 @@ def unknown(name: str, last: str, known: list[str]) -> InvalidInput:
     hint = f"Did you mean '{guess}'?" if guess else f"Known: {', '.join(known)}."
     return InvalidInput(
         f"Unknown parameter: '{name}'. {hint}", param=name, code="unknown_parameter"
+    )
+
+
+def wrong_type(name: str, wanted: str, value: Any) -> InvalidInput:
+    """Return the error for a value of another type than is wanted."""
+    return InvalidInput(
+        f"Invalid type for '{name}': expected {wanted}, but got {value!r} instead.",
+        param=name,
+        code="invalid_type",
     )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from data.errors import InvalidInput
-from data.job_checks import check_number, check_text, unknown
+from data.job_checks import check_number, check_text, unknown, wrong_type
 from data.job_methods import Rule
 
 MAX_BETAS = 10
@@ -15,11 +15,7 @@ MAX_BETAS = 10
 def check_section(name: str, value: Any) -> None:
     """Raise InvalidInput, naming the field, unless a section and all in it is as it should be."""
     if not isinstance(value, Mapping):
-        raise InvalidInput(
-            f"Invalid type for '{name}': expected an object, but got {value!r} instead.",
-            param=name,
-            code="invalid_type",
-        )
+        raise wrong_type(name, "an object", value)
     known = SECTIONS[name]
     for key, item in value.items():
         if key not in known:
@@ -36,11 +32,7 @@ def _number(*rule: Any) -> Callable[[str, Any], None]:
 
 def _check_switch(name: str, value: Any) -> None:
     if not isinstance(value, bool):
-        raise InvalidInput(
-            f"Invalid type for '{name}': expected true or false, but got {value!r}.",
-            param=name,
-            code="invalid_type",
-        )
+        raise wrong_type(name, "true or false", value)
 
 
 def _check_targets(name: str, value: Any) -> None:
