@@ -36,6 +36,7 @@ sys.path[:0] = [str(HERE), str(HERE / "peers"), str(HERE.parent / "tests")]
 OUTPUT_TOKENS = 64
 VARIED = (32, 96)  # and all between, 64 in the mean
 PROMPT_TOKENS = 75
+LOW_WATER = 48 << 10  # bytes; less than what the kernel keeps for a connection
 TOKEN_IDS = (100, 40_000)  # that prompts are drawn from
 
 
@@ -160,7 +161,8 @@ def output_lengths(draw: random.Random, count: int, varied: bool) -> list[int]:
 def answer_requests(url: str, key: str, clients: int) -> None:
     """Be the clients: read bodies, a line for each round, and write the seconds they took.
 
-    They read bytes and nothing more, so that they take little from the server on one machine.
+    They read bytes and nothing more, and wake when the connection closes or LOW_WATER bytes wait,
+    so that they take little from the server: clients have machines of their own.
     """
     host, port = url.removeprefix("http://").split(":")
 
@@ -173,6 +175,7 @@ def answer_requests(url: str, key: str, clients: int) -> None:
         )
         received = bytearray()
         with socket.create_connection((host, int(port)), timeout=600) as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, LOW_WATER)
             connection.sendall(head.encode() + content)
             while piece := connection.recv(1 << 16):
                 received += piece
