@@ -132,13 +132,16 @@ class JobSpec:
                     code="unsupported_parameter",
                 )
         lora = self.options.get("lora")
-        if self.method_type != "supervised" and isinstance(lora, Mapping) and "lr_ratio" in lora:
-            raise InvalidInput(
-                "Unsupported parameter: 'lora.lr_ratio' is used by supervised fine-tuning only, "
-                f"not by the method '{self.method_type}'.",
-                param="lora.lr_ratio",
-                code="unsupported_parameter",
-            )
+        if self.method_type == "supervised" or not isinstance(lora, Mapping):
+            return
+        for name in ("lr_ratio", "dropout"):
+            if lora.get(name):
+                raise InvalidInput(
+                    f"Unsupported parameter: 'lora.{name}' is used by supervised fine-tuning only, "
+                    f"not by the method '{self.method_type}'.",
+                    param=f"lora.{name}",
+                    code="unsupported_parameter",
+                )
 
     def _check_evaluations(self) -> None:
         early = self.options.get("early_stopping")

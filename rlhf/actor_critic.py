@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from data.errors import ConfigError
-from rlhf.token_scores import chosen_scores, logits_of
+from rlhf.token_scores import Logits, chosen_scores, divergence, logits_of
 from serve.engine.adapter_files import memory_adapter
 from serve.engine.base import MemoryAdapter
 from train.fused_layers import fuse_layers
@@ -182,6 +182,20 @@ class ActorCritic(nn.Module):
             )
         log_probs, entropies = (_spread(score, micro.mask) for score in scores)
         return log_probs, entropies
+
+    @torch.no_grad()
+    def divergence(self, micro: Micro) -> Tensor:
+        """Return KL(policy || reference) [b, R] over all tokens, in nats; 0 outside the mask."""
+        hidden = [_pick(self.hidden(role, micro.ids), micro) for role in (POLICY, REFERENCE)]
+        ours, theirs = self._head_of(POLICY), self._head_of(REFERENCE)
+        return _spread(divergence(ours, theirs, hidden, self.temperature), micro.mask)
+
+    def _head_of(self, role: str) -> Logits:
+        def logits(hidden: Tensor) -> Tensor:
+            with self.using(role):  # an adapter may be on the head too
+                return self._logits(hidden)
+
+        return logits
 
     def values(self, micro: Micro, hidden: Tensor | None = None) -> Tensor:
         """Return the value [b, R] of the state before each token; 0 outside the mask."""

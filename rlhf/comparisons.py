@@ -160,12 +160,13 @@ def split_prompts(
 def noise_ceiling(groups: Iterable[Group]) -> tuple[float | None, str | None]:
     """Return the accuracy that no model can exceed, or None and why it is not known.
 
-    Of pairs with a probability p it is the mean of max(p, 1 - p).
+    Of pairs with a probability p it is the mean of max(p, 1 - p); ties, which accuracy leaves out,
+    are left out here too.
     """
-    pairs = [pair for group in groups for pair in group.pairs]
-    told = [max(pair.prob, 1 - pair.prob) for pair in pairs if 0 < pair.prob < 1]
-    repeated = [pair for pair in pairs if pair.judgements > 1]
-    if not told and not repeated:
+    pairs = [pair for group in groups for pair in group.pairs if pair.prob != 0.5]
+    if not pairs:
+        return None, "every pair is a tie"
+    if all(pair.prob in (0, 1) and pair.judgements == 1 for pair in pairs):
         return None, "every pair was judged once, with certainty"
     return sum(max(pair.prob, 1 - pair.prob) for pair in pairs) / len(pairs), None
 

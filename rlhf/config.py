@@ -11,6 +11,7 @@ from data.errors import ConfigError
 from data.settings import StrictModel
 from train.config import Auto, LoraSettings, RunConfig
 
+NO_DROPOUT = "lora.dropout must be 0: scores and log-probabilities are compared exactly"
 LONGEST = 1024  # tokens of prompt and answer, unless max_length says otherwise
 
 
@@ -80,6 +81,8 @@ class RewardConfig(RunConfig):
     def _check_report(self) -> Self:
         if self.bias_report:
             raise ValueError("bias_report is true, but a reward model writes no text: leave it out")
+        if self.lora.dropout:
+            raise ValueError(NO_DROPOUT)
         return self
 
 
@@ -209,7 +212,7 @@ class PpoConfig(RunConfig):
                 f"total_episodes {self.total_episodes} is less than batch_size {self.batch_size}"
             )
         if self.lora.dropout:
-            problems.append("lora.dropout must be 0: PPO compares log-probabilities exactly")
+            problems.append(NO_DROPOUT)
         given = self.lora.model_fields_set - {"dropout"}
         if self.start_adapter is not None and given:
             problems.append(
@@ -269,6 +272,8 @@ class TrlConfig(RunConfig):
             raise ValueError(
                 f"start_adapter keeps its adapter's shape; leave out lora.{', lora.'.join(given)}"
             )
+        if self.lora.dropout:
+            raise ValueError(NO_DROPOUT)
         return self
 
 
@@ -342,8 +347,6 @@ class GroupConfig(TrlConfig):
                 f"num_generations {self.num_generations} does not divide batch_size "
                 f"{self.batch_size}"
             )
-        if self.lora.dropout:
-            raise ValueError("lora.dropout must be 0: log-probabilities are compared exactly")
         return self
 
     @property

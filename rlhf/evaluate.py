@@ -11,6 +11,7 @@ from data.intervals import wilson
 from rlhf.rollout import Sample
 
 EOS_LOSS = 0.2  # of the share of answers that end, that a better policy may lose
+MOST_KL = 25.0  # nats a response; rewards are no longer worth much that far from the start
 MOST_GROWTH = 2.0  # of the mean length
 
 
@@ -59,15 +60,21 @@ def compare(start: Answers, end: Answers) -> dict[str, object]:
     }
 
 
-def gate(outcome: Mapping[str, Any], kl_limit: float | None = None) -> dict[str, Any] | None:
+def gate(outcome: Mapping[str, Any], kl_limit: float = MOST_KL) -> dict[str, Any] | None:
     """Decide whether a policy may take the place of the one it started from, and say why.
 
     It may when its reward rose, it wins at least as often as it loses, it still ends its answers,
-    they did not double in length, and its KL is within the limit. None where nothing was compared.
+    they did not double in length, and its KL is within the limit. None where nothing was asked.
+
+    Args:
+        outcome: `comparison`, of `compare`, and `kl`, of a response of the policy, in nats.
+        kl_limit: Most nats a response that the policy may differ from the start by.
     """
     found = outcome.get("comparison")
-    if not found or found["win_rate"] is None:
+    if not found:
         return None
+    if found["win_rate"] is None:
+        return {"promote": False, "reasons": ["no answer to the fixed prompts got a reward"]}
     start, end, kl = found["start"], found["end"], outcome.get("kl")
     won = f"wins {found['win_rate']:.0%} of {found['prompts']} prompts"
     rules = [
@@ -82,7 +89,7 @@ def gate(outcome: Mapping[str, Any], kl_limit: float | None = None) -> dict[str,
             f"length {start['length_mean']:.0f} to {end['length_mean']:.0f} tokens",
         ),
     ]
-    if kl is not None and kl_limit is not None:
+    if kl is not None:
         rules.append((kl <= kl_limit, f"KL {kl:.2f} of at most {kl_limit:g}"))
     failed = [reason for passed, reason in rules if not passed]
     return {"promote": not failed, "reasons": failed or [reason for _, reason in rules]}

@@ -137,6 +137,28 @@ def gather(
     return experience
 
 
+def response_kl(
+    roles: ActorCritic, samples: Sequence[Sample], max_tokens: int
+) -> tuple[float, int]:
+    """Return the sum over responses of the KL between policy and reference, and their number.
+
+    At each token it is the KL of the two distributions, which has the mean of `log p - log p_ref`
+    of tokens drawn from the policy and less variance, and can be told of responses that an earlier
+    policy gave.
+
+    Args:
+        max_tokens: That go through the model at once, with padding.
+    """
+    known = [sample for sample in samples if sample.response]
+    lengths = [len(sample.prompt.ids) + len(sample.response) for sample in known]
+    total = 0.0
+    for part in by_length(lengths, max_tokens):
+        texts = [(known[index].prompt.ids, known[index].response) for index in part]
+        width = max(len(response) for _, response in texts)
+        total += float(roles.divergence(make_micro(texts, width, roles.device)).double().sum())
+    return total, len(known)
+
+
 def _gap(roles: ActorCritic, micro: Micro, hidden: Tensor, samples: Sequence[Sample]) -> float:
     """Return the mean |engine - trainer| of the log-probabilities at temperature 1."""
     temperature, roles.temperature = roles.temperature, 1.0

@@ -17,14 +17,14 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from data.errors import TrainingFailed
-from rlhf.actor_critic import POLICY, REWARD, ActorCritic, load_role
+from rlhf.actor_critic import POLICY, REFERENCE, REWARD, ActorCritic, copy_adapter, load_role
 from rlhf.config import GrpoConfig, RlooConfig
 from rlhf.evaluate import Answers, compare, gate, summarize
-from rlhf.experience import shape_scores
+from rlhf.experience import response_kl, shape_scores
 from rlhf.ppo_setup import read_prompts
 from rlhf.prompts import Prompt
 from rlhf.reward_model import read_head
-from rlhf.rewards import RewardSource, make_source
+from rlhf.rewards import BATCH_TOKENS, RewardSource, make_source
 from rlhf.rollout import GREEDY_ENOUGH, Sample, Sampler, describe, seed_of, under_another_name
 from rlhf.trl_run import (
     Steps,
@@ -35,6 +35,7 @@ from rlhf.trl_run import (
     start_policy,
     train_policy,
 )
+from rlhf.watch import Watch
 from train.base_model import Base, load_base
 from train.callbacks import Stopper
 from train.run import RunFolder
@@ -81,6 +82,7 @@ def set_up(config: RlooConfig | GrpoConfig) -> GroupRun:
     device = base.model.device.type
     steps = plan_steps(config, total, longest + config.max_new_tokens, device)
     model = start_policy(config, base)
+    copy_adapter(model, POLICY, REFERENCE)
     if head is not None and config.reward.model is not None:
         load_role(model, config.reward.model, REWARD)
     roles = ActorCritic(model, config.temperature)
@@ -107,7 +109,8 @@ def train(
         if not job.eval_prompts:
             return {}
         end = evaluations.last or _answer(job, run, "final", job.steps.total)
-        found: dict[str, Any] = {"comparison": compare(start, end)}
+        total, count = response_kl(job.roles, end.samples, BATCH_TOKENS)
+        found = {"comparison": compare(start, end), "kl": total / max(count, 1)}
         return found | {"gate": gate(found)}
 
     rows = [prompt.ids for prompt in job.prompts[:3]]
@@ -130,13 +133,14 @@ def _make_trainer(job: GroupRun, run: RunFolder, stopper: Stopper) -> RLOOTraine
         "steps_per_generation": steps.accumulation,
         "shuffle_dataset": True,
         "log_completions": False,
+        "disable_dropout": True,  # rewards and log-probabilities are read in training mode
     }
     parts: dict[str, Any] = {
         "model": job.roles.model,
         "reward_funcs": [episodes.score],
         "train_dataset": Dataset.from_list([{"prompt": str(i)} for i in range(len(job.prompts))]),
         "processing_class": job.base.tokenizer,
-        "callbacks": callbacks(run, job.base, stopper, steps),
+        "callbacks": [*callbacks(run, job.base, stopper, steps), Alarms(run)],
     }
     if isinstance(config, RlooConfig):
         return EngineRloo(episodes, args=RLOOConfig(**common), **parts)
@@ -228,6 +232,39 @@ class Evaluations(TrainerCallback):
         numbers = {f"eval_{name}": value for name, value in summarize(answers).items()}
         finite = {name: round(v, 6) for name, v in numbers.items() if math.isfinite(v)}
         Trainer.log(self._trainer, finite)  # TRL's own adds its training's numbers
+
+
+class Alarms(TrainerCallback):
+    """Tells what looks wrong in TRL's numbers, as a PPO run does of its own."""
+
+    def __init__(self, run: RunFolder):
+        self._step = 0
+
+        def tell(message: str, kind: str) -> None:
+            run.tell(message, level="warn", step=self._step, alarm=kind)
+
+        self._watch = Watch(tell, stops_at_eos=True)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        if logs is None or "reward" not in logs or not state.is_world_process_zero:
+            return
+        self._step = state.global_step
+        self._watch.look(
+            {
+                "objective/kl": logs.get("kl", 0.0) * logs["completions/mean_length"],
+                "objective/scores": logs["reward"],
+                "objective/score_std": logs["reward_std"],
+                "score/eos_rate": 1 - logs["completions/clipped_ratio"],
+                "response/length_mean": logs["completions/mean_length"],
+            }
+        )
 
 
 class _Sampling:

@@ -18,8 +18,8 @@ import torch
 
 from data.errors import TrainingFailed
 from rlhf import ppo_state
-from rlhf.evaluate import Answers, compare, gate, summarize
-from rlhf.experience import Experience, gather
+from rlhf.evaluate import MOST_KL, Answers, compare, gate, summarize
+from rlhf.experience import Experience, gather, response_kl
 from rlhf.ppo_math import AdaptiveKL
 from rlhf.ppo_setup import PpoRun
 from rlhf.ppo_state import Best, Progress
@@ -33,7 +33,7 @@ from rlhf.rollout import (
 )
 from rlhf.updates import Learner, UpdateStats
 from rlhf.wandb_log import WandbLog
-from rlhf.watch import Bar, alarms, measure
+from rlhf.watch import Bar, Watch, measure
 from train.base_model import Base
 from train.callbacks import Stopper
 from train.memory import give_back_freed
@@ -42,7 +42,6 @@ from train.run import RunFolder
 
 CURVES = (("objective/scores", "score"), ("objective/kl", "KL"), ("eval/reward", "evaluation"))
 SHOWN_ROLLOUTS = 2  # of each update, in the table of completions
-ALARM_EVERY = 10  # updates until the same alarm is told again
 
 
 class PpoTrainer:
@@ -61,8 +60,7 @@ class PpoTrainer:
         self._stream = PromptStream(len(job.prompts), job.config.seed)
         self._progress = Progress(kl_coef=job.config.kl.coef)
         self._first_policy = ppo_state.policy_tensors(job.roles)
-        self._history: list[dict[str, Any]] = []
-        self._told: dict[str, int] = {}
+        self._watch = Watch(self._alarm, job.config.stop_at_eos)
         self._seconds: dict[str, float] = {}
 
     def train(self, checkpoint: Path | None) -> dict[str, Any] | None:
@@ -74,6 +72,8 @@ class PpoTrainer:
         config, team = self._config, self._team
         if checkpoint is not None:
             self._progress = ppo_state.restore(checkpoint, self._roles, self._learner)
+            if team.is_main:
+                self._watch.history += self._run.read(self._run.metrics)
         progress = self._progress
         controller = AdaptiveKL(progress.kl_coef, config.kl.target, config.kl.horizon)
         start = self._start_answers(is_new=checkpoint is None)
@@ -125,15 +125,14 @@ class PpoTrainer:
         controller.update(record["objective/kl"], config.batch_size)
         progress.kl_coef = controller.coef
         if progress.update % config.eval_every == 0 or progress.update == config.num_updates:
-            record |= self._judge(record["objective/kl"])
-        self._history.append(record)
+            record |= self._judge(experience.samples)
         if self._team.is_main:
             self._run.append(self._run.metrics, record)
             for index, sample in enumerate(experience.samples[:SHOWN_ROLLOUTS]):
                 score = float(experience.raw[index])
                 row = describe(sample, score=score, step=progress.update, kind="rollout")
                 self._run.append(self._run.completions, row)
-            self._warn()
+        self._watch.look(record)
         return record
 
     def _collect(self, number: int, kl_coef: float) -> Experience:
@@ -207,8 +206,16 @@ class PpoTrainer:
             "trained_tokens": progress.tokens,
         }
 
-    def _judge(self, kl: float) -> dict[str, float]:
-        """Evaluate the policy, and keep it if it is the best within the budget."""
+    def _judge(self, samples: Sequence[Sample]) -> dict[str, float]:
+        """Evaluate the policy, and keep it if it is the best within the budget.
+
+        Args:
+            samples: This process's responses of the update. Their `objective/kl` is that of the
+                policy before the update; here it is that of the policy as it is now.
+        """
+        pair = response_kl(self._roles, samples, self._job.max_tokens)
+        total, count = self._team.sum(torch.tensor(pair, dtype=torch.float64)).tolist()
+        kl = total / max(count, 1.0)
         answers = self._evaluate(self._progress.update)
         reward = self._team.agree(answers.mean_score)
         budget = self._config.kl.budget or self._config.kl.stop
@@ -216,7 +223,8 @@ class PpoTrainer:
         if kl <= budget and (best is None or not reward <= best.reward):
             tensors = ppo_state.policy_tensors(self._roles)
             self._progress.best = Best(self._progress.update, reward, kl, tensors)
-        found = {f"eval/{name}": value for name, value in summarize(answers).items()}
+        found = {"eval/kl": round(kl, 6)}
+        found |= {f"eval/{name}": value for name, value in summarize(answers).items()}
         if self._job.gold is not None and answers.samples:
             gold = Answers(answers.samples, self._job.gold.score(answers.samples)).mean_score
             found |= {"eval/gold": gold} if math.isfinite(gold) else {}
@@ -286,15 +294,16 @@ class PpoTrainer:
             "trained_tokens": progress.tokens,
             "chosen_update": best.update if use_best and best else progress.update,
         }
-        if self._history:
-            last = self._history[-1]
-            outcome |= {"kl": best.kl if use_best and best else last["objective/kl"]}
+        if self._watch.history:
+            last = self._watch.history[-1]
+            kl = last.get("eval/kl", last["objective/kl"])
+            outcome |= {"kl": best.kl if use_best and best else kl}
             outcome |= {"score": last["objective/scores"], "eos_rate": last["score/eos_rate"]}
         if team.is_main:
             if self._job.eval_prompts:
                 end = self._answer(progress.update, "final")
                 outcome["comparison"] = compare(start, end)
-                outcome["gate"] = gate(outcome, config.kl.budget or config.kl.stop)
+                outcome["gate"] = gate(outcome, config.kl.budget or MOST_KL)
             self._write(outcome)
         return outcome
 
@@ -324,12 +333,8 @@ class PpoTrainer:
             metrics = {"step": self._progress.update}
             self._tell(message, checkpoint=self._progress.update, metrics=metrics)
 
-    def _warn(self) -> None:
-        now = self._progress.update
-        for kind, message in alarms(self._history, self._config.stop_at_eos):
-            if now - self._told.get(kind, -ALARM_EVERY) >= ALARM_EVERY:
-                self._told[kind] = now
-                self._tell(f"Alarm: {message}", level="warn", alarm=kind)
+    def _alarm(self, message: str, kind: str) -> None:
+        self._tell(message, level="warn", alarm=kind)
 
     def _tell(self, message: str, *, level: str = "info", **data: Any) -> None:
         if self._team.is_main:

@@ -6,9 +6,7 @@ The page holds all it shows; it reads no network and runs no script. Model text 
 from __future__ import annotations
 
 import html
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from train.config import RunConfig
@@ -30,7 +28,7 @@ SHOWN = 60  # rows of the table of completions
 
 def write_report(run: RunFolder, config: RunConfig, outcome: Mapping[str, Any]) -> None:
     """Write `report.html` into a run's folder."""
-    records, events = _lines(run.metrics), _lines(run.events)
+    records, events = run.read(run.metrics), run.read(run.events)
     parts = [
         table("Outcome", flat(outcome)),
         _alarms(events),
@@ -41,7 +39,7 @@ def write_report(run: RunFolder, config: RunConfig, outcome: Mapping[str, Any]) 
         "<h2>Where the time went</h2>",
         _times(records),
         "<h2>Responses over time</h2>",
-        _completions(_lines(run.completions)),
+        _completions(run.read(run.completions)),
         table("Settings", flat(config.model_dump(mode="json"))),
     ]
     replace_text(run.report, page("PPO run", parts))
@@ -91,12 +89,6 @@ def _completions(rows: Sequence[Mapping[str, Any]]) -> str:
     )
     head = "<tr><th>update</th><th>kind</th><th>prompt</th><th>response</th><th>score</th></tr>"
     return f"<table>{head}{body}</table>"
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
 def _is_number(value: Any) -> bool:

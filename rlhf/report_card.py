@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,11 @@ class Judged:
     @property
     def decided(self) -> bool:
         return self.prob > 0.5
+
+    @property
+    def credit(self) -> float:
+        """The share of judgements that the order of the scores agrees with; equal scores: 1/2."""
+        return _credit(self.difference, self.prob)
 
 
 def judge(groups: Sequence[Group], scores: Sequence[Sequence[float]]) -> list[Judged]:
@@ -77,7 +82,7 @@ def report_card(groups: Sequence[Group], scores: Sequence[Sequence[float]]) -> d
     every = [score for group in scores for score in group]
     lengths = [length for group in groups for length in group.lengths]
     temperature = fit_temperature([pair.difference for pair in judged], labels.tolist())
-    bins = reliability([pair.difference for pair in decided])
+    bins = reliability(decided)
     return {
         "prompts": len(groups),
         "pairs": len(judged),
@@ -103,11 +108,25 @@ def report_card(groups: Sequence[Group], scores: Sequence[Sequence[float]]) -> d
     }
 
 
-def accuracy(pairs: Sequence[Judged]) -> float | None:
-    """Return the share of pairs that the scores order rightly; equal scores count half."""
-    if not pairs:
+def gate(card: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Decide by a report card whether a reward model is worth more than a coin, and say why.
+
+    None where no held-out pair is decided.
+    """
+    if card["accuracy"] is None:
         return None
-    return sum(1.0 if p.difference > 0 else 0.5 * (p.difference == 0) for p in pairs) / len(pairs)
+    within = card["accuracy_interval"]
+    told = f"held-out accuracy {card['accuracy']:.3f}"
+    told += f" ({within[0]:.3f} to {within[1]:.3f})" if within else ""
+    return {"promote": card["accuracy"] > 0.5, "reasons": [f"{told}, chance 0.5"]}
+
+
+def accuracy(pairs: Sequence[Judged]) -> float | None:
+    """Return the share of judgements that the scores order rightly; equal scores count half.
+
+    A pair judged 2 : 1 counts 2/3 or 1/3, so that the noise ceiling bounds it.
+    """
+    return sum(pair.credit for pair in pairs) / len(pairs) if pairs else None
 
 
 def bootstrap(pairs: Sequence[Judged], seed: int = 0) -> list[float] | None:
@@ -117,23 +136,20 @@ def bootstrap(pairs: Sequence[Judged], seed: int = 0) -> list[float] | None:
         by_group.setdefault(pair.group, []).append(pair)
     if len(by_group) < 2:
         return None
-    right = np.array([sum((p.difference > 0) for p in group) for group in by_group.values()])
-    right = right + np.array(
-        [sum(0.5 * (p.difference == 0) for p in group) for group in by_group.values()]
-    )
+    right = np.array([sum(pair.credit for pair in group) for group in by_group.values()])
     counts = np.array([len(group) for group in by_group.values()])
     drawn = np.random.default_rng(seed).integers(0, len(counts), (RESAMPLES, len(counts)))
     found = right[drawn].sum(1) / counts[drawn].sum(1)
     return [float(value) for value in np.quantile(found, (0.025, 0.975))]
 
 
-def reliability(differences: Sequence[float]) -> list[dict[str, float]]:
+def reliability(pairs: Sequence[Judged]) -> list[dict[str, float]]:
     """Return bins of how sure the model was and how often it was right.
 
     Each pair counts as the answer that scores higher beating the other.
     """
-    sure = np.array([_sigmoid(abs(difference)) for difference in differences])
-    right = np.array([difference > 0 for difference in differences])
+    sure = np.array([_sigmoid(abs(pair.difference)) for pair in pairs])
+    right = np.array([pair.credit for pair in pairs])
     edges = np.linspace(0.5, 1.0, BINS + 1)
     found = []
     for low, high in itertools.pairwise(edges):
@@ -205,11 +221,11 @@ def card_page(card: dict[str, Any], title: str) -> str:
 def _longer_wins(pairs: Sequence[Judged]) -> float | None:
     if not pairs:
         return None
-    won = sum(
-        1.0 if p.better_length > p.worse_length else 0.5 * (p.better_length == p.worse_length)
-        for p in pairs
-    )
-    return won / len(pairs)
+    return sum(_credit(p.better_length - p.worse_length, p.prob) for p in pairs) / len(pairs)
+
+
+def _credit(difference: float, prob: float) -> float:
+    return 0.5 if difference == 0 else prob if difference > 0 else 1 - prob
 
 
 def _sigmoid(value: float) -> float:

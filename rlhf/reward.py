@@ -15,6 +15,7 @@ Exit status: 0 done, 2 wrong input, 74 disk full, 143 stopped by a signal (resum
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -53,21 +54,23 @@ def _run(config: RewardConfig, run: RunFolder, options: argparse.Namespace) -> i
     if options.dry_run:
         print(as_yaml(provenance(config, None, **facts)))
         return 0
-    run.prepare()
+    is_main = int(os.environ.get("RANK", "0")) == 0
     checkpoint = run.newest_checkpoint()
-    run.trim_logs(step_of(checkpoint) if checkpoint else -1)
-    write_json(run.resolved, provenance(config, None, **facts))
-    if checkpoint is None:
-        for message in job.warnings:
+    if is_main:
+        run.prepare()
+        run.trim_logs(step_of(checkpoint) if checkpoint else -1)
+        write_json(run.resolved, provenance(config, None, **facts))
+        for message in job.warnings if checkpoint is None else ():
             run.tell(message, level="warn")
     started = time.monotonic()
     outcome = reward_run.train(job, run, stopper, checkpoint)
     if outcome is None:
         print(f"stopped; the same command resumes from {run.newest_checkpoint()}", file=sys.stderr)
         return STOPPED
-    seconds = round(time.monotonic() - started, 1)
-    write_json(run.result, {"status": "succeeded", "seconds": seconds, **outcome})
-    print(f"the reward model is {run.adapter}", file=sys.stderr)
+    if is_main:
+        seconds = round(time.monotonic() - started, 1)
+        write_json(run.result, {"status": "succeeded", "seconds": seconds, **outcome})
+        print(f"the reward model is {run.adapter}", file=sys.stderr)
     return 0
 
 

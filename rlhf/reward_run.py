@@ -29,7 +29,7 @@ from rlhf.comparisons import (
 )
 from rlhf.config import RewardConfig, resolve_length
 from rlhf.prompts import Prompt
-from rlhf.report_card import card_page, report_card
+from rlhf.report_card import card_page, gate, report_card
 from rlhf.reward_model import Normalizer, save_head
 from rlhf.reward_trainer import PairTrainer, ScoredBase, as_row, score_rows
 from rlhf.rollout import Sampler, seed_of
@@ -151,7 +151,8 @@ def train(
         result |= {name: card[name] for name in ("accuracy", "accuracy_interval", "longer_wins")}
         result |= {"valid_pairs": card["pairs"], "nll": card["nll"]}
     _write(job, run, scored, normalizer, result)
-    return result | {"mean": normalizer.mean, "std": normalizer.std}
+    result |= {"mean": normalizer.mean, "std": normalizer.std}
+    return result if job.valid is None else result | {"gate": gate(card)}
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import httpx
 import torch
 
-from data.errors import TrainingFailed
+from data.errors import ConfigError, TrainingFailed
 from rlhf.actor_critic import ActorCritic
 from rlhf.config import PpoRewardSettings
 from rlhf.reward_model import Normalizer
@@ -148,15 +148,17 @@ def make_source(
     settings: PpoRewardSettings, roles: ActorCritic, normalizer: Normalizer | None, base: Base
 ) -> RewardSource:
     """Open the source that the settings name; `normalizer` is the reward model's."""
-    if settings.model is not None and normalizer is not None:
-        return ModelReward(roles, normalizer)
+    if settings.grader is not None:  # which may score by the model too
+        from rlhf.graders import GraderReward
+
+        return GraderReward(settings.grader, roles, normalizer, base)
     if settings.function is not None:
         return FunctionReward(settings.function, settings.timeout_s)
     if settings.url is not None:
         return UrlReward(settings.url, settings.timeout_s, settings.retries)
-    from rlhf.graders import GraderReward
-
-    return GraderReward(settings.grader or {}, roles, normalizer, base)
+    if normalizer is None:
+        raise ConfigError(["reward names no source"])
+    return ModelReward(roles, normalizer)
 
 
 def as_columns(samples: Sequence[Sample]) -> dict[str, list[Any]]:

@@ -8,7 +8,7 @@ multiplication, and of a chunk's [C, V] logits nothing stays. Nothing is compute
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -67,6 +67,28 @@ def chosen_scores(
             parts.append(_score(*given))
     log_probs, entropies = zip(*parts, strict=True)
     return torch.cat(log_probs), torch.cat(entropies)
+
+
+@torch.no_grad()
+def divergence(
+    ours: Logits, theirs: Logits, hidden: Sequence[Tensor], temperature: float
+) -> Tensor:
+    """Return KL(ours || theirs) [N] of each position's distributions over all tokens, in nats.
+
+    Args:
+        ours: From hidden states to logits, as `logits_of` returns.
+        theirs: Of the distribution that it is measured against.
+        hidden: [N, D] of ours, and of theirs.
+        temperature: Divides the logits of both.
+    """
+    parts = []
+    for part in _chunks(ours, hidden[0]):
+        log_p, log_q = (
+            functional.log_softmax(logits(states[part]) / temperature, dim=-1)
+            for logits, states in zip((ours, theirs), hidden, strict=True)
+        )
+        parts.append((log_p.exp() * (log_p - log_q)).sum(-1))
+    return torch.cat(parts)
 
 
 class _ClosedForm(torch.autograd.Function):

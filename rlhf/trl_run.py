@@ -5,14 +5,22 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 from rich.console import Console
-from transformers import PrinterCallback, Trainer, set_seed
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.trainer_callback import ProgressCallback
 
 from data.errors import ConfigError, TrainingFailed
@@ -129,7 +137,36 @@ def arguments(
 
 def callbacks(run: RunFolder, base: Base, stopper: Stopper, steps: Steps) -> list[Any]:
     """Return what watches a run; every checkpoint becomes a model."""
-    return [stopper, RunLog(run, lambda step: True, base.origin), SaveAt({steps.total})]
+    log = RunLog(run, lambda step: True, base.origin)
+    return [stopper, SaveAt({steps.total}), Finite(), log]
+
+
+class Finite(TrainerCallback):
+    """Ends a run whose loss or gradient is not finite, before the step is saved."""
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if control.should_save:  # the log comes before the checkpoint
+            control.should_log = True
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Raise TrainingFailed where a number is not finite."""
+        for name in ("loss", "grad_norm", "eval_loss"):
+            value = (logs or {}).get(name, 0.0)
+            if not math.isfinite(value):
+                raise TrainingFailed(
+                    f"{name} is {value} at step {state.global_step}; the last whole checkpoint is "
+                    "kept. Lower learning_rate",
+                    code="loss_not_finite",
+                )
 
 
 def train_policy(
@@ -151,7 +188,7 @@ def train_policy(
         judge: Says more of the trained policy.
 
     Raises:
-        TrainingFailed: The loss is not finite, or the adapter does not serve as trained.
+        TrainingFailed: A number is not finite, or the adapter does not serve as trained.
     """
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
@@ -162,11 +199,6 @@ def train_policy(
         return None
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     valid = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    if any(not math.isfinite(loss) for loss in losses):
-        raise TrainingFailed(
-            "The loss is not finite; the last whole checkpoint is kept. Lower learning_rate",
-            code="loss_not_finite",
-        )
     result: dict[str, Any] = {
         "steps": trainer.state.global_step,
         "train_loss": losses[-1] if losses else outcome.training_loss,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import resource
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from rlhf.ppo_setup import Team
 from rlhf.updates import UpdateStats
 
 WINDOW = 10  # updates that an alarm about a trend looks at
+ALARM_EVERY = 10  # records until the same alarm is told again
 GROWTH = 1.25  # of the length of responses within it
 
 
@@ -182,6 +183,36 @@ def _gold_falls(history: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
             )
         ]
     return []
+
+
+class Watch:
+    """Tells the alarms of a run's records, each at most every ALARM_EVERY records.
+
+    Args:
+        tell: Takes a message and the alarm's kind.
+        stops_at_eos: Whether responses can end by themselves.
+        history: Records of before, of a run that goes on.
+    """
+
+    def __init__(
+        self,
+        tell: Callable[[str, str], None],
+        stops_at_eos: bool,
+        history: Sequence[Mapping[str, Any]] = (),
+    ):
+        self._tell = tell
+        self._stops_at_eos = stops_at_eos
+        self._told: dict[str, int] = {}
+        self.history: list[Mapping[str, Any]] = list(history)
+
+    def look(self, record: Mapping[str, Any]) -> None:
+        """Add a record, and tell what looks wrong."""
+        self.history.append(record)
+        now = len(self.history)
+        for kind, message in alarms(self.history, self._stops_at_eos):
+            if now - self._told.get(kind, -ALARM_EVERY) >= ALARM_EVERY:
+                self._told[kind] = now
+                self._tell(f"Alarm: {message}", kind)
 
 
 class Bar:

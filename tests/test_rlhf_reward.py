@@ -407,7 +407,7 @@ def test_calibration_of_scores_that_are_log_odds():
     true = draw.normal(0, 1.5, 20_000)
     wins = draw.random(20_000) < 1 / (1 + np.exp(-true))
     differences = np.where(wins, true, -true)  # of the winner over the loser
-    bins = report_card.reliability(differences.tolist())
+    bins = report_card.reliability(pairs_of(differences.tolist()))
     assert report_card.expected_calibration_error(bins, 20_000) < 0.02
     ones = [1.0] * 20_000
     assert report_card.fit_temperature(differences.tolist(), ones) == pytest.approx(1, abs=0.1)

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from data.job_methods import METHODS, REWARD_MODEL, score_models
+from data.job_methods import METHODS, REWARD_MODEL
 from data.settings import Settings
 from data.tables import Job
 from train.job_config import base_of, wandb_of
@@ -100,9 +100,7 @@ def _sampling(
     if reward_model is not None:
         reward["model"] = str(reward_model.resolve())
     if grader["type"] != "score_model":
-        reward["grader"] = grader
-    if not any(True for _ in score_models(grader)):
-        reward |= {"clip": None}  # a rule's numbers mean what they say
+        reward |= {"grader": grader, "clip": None}  # a rule's numbers mean what they say
     with prompts.open("rb") as stream:
         rows = sum(1 for line in stream if line.strip())
     values: dict[str, Any] = {

@@ -107,6 +107,12 @@ class RunFolder:
         with path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({**record, "time": round(time.time(), 3)}) + "\n")
 
+    def read(self, path: Path) -> list[dict[str, Any]]:
+        """Return the lines of one of `metrics`, `events` or `completions`; none if it is absent."""
+        if not path.exists():
+            return []
+        return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
     def tell(self, message: str, *, level: str = "info", step: int = 0, **data: Any) -> None:
         """Append an event."""
         record = {"level": level, "message": message, "step": step, "data": data or None}
