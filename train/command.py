@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from data.errors import ConfigError, InvalidInput, ModelUnavailable, ToolkitError, TrainingFailed
 from data.settings import StrictModel, read_config
 from train.config import RunConfig
+from train.devices import refuse_shards, with_one_gpu
 from train.run import RunFolder, is_disk_full, write_json
 
 STOPPED, DISK_FULL = 143, 74
@@ -46,7 +47,9 @@ def run_command(
     """
     options = _parser(module, about, config_type, add_options).parse_args(arguments)
     try:
-        config = read_config(config_type, options.config, options.words)
+        config = with_one_gpu(read_config(config_type, options.config, options.words))
+        if not options.dry_run:
+            refuse_shards()
     except ToolkitError as error:
         print(f"{module}: {error}", file=sys.stderr)
         return 2

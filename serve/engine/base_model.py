@@ -182,9 +182,14 @@ def resolve_dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype
 
 
 def resolve_device(device: torch.device | str) -> torch.device:
-    """Turn a device name into torch's; "auto" is CUDA where there is one."""
+    """Turn a device name into torch's; "auto" is CUDA where there is one.
+
+    Of several processes that train together, each has the GPU of its rank on this machine.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device(device)
 
 
