@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Literal, Self
 
@@ -12,6 +13,8 @@ from data.settings import StrictModel
 from train.config import Auto, LoraSettings, RunConfig
 
 LONGEST = 1024  # tokens of prompt and answer, unless max_length says otherwise
+AUTO_CLIP = 5.0  # standard deviations of a reward model, whose scores are normalised
+SHAPING = {"clip", "missing_eos_penalty", "whiten"}  # what is done to scores to learn from them
 
 
 def resolve_length(max_length: int | Auto, base: str, context_length: int) -> int:
@@ -77,10 +80,17 @@ class RewardConfig(RunConfig):
     lora: LoraSettings = LoraSettings()
 
     @model_validator(mode="after")
-    def _check_report(self) -> Self:
+    def _check_together(self) -> Self:
         if self.bias_report:
             raise ValueError("bias_report is true, but a reward model writes no text: leave it out")
+        _check_held_out(self)
         return self
+
+
+def _check_held_out(config: RewardConfig | OfflineConfig) -> None:
+    given = "validation_fraction" in config.model_fields_set and config.validation_fraction
+    if config.validation_file is not None and given:
+        raise ValueError("validation_file and validation_fraction exclude each other; give one")
 
 
 class PpoRewardSettings(StrictModel):
@@ -95,14 +105,19 @@ class PpoRewardSettings(StrictModel):
     )
     timeout_s: float = Field(60.0, gt=0, description="For a function's or a URL's batch.")
     retries: int = Field(2, ge=0, description="Of a URL that fails or does not answer.")
-    clip: float | None = Field(5.0, gt=0, description="Scores beyond this are cut; null: none.")
+    clip: float | Auto | None = Field(
+        "auto",
+        description="Scores beyond this are cut; null: none; auto: 5 with a model, else null.",
+    )
     missing_eos_penalty: float = Field(
         1.0, ge=0, description="Taken from the score of a response that does not end."
     )
-    whiten: bool = Field(False, description="Scale token rewards to variance 1.")
+    whiten: bool = Field(
+        False, description="Scale token rewards to variance 1; of PPO, which has such rewards."
+    )
 
     @model_validator(mode="after")
-    def _one_source(self) -> Self:
+    def _check_source(self) -> Self:
         names = ("model", "function", "url", "grader")
         given = [name for name in names if getattr(self, name) is not None]
         if len(given) != 1 and given != ["model", "grader"]:
@@ -110,7 +125,23 @@ class PpoRewardSettings(StrictModel):
                 f"reward needs exactly one of model, function, url and grader; got "
                 f"{', '.join(given) or 'none'}"
             )
+        waits = {"timeout_s": ("function", "url"), "retries": ("url",)}
+        for name, sources in waits.items():
+            if name in self.model_fields_set and not set(sources) & set(given):
+                raise ValueError(
+                    f"{name} is of {' and '.join(sources)} alone, and the source is "
+                    f"{' and '.join(given)}; leave it out"
+                )
+        if not isinstance(self.clip, str | None) and self.clip <= 0:
+            raise ValueError(f"clip is {self.clip:g}; give a number above 0, null or auto")
         return self
+
+    @property
+    def limit(self) -> float:
+        """Beyond which scores are cut: `clip` as a number, infinite where nothing is."""
+        if self.clip == "auto":
+            return math.inf if self.model is None else AUTO_CLIP
+        return math.inf if self.clip is None else self.clip
 
 
 class KlSettings(StrictModel):
@@ -123,6 +154,17 @@ class KlSettings(StrictModel):
         None, gt=0, description="The adapter is the best by reward whose KL is within this."
     )
     stop: float = Field(100.0, gt=0, description="A mean KL beyond this ends the run.")
+
+    @model_validator(mode="after")
+    def _check_steering(self) -> Self:
+        if self.target is not None and self.coef == 0:
+            raise ValueError(
+                "target is given, but coef is 0: it is steered by multiplying it, so it stays 0; "
+                "give a coef above 0, such as 0.05, or leave target out"
+            )
+        if self.target is None and "horizon" in self.model_fields_set:
+            raise ValueError("horizon is how fast coef is steered to target: give target too")
+        return self
 
 
 class ValueSettings(StrictModel):
@@ -217,6 +259,16 @@ class PpoConfig(RunConfig):
             )
         if self.gold is not None and self.gold.model is not None:
             problems.append("gold takes function, url or grader; the reward model is the proxy")
+        ignored = self.gold.model_fields_set & SHAPING if self.gold is not None else set()
+        problems += [
+            f"gold.{name} does nothing: gold is watched as it is, and never shaped; leave it out"
+            for name in sorted(ignored)
+        ]
+        if self.value.start == "reward" and self.value.trunk == "shared":
+            problems.append(
+                "value.start is reward, but value.trunk is shared: a head on the policy cannot be "
+                "a copy of the reward model; set value.trunk to separate, or leave start out"
+            )
         if self.value.start == "reward" and self.reward.model is None:
             problems.append("value.start is reward, but reward.model names no reward model")
         if problems:
@@ -258,7 +310,6 @@ class TrlConfig(RunConfig):
     weight_decay: float = Field(0.0, ge=0, description="AdamW's.")
     max_grad_norm: float = Field(1.0, gt=0, description="Longer gradients are cut to this.")
     gradient_checkpointing: bool = Field(False, description="Slower, smaller.")
-    n_evals: int = Field(4, ge=1, description="Evaluations in the run.")
     keep_checkpoints: int = Field(2, ge=1, description="The newest.")
     lora: LoraSettings = LoraSettings()
 
@@ -288,7 +339,13 @@ class OfflineConfig(TrlConfig):
         "truncate", description="What becomes of longer rows; truncate cuts the prompt's start."
     )
     num_epochs: int = Field(1, ge=1, le=50, description="Passes over the rows.")
+    n_evals: int = Field(4, ge=1, description="Evaluations, and checkpoints, in the run.")
     beta: float = Field(0.1, gt=0, le=2, description="How dear it is to leave the reference.")
+
+    @model_validator(mode="after")
+    def _check_validation(self) -> Self:
+        _check_held_out(self)
+        return self
 
 
 class DpoConfig(OfflineConfig):
@@ -325,6 +382,7 @@ class GroupConfig(TrlConfig):
     eval_prompts_file: Path | None = Field(None, description="Default: eval_prompts of the others.")
     eval_prompts: int = Field(32, ge=0, description="Fixed prompts answered at each evaluation.")
     eval_every: int = Field(10, ge=1, description="Steps between evaluations.")
+    save_every: int = Field(10, ge=1, description="Steps between checkpoints.")
     max_prompt_length: int = Field(512, ge=1, description="Longer prompts are dropped and counted.")
     max_new_tokens: int = Field(64, ge=1, description="Of a response.")
     temperature: float = Field(1.0, gt=0, description="Of rollouts.")
@@ -344,6 +402,11 @@ class GroupConfig(TrlConfig):
             )
         if self.lora.dropout:
             raise ValueError("lora.dropout must be 0: log-probabilities are compared exactly")
+        if self.reward.whiten:
+            raise ValueError(
+                "reward.whiten scales PPO's rewards of tokens; RLOO and GRPO have one reward a "
+                "response, compared within its group: leave it out"
+            )
         return self
 
     @property
