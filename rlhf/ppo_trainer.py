@@ -191,7 +191,8 @@ class PpoTrainer:
 
     def _record(self, experience: Experience, stats: UpdateStats, kl_coef: float) -> dict[str, Any]:
         config, progress = self._config, self._progress
-        numbers = measure(experience, stats, self._seconds, self._team, config.max_new_tokens)
+        longest, clip = config.max_new_tokens, config.reward.limit
+        numbers = measure(experience, stats, self._seconds, self._team, longest, clip)
         kl, score = numbers["objective/kl"], numbers["objective/scores"]
         return {
             "step": progress.update,
