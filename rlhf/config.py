@@ -9,7 +9,9 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from data.errors import ConfigError
+from data.job_methods import score_models
 from data.settings import StrictModel
+from rlhf.grader_rules import check_grader
 from train.config import Auto, LoraSettings, RunConfig
 
 LONGEST = 1024  # tokens of prompt and answer, unless max_length says otherwise
@@ -131,6 +133,16 @@ class PpoRewardSettings(StrictModel):
                 raise ValueError(
                     f"{name} is of {' and '.join(sources)} alone, and the source is "
                     f"{' and '.join(given)}; leave it out"
+                )
+        if self.grader is not None:
+            try:
+                check_grader(self.grader, self.model is not None, "grader")
+            except ConfigError as error:
+                raise ValueError("; ".join(error.problems)) from None
+            if self.model is not None and not any(score_models(self.grader)):
+                raise ValueError(
+                    "model is given, but no part of grader is a score_model, which would use it; "
+                    "leave one of the two out"
                 )
         if not isinstance(self.clip, str | None) and self.clip <= 0:
             raise ValueError(f"clip is {self.clip:g}; give a number above 0, null or auto")

@@ -5,10 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from data.errors import ConfigError
 from data.settings import read_config
-from rlhf.config import DpoConfig, GrpoConfig, KtoConfig, PpoConfig, RewardConfig, RlooConfig
+from rlhf.config import (
+    DpoConfig,
+    GrpoConfig,
+    KtoConfig,
+    PpoConfig,
+    PpoRewardSettings,
+    RewardConfig,
+    RlooConfig,
+)
 
 FUNCTION = {"reward.function": "m:f"}
 JUDGED = {"reward.model": "runs/reward/adapter"}
@@ -73,3 +82,76 @@ def test_only_scores_of_a_reward_model_are_cut_unless_told(
 ) -> None:
     for kind in (PpoConfig, RlooConfig, GrpoConfig):
         assert read(kind, values).reward.limit == limit
+
+
+CHECK = {"type": "string_check", "input": "{{ sample.output_text }}", "reference": "a"}
+CHECK |= {"operation": "eq", "name": "same"}
+ALIKE = {"type": "text_similarity", "input": "a", "reference": "b", "evaluation_metric": "bleu"}
+JUDGE = {"type": "score_model", "name": "judge"}
+
+
+def multi(formula: str = "a", **graders: Any) -> dict[str, Any]:
+    return {"type": "multi", "graders": graders, "calculate_output": formula}
+
+
+def without(grader: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in grader.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    "grader",
+    [CHECK, ALIKE, multi(a=CHECK), multi("2 * a + b", a=CHECK, b=ALIKE)],
+)
+def test_good_graders_are_taken(grader: dict[str, Any]) -> None:
+    assert PpoRewardSettings(grader=grader).grader == grader
+    judged = {"model": "runs/reward/adapter", "grader": multi("a + b", a=CHECK, b=JUDGE)}
+    assert PpoRewardSettings.model_validate(judged)
+
+
+@pytest.mark.parametrize(
+    ("grader", "told"),
+    [
+        *((without(CHECK, n), f"grader.{n} is missing") for n in ("input", "reference")),
+        (without(CHECK, "operation"), "grader.operation is missing"),
+        (without(ALIKE, "evaluation_metric"), "grader.evaluation_metric is missing"),
+        (CHECK | {"operation": "is"}, "expected one of eq, ne, like, ilike"),
+        (CHECK | {"refrence": "a"}, 'unknown key "grader.refrence"; did you mean "reference"?'),
+        (CHECK | {"input": "{{ env.HOME }}"}, "grader.input: `{{ env.HOME }}` cannot be filled"),
+        (CHECK | {"reference": 5}, "grader.reference is 5; give a text"),
+        (ALIKE | {"evaluation_metric": "sine"}, "expected one of"),
+        ({"type": "python", "source": "x"}, "grader.type is 'python'"),
+        ({"name": "x"}, "grader.type is None"),
+        (JUDGE, "set model, as in reward.model"),
+        (multi(a=JUDGE), "grader.graders.a is a score_model"),
+        (multi() | {"graders": [CHECK]}, "give a mapping of names to graders"),
+        (multi(), "give a mapping of names to graders"),
+        (without(multi(a=CHECK), "calculate_output"), "grader.calculate_output is missing"),
+        (multi("b", a=CHECK), "grader.calculate_output:"),
+        (multi("(a", a=CHECK), "grader.calculate_output:"),
+        (multi(a=multi(a=CHECK)), "a multi grader cannot hold another"),
+        (multi(a="CHECK"), "grader.graders.a is 'CHECK'; give a mapping"),
+        (multi(a=without(CHECK, "input")), "grader.graders.a.input is missing"),
+        (multi(a=CHECK, b=1), "grader.graders.b is 1"),
+    ],
+)
+def test_bad_graders_are_refused_when_settings_are_read(grader: Any, told: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        PpoRewardSettings(grader=grader)
+    assert told in str(caught.value)
+
+
+def test_every_problem_of_a_grader_is_told_at_once() -> None:
+    grader = multi("a + c", a=without(CHECK, "input"), b=ALIKE | {"evaluation_metric": "sine"})
+    with pytest.raises(ValidationError) as caught:
+        PpoRewardSettings(grader=grader)
+    for told in (
+        "graders.a.input is missing",
+        "graders.b.evaluation_metric is",
+        "calculate_output",
+    ):
+        assert told in str(caught.value)
+
+
+def test_a_reward_model_that_no_grader_uses_is_refused() -> None:
+    with pytest.raises(ValidationError, match="no part of grader is a score_model"):
+        PpoRewardSettings.model_validate({"model": "runs/reward/adapter", "grader": CHECK})
