@@ -21,7 +21,7 @@ from rlhf.actor_critic import POLICY, REWARD, ActorCritic, load_role
 from rlhf.config import GrpoConfig, RlooConfig
 from rlhf.evaluate import Answers, compare, gate, summarize
 from rlhf.experience import shape_scores
-from rlhf.ppo_setup import read_prompts
+from rlhf.ppo_setup import prompt_room, read_prompts
 from rlhf.prompts import Prompt
 from rlhf.reward_model import read_head
 from rlhf.rewards import RewardSource, make_source
@@ -73,7 +73,7 @@ def set_up(config: RlooConfig | GrpoConfig) -> GroupRun:
         ToolkitError: The base, the adapters, the prompts or the settings do not fit together.
     """
     base = load_base(config)
-    room = min(config.max_prompt_length, base.context_length - config.max_new_tokens)
+    room = prompt_room(config, base)
     prompts, eval_prompts, warnings = read_prompts(config, base, room)
     head = read_head(config.reward.model, base.fingerprint) if config.reward.model else None
     longest = max(len(prompt.ids) for prompt in (*prompts, *eval_prompts))
