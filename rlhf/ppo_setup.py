@@ -30,6 +30,7 @@ from rlhf.prompts import Prompt, load_prompts
 from rlhf.reward_model import RewardHead, read_head
 from rlhf.rewards import RewardSource, make_source
 from rlhf.rollout import Sampler, twin
+from rlhf.shared_prompts import of_prompts, warn_of_shared
 from train.base_model import Base, load_base
 from train.batches import name_lines
 from train.config import GPU_MICRO_BATCH_TOKENS
@@ -241,7 +242,9 @@ def read_prompts(
 
     prompts, count = load(config.prompts_file, ""), config.eval_prompts
     if config.eval_prompts_file is not None:
-        return prompts, load(config.eval_prompts_file, " of the evaluations")[:count], warnings
+        apart = load(config.eval_prompts_file, " of the evaluations")[:count]
+        warnings += warn_of_shared(of_prompts(prompts), of_prompts(apart), "eval_prompts_file")
+        return prompts, apart, warnings
     different = len({prompt.ids for prompt in prompts})
     if len(prompts) < FEWEST_HELD_OUT * count or different == 1:
         if count:
