@@ -6,7 +6,8 @@ import math
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+import httpx
+from pydantic import Field, field_validator, model_validator
 
 from data.errors import ConfigError
 from data.job_methods import score_models
@@ -16,6 +17,7 @@ from train.config import Auto, LoraSettings, RunConfig
 
 LONGEST = 1024  # tokens of prompt and answer, unless max_length says otherwise
 AUTO_CLIP = 5.0  # standard deviations of a reward model, whose scores are normalised
+URL = "http://127.0.0.1:8001/rewards"  # an example
 SHAPING = {"clip", "missing_eos_penalty", "whiten"}  # what is done to scores to learn from them
 
 
@@ -117,6 +119,19 @@ class PpoRewardSettings(StrictModel):
     whiten: bool = Field(
         False, description="Scale token rewards to variance 1; of PPO, which has such rewards."
     )
+
+    @field_validator("url")
+    @classmethod
+    def _can_be_called(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        try:
+            url = httpx.URL(value)
+        except httpx.InvalidURL as error:
+            raise ValueError(f"it is no URL ({error}); give one such as {URL}") from None
+        if url.scheme not in ("http", "https") or not url.host:
+            raise ValueError(f"only http and https with a host can be called; give one as {URL}")
+        return value
 
     @model_validator(mode="after")
     def _check_source(self) -> Self:

@@ -246,7 +246,7 @@ def test_a_constant_reward_is_told(place):
         ("never", "no number for any of 16 responses"),
         ("short", "1 values for 16 completions"),
         ("raises", "RuntimeError: no luck"),
-        ("hangs", "did not answer within reward.timeout_s"),
+        ("hangs", "did not answer within timeout_s"),
     ],
 )
 def test_a_function_that_fails_ends_the_run_and_names_the_prompts(place, function, told):
