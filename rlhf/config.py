@@ -164,6 +164,17 @@ class PpoRewardSettings(StrictModel):
         return self
 
     @property
+    def source_name(self) -> str:
+        """The source of rewards as messages call it, such as "the function rules:count"."""
+        if self.grader is not None:
+            name = self.grader.get("name")
+            return f"the {self.grader['type']} grader" + (f" {name}" if name else "")
+        for kind in ("function", "url"):
+            if getattr(self, kind) is not None:
+                return f"the {kind} {getattr(self, kind)}"
+        return f"the reward model {self.model}"
+
+    @property
     def limit(self) -> float:
         """Beyond which scores are cut: `clip` as a number, infinite where nothing is."""
         if self.clip == "auto":

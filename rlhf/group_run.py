@@ -16,7 +16,6 @@ from datasets import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from data.errors import TrainingFailed
 from rlhf.actor_critic import POLICY, REWARD, ActorCritic, load_role
 from rlhf.config import GrpoConfig, RlooConfig
 from rlhf.evaluate import Answers, compare, gate, summarize
@@ -24,7 +23,7 @@ from rlhf.experience import shape_scores
 from rlhf.ppo_setup import prompt_room, read_prompts
 from rlhf.prompts import Prompt
 from rlhf.reward_model import read_head
-from rlhf.rewards import RewardSource, make_source
+from rlhf.rewards import RewardSource, make_source, without_numbers
 from rlhf.rollout import GREEDY_ENOUGH, Sample, Sampler, describe, seed_of, under_another_name
 from rlhf.trl_run import (
     Steps,
@@ -186,10 +185,7 @@ class _Episodes:
         raw = self._job.source.score(samples)
         known = [score for score in raw if not math.isnan(score)]
         if not known:
-            raise TrainingFailed(
-                f"The source of rewards gave no number for any of {len(raw)} responses",
-                code="reward_not_finite",
-            )
+            raise without_numbers(self._job.config.reward, samples)
         if len(known) < len(raw):
             count = len(raw) - len(known)
             self._run.tell(

@@ -240,6 +240,16 @@ def read_scores(value: Any, samples: Sequence[Sample], source: str) -> list[floa
     return scores
 
 
+def without_numbers(settings: PpoRewardSettings, samples: Sequence[Sample]) -> TrainingFailed:
+    """Return the error of a batch for which no response has a reward that is a finite number."""
+    return _failed(
+        f"{settings.source_name} gave no finite number for any of {len(samples)} responses of this "
+        "process (None, NaN and infinity count as none); have it return a number for each",
+        samples,
+        "reward_not_finite",
+    )
+
+
 def by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Put indices of rows of similar length together, up to `max_tokens` with padding; one at
     least. Of all cuts into so few parts it is the one whose largest part is smallest."""
