@@ -187,7 +187,9 @@ class KlSettings(StrictModel):
 
     coef: float = Field(0.05, ge=0, description="Of the KL in the reward.")
     target: float | None = Field(None, gt=0, description="KL a response that coef is steered to.")
-    horizon: int = Field(10_000, ge=1, description="Episodes over which it is steered.")
+    horizon: int = Field(
+        10_000, ge=1, description="Episodes in which coef moves by a fifth at most; with target."
+    )
     budget: float | None = Field(
         None, gt=0, description="The adapter is the best by reward whose KL is within this."
     )
