@@ -18,6 +18,7 @@ from data.tables import AdapterVersion, File, now
 
 TRAINING_PURPOSE = "fine-tune"
 SHAPE = ("r", "alpha", "target_modules")
+OF_JUDGES = ("input", "range", "sampling_params")  # of models that are asked in words for a score
 
 
 def find_start(
@@ -69,7 +70,8 @@ def pin_grader(session: Session, project_id: str, spec: JobSpec, base_model: str
     """Return a job's grader with the reward model that it names as a version; {} without one.
 
     Raises:
-        InvalidInput: It names a model that is no reward model of this account and base, or two.
+        InvalidInput: It names a model that is no reward model of this account and base, or two,
+            or gives a reward model what only models take that are asked in words.
     """
     grader = spec.grader
     if grader is None:
@@ -92,11 +94,13 @@ def pin_grader(session: Session, project_id: str, spec: JobSpec, base_model: str
                 f"`{version.base_model}`, the job is for `{base_model}`.",
                 param=f"{param}.model",
             )
-        if part.get("input"):
+        given = [name for name in OF_JUDGES if part.get(name) is not None]
+        if given:
             raise InvalidInput(
-                f"Invalid '{param}.input': a reward model reads prompt and answer as they are; "
-                "leave it out.",
-                param=f"{param}.input",
+                f"Unsupported parameter: '{param}.{given[0]}': `{part['model']}` is a reward "
+                "model, which scores prompt and answer as they are. Leave it out.",
+                param=f"{param}.{given[0]}",
+                code="unsupported_parameter",
             )
         part["model"] = version.name
         names.add(version.name)

@@ -15,7 +15,6 @@ from itertools import combinations, takewhile
 from typing import Any, Literal
 
 import msgspec
-import orjson
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 Role = Literal["system", "developer", "user", "assistant", "tool"]
@@ -275,4 +274,4 @@ def fingerprint(row: Row) -> int:
     try:
         return hash(row)
     except TypeError:  # tools and grader fields are lists and dicts
-        return hash(orjson.dumps(msgspec.to_builtins(row), option=orjson.OPT_SORT_KEYS))
+        return hash(msgspec.json.encode(row, order="sorted"))

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+import httpx
+from pydantic import Field, field_validator, model_validator
 
 from data.errors import ConfigError
+from data.job_methods import score_models
 from data.settings import StrictModel
+from rlhf.grader_rules import check_grader
 from train.config import Auto, LoraSettings, RunConfig
 
 NO_DROPOUT = "lora.dropout must be 0: scores and log-probabilities are compared exactly"
 LONGEST = 1024  # tokens of prompt and answer, unless max_length says otherwise
+AUTO_CLIP = 5.0  # standard deviations of a reward model, whose scores are normalised
+URL = "http://127.0.0.1:8001/rewards"  # an example
+SHAPING = {"clip", "missing_eos_penalty", "whiten"}  # what is done to scores to learn from them
 
 
 def resolve_length(max_length: int | Auto, base: str, context_length: int) -> int:
@@ -78,12 +85,19 @@ class RewardConfig(RunConfig):
     lora: LoraSettings = LoraSettings()
 
     @model_validator(mode="after")
-    def _check_report(self) -> Self:
+    def _check_together(self) -> Self:
         if self.bias_report:
             raise ValueError("bias_report is true, but a reward model writes no text: leave it out")
         if self.lora.dropout:
             raise ValueError(NO_DROPOUT)
+        _check_held_out(self)
         return self
+
+
+def _check_held_out(config: RewardConfig | OfflineConfig) -> None:
+    given = "validation_fraction" in config.model_fields_set and config.validation_fraction
+    if config.validation_file is not None and given:
+        raise ValueError("validation_file and validation_fraction exclude each other; give one")
 
 
 class PpoRewardSettings(StrictModel):
@@ -98,14 +112,32 @@ class PpoRewardSettings(StrictModel):
     )
     timeout_s: float = Field(60.0, gt=0, description="For a function's or a URL's batch.")
     retries: int = Field(2, ge=0, description="Of a URL that fails or does not answer.")
-    clip: float | None = Field(5.0, gt=0, description="Scores beyond this are cut; null: none.")
+    clip: float | Auto | None = Field(
+        "auto",
+        description="Scores beyond this are cut; null: none; auto: 5 with a model, else null.",
+    )
     missing_eos_penalty: float = Field(
         1.0, ge=0, description="Taken from the score of a response that does not end."
     )
-    whiten: bool = Field(False, description="Scale token rewards to variance 1.")
+    whiten: bool = Field(
+        False, description="Scale token rewards to variance 1; of PPO, which has such rewards."
+    )
+
+    @field_validator("url")
+    @classmethod
+    def _can_be_called(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        try:
+            url = httpx.URL(value)
+        except httpx.InvalidURL as error:
+            raise ValueError(f"it is no URL ({error}); give one such as {URL}") from None
+        if url.scheme not in ("http", "https") or not url.host:
+            raise ValueError(f"only http and https with a host can be called; give one as {URL}")
+        return value
 
     @model_validator(mode="after")
-    def _one_source(self) -> Self:
+    def _check_source(self) -> Self:
         names = ("model", "function", "url", "grader")
         given = [name for name in names if getattr(self, name) is not None]
         if len(given) != 1 and given != ["model", "grader"]:
@@ -113,7 +145,44 @@ class PpoRewardSettings(StrictModel):
                 f"reward needs exactly one of model, function, url and grader; got "
                 f"{', '.join(given) or 'none'}"
             )
+        waits = {"timeout_s": ("function", "url"), "retries": ("url",)}
+        for name, sources in waits.items():
+            if name in self.model_fields_set and not set(sources) & set(given):
+                raise ValueError(
+                    f"{name} is of {' and '.join(sources)} alone, and the source is "
+                    f"{' and '.join(given)}; leave it out"
+                )
+        if self.grader is not None:
+            try:
+                check_grader(self.grader, self.model is not None, "grader")
+            except ConfigError as error:
+                raise ValueError("; ".join(error.problems)) from None
+            if self.model is not None and not any(score_models(self.grader)):
+                raise ValueError(
+                    "model is given, but no part of grader is a score_model, which would use it; "
+                    "leave one of the two out"
+                )
+        if not isinstance(self.clip, str | None) and self.clip <= 0:
+            raise ValueError(f"clip is {self.clip:g}; give a number above 0, null or auto")
         return self
+
+    @property
+    def source_name(self) -> str:
+        """The source of rewards as messages call it, such as "the function rules:count"."""
+        if self.grader is not None:
+            name = self.grader.get("name")
+            return f"the {self.grader['type']} grader" + (f" {name}" if name else "")
+        for kind in ("function", "url"):
+            if getattr(self, kind) is not None:
+                return f"the {kind} {getattr(self, kind)}"
+        return f"the reward model {self.model}"
+
+    @property
+    def limit(self) -> float:
+        """Beyond which scores are cut: `clip` as a number, infinite where nothing is."""
+        if self.clip == "auto":
+            return math.inf if self.model is None else AUTO_CLIP
+        return math.inf if self.clip is None else self.clip
 
 
 class KlSettings(StrictModel):
@@ -121,11 +190,24 @@ class KlSettings(StrictModel):
 
     coef: float = Field(0.05, ge=0, description="Of the KL in the reward.")
     target: float | None = Field(None, gt=0, description="KL a response that coef is steered to.")
-    horizon: int = Field(10_000, ge=1, description="Episodes over which it is steered.")
+    horizon: int = Field(
+        10_000, ge=1, description="Episodes in which coef moves by a fifth at most; with target."
+    )
     budget: float | None = Field(
         None, gt=0, description="The adapter is the best by reward whose KL is within this."
     )
     stop: float = Field(100.0, gt=0, description="A mean KL beyond this ends the run.")
+
+    @model_validator(mode="after")
+    def _check_steering(self) -> Self:
+        if self.target is not None and self.coef == 0:
+            raise ValueError(
+                "target is given, but coef is 0: it is steered by multiplying it, so it stays 0; "
+                "give a coef above 0, such as 0.05, or leave target out"
+            )
+        if self.target is None and "horizon" in self.model_fields_set:
+            raise ValueError("horizon is how fast coef is steered to target: give target too")
+        return self
 
 
 class ValueSettings(StrictModel):
@@ -220,6 +302,16 @@ class PpoConfig(RunConfig):
             )
         if self.gold is not None and self.gold.model is not None:
             problems.append("gold takes function, url or grader; the reward model is the proxy")
+        ignored = self.gold.model_fields_set & SHAPING if self.gold is not None else set()
+        problems += [
+            f"gold.{name} does nothing: gold is watched as it is, and never shaped; leave it out"
+            for name in sorted(ignored)
+        ]
+        if self.value.start == "reward" and self.value.trunk == "shared":
+            problems.append(
+                "value.start is reward, but value.trunk is shared: a head on the policy cannot be "
+                "a copy of the reward model; set value.trunk to separate, or leave start out"
+            )
         if self.value.start == "reward" and self.reward.model is None:
             problems.append("value.start is reward, but reward.model names no reward model")
         if problems:
@@ -261,7 +353,6 @@ class TrlConfig(RunConfig):
     weight_decay: float = Field(0.0, ge=0, description="AdamW's.")
     max_grad_norm: float = Field(1.0, gt=0, description="Longer gradients are cut to this.")
     gradient_checkpointing: bool = Field(False, description="Slower, smaller.")
-    n_evals: int = Field(4, ge=1, description="Evaluations in the run.")
     keep_checkpoints: int = Field(2, ge=1, description="The newest.")
     lora: LoraSettings = LoraSettings()
 
@@ -293,7 +384,13 @@ class OfflineConfig(TrlConfig):
         "truncate", description="What becomes of longer rows; truncate cuts the prompt's start."
     )
     num_epochs: int = Field(1, ge=1, le=50, description="Passes over the rows.")
+    n_evals: int = Field(4, ge=1, description="Evaluations, and checkpoints, in the run.")
     beta: float = Field(0.1, gt=0, le=2, description="How dear it is to leave the reference.")
+
+    @model_validator(mode="after")
+    def _check_validation(self) -> Self:
+        _check_held_out(self)
+        return self
 
 
 class DpoConfig(OfflineConfig):
@@ -330,6 +427,7 @@ class GroupConfig(TrlConfig):
     eval_prompts_file: Path | None = Field(None, description="Default: eval_prompts of the others.")
     eval_prompts: int = Field(32, ge=0, description="Fixed prompts answered at each evaluation.")
     eval_every: int = Field(10, ge=1, description="Steps between evaluations.")
+    save_every: int = Field(10, ge=1, description="Steps between checkpoints.")
     max_prompt_length: int = Field(512, ge=1, description="Longer prompts are dropped and counted.")
     max_new_tokens: int = Field(64, ge=1, description="Of a response.")
     temperature: float = Field(1.0, gt=0, description="Of rollouts.")
@@ -346,6 +444,11 @@ class GroupConfig(TrlConfig):
             raise ValueError(
                 f"num_generations {self.num_generations} does not divide batch_size "
                 f"{self.batch_size}"
+            )
+        if self.reward.whiten:
+            raise ValueError(
+                "reward.whiten scales PPO's rewards of tokens; RLOO and GRPO have one reward a "
+                "response, compared within its group: leave it out"
             )
         return self
 

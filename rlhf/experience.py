@@ -61,7 +61,7 @@ def shape_scores(
     raw: Sequence[float], samples: Sequence[Sample], settings: PpoRewardSettings, stops: bool
 ) -> list[float]:
     """Clip scores, and take the penalty from those of responses that do not end."""
-    limit = math.inf if settings.clip is None else settings.clip
+    limit = settings.limit
     penalty = settings.missing_eos_penalty if stops else 0.0
     return [
         min(max(score, -limit), limit) - (0.0 if sample.ended else penalty)

@@ -8,16 +8,15 @@ from typing import Any
 
 import torch
 
-from data.errors import ConfigError, InvalidInput, TrainingFailed
+from data.errors import TrainingFailed
 from data.formula import Formula
-from data.grader_text import MissingVariable, SampleNotJson, check_places, fill
-from data.similarity import COSINE, MEASURES, METRICS, compare, cosine
+from data.grader_text import MissingVariable, SampleNotJson, fill
+from data.similarity import COSINE, MEASURES, compare, cosine
 from rlhf.actor_critic import ActorCritic
+from rlhf.grader_rules import check_grader
 from rlhf.reward_model import Normalizer
 from rlhf.rollout import Sample
 from train.base_model import Base
-
-OPERATIONS = ("eq", "ne", "like", "ilike")
 
 
 class GraderReward:
@@ -39,7 +38,7 @@ class GraderReward:
     ) -> None:
         self._grader = grader
         self._roles, self._normalizer, self._base = roles, normalizer, base
-        check_grader(grader)
+        check_grader(grader, has_model=normalizer is not None)
 
     def score(self, samples: Sequence[Sample]) -> list[float]:
         if self._grader["type"] != "multi":
@@ -60,11 +59,9 @@ class GraderReward:
         """Nothing to give back."""
 
     def _score_one(self, grader: Mapping[str, Any], samples: Sequence[Sample]) -> list[float]:
-        if grader["type"] == "score_model":
+        if grader["type"] == "score_model" and self._normalizer is not None:
             from rlhf.rewards import ModelReward
 
-            if self._normalizer is None:
-                raise ConfigError(["a score_model grader needs reward.model, the reward model"])
             return ModelReward(self._roles, self._normalizer).score(samples)
         if grader.get("evaluation_metric") == COSINE:
             return self._cosines(grader, samples)
@@ -108,43 +105,6 @@ class GraderReward:
                 code="reward_failed",
             )
         return ids
-
-
-def check_grader(grader: Mapping[str, Any]) -> None:
-    """Raise ConfigError unless training can run a grader."""
-    kind = grader.get("type")
-    try:
-        if kind == "multi":
-            parts = grader.get("graders") or {}
-            if not parts:
-                raise ConfigError(["reward.grader of type multi has no graders"])
-            for part in parts.values():
-                if part.get("type") == "multi":
-                    raise ConfigError(["reward.grader: a multi grader cannot hold another"])
-                check_grader(part)
-            Formula(str(grader.get("calculate_output")), list(parts))
-        elif kind in ("string_check", "text_similarity"):
-            for name in ("input", "reference"):
-                check_places(str(grader.get(name)))
-            is_check = kind == "string_check"
-            field = "operation" if is_check else "evaluation_metric"
-            known: tuple[str, ...] = OPERATIONS if is_check else METRICS
-            if grader.get(field) not in known:
-                raise ConfigError(
-                    [
-                        f"reward.grader.{field} is {grader.get(field)!r}; expected one of "
-                        f"{', '.join(known)}"
-                    ]
-                )
-        elif kind != "score_model":
-            raise ConfigError(
-                [
-                    f"reward.grader.type is {kind!r}; expected string_check, text_similarity, "
-                    "score_model or multi"
-                ]
-            )
-    except InvalidInput as error:
-        raise ConfigError([f"reward.grader: {error.message}"]) from error
 
 
 def _texts(grader: Mapping[str, Any], sample: Sample) -> tuple[str, str] | None:

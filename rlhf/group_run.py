@@ -16,15 +16,14 @@ from datasets import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from data.errors import TrainingFailed
 from rlhf.actor_critic import POLICY, REFERENCE, REWARD, ActorCritic, copy_adapter, load_role
 from rlhf.config import GrpoConfig, RlooConfig
 from rlhf.evaluate import Answers, compare, gate, summarize
 from rlhf.experience import response_kl, shape_scores
-from rlhf.ppo_setup import read_prompts
+from rlhf.ppo_setup import prompt_room, read_prompts
 from rlhf.prompts import Prompt
 from rlhf.reward_model import read_head
-from rlhf.rewards import BATCH_TOKENS, RewardSource, make_source
+from rlhf.rewards import BATCH_TOKENS, RewardSource, make_source, without_numbers
 from rlhf.rollout import GREEDY_ENOUGH, Sample, Sampler, describe, seed_of, under_another_name
 from rlhf.trl_run import (
     Steps,
@@ -74,7 +73,7 @@ def set_up(config: RlooConfig | GrpoConfig) -> GroupRun:
         ToolkitError: The base, the adapters, the prompts or the settings do not fit together.
     """
     base = load_base(config)
-    room = min(config.max_prompt_length, base.context_length - config.max_new_tokens)
+    room = prompt_room(config, base)
     prompts, eval_prompts, warnings = read_prompts(config, base, room)
     head = read_head(config.reward.model, base.fingerprint) if config.reward.model else None
     longest = max(len(prompt.ids) for prompt in (*prompts, *eval_prompts))
@@ -190,10 +189,7 @@ class _Episodes:
         raw = self._job.source.score(samples)
         known = [score for score in raw if not math.isnan(score)]
         if not known:
-            raise TrainingFailed(
-                f"The source of rewards gave no number for any of {len(raw)} responses",
-                code="reward_not_finite",
-            )
+            raise without_numbers(self._job.config.reward, samples)
         if len(known) < len(raw):
             count = len(raw) - len(known)
             self._run.tell(

@@ -19,6 +19,7 @@ from data.rows import Format, Unpaired
 from data.validate import validate
 from rlhf.comparisons import Comparisons, Group, limit_length, load_comparisons, split_prompts
 from rlhf.config import DpoConfig, KtoConfig, OfflineConfig, resolve_length
+from rlhf.shared_prompts import Asked, of_groups, warn_of_shared
 from rlhf.trl_run import Steps, arguments, callbacks, plan_steps, start_policy, train_policy
 from train.base_model import Base, load_base
 from train.batches import name_lines
@@ -136,16 +137,16 @@ def read_judged(config: KtoConfig, base: Base) -> tuple[Rows, Rows, list[str]]:
     """Return single judged answers: those of a file, or the sides of its pairs.
 
     Raises:
-        DataError: All are good, or all are bad.
+        DataError: All are good, all are bad, or all are too long.
     """
     if not config.train_file.is_file():
         raise DataError(f"train_file {config.train_file} is not a file", code="file_not_found")
     report = validate(config.train_file, min_examples=config.min_examples)
     if report.ok and report.format is Format.UNPAIRED:
-        rows, warnings = _judged_rows(config, config.train_file, base)
+        rows, asked, warnings = _judged_rows(config, config.train_file, base)
         if config.validation_file is not None:
-            valid, more = _judged_rows(config, config.validation_file, base)
-            warnings += more
+            valid, judged, more = _judged_rows(config, config.validation_file, base)
+            warnings += more + warn_of_shared(asked, judged, "validation_file")
         else:
             rows, valid = _hold_out(rows, config)
     else:
@@ -166,12 +167,13 @@ def _read_comparisons(
 ) -> tuple[tuple[Comparisons, Comparisons | None], list[str]]:
     longest = resolve_length(config.max_length, base.name, base.context_length)
     train = load_comparisons(config.train_file, base.tokenizer, config.min_examples)
-    valid = None
+    valid, warnings = None, _warn_of_strengths(train)
     if config.validation_file is not None:
         valid = load_comparisons(config.validation_file, base.tokenizer, 1)
+        asked = of_groups(train.groups), of_groups(valid.groups)
+        warnings += warn_of_shared(*asked, "validation_file")
     elif config.validation_fraction and len(train.groups) > 1:
         train, valid = split_prompts(train, config.validation_fraction, config.seed)
-    warnings = []
     for part in (train, valid):
         if part is not None:
             limit_length(part, longest, config.on_long)
@@ -183,6 +185,20 @@ def _read_comparisons(
     if ties:
         warnings.append(f"{ties} ties are left out: this method learns from decided pairs")
     return (train, valid), warnings
+
+
+def _warn_of_strengths(found: Comparisons) -> list[str]:
+    """Tell how many comparisons say how sure or by how much, which only a reward model learns."""
+    pairs = [pair for group in found.groups for pair in group.pairs]
+    unsure = sum(0.5 < pair.prob < 1 for pair in pairs)
+    margins = sum(pair.margin != 0 for pair in pairs)
+    if not unsure + margins:
+        return []
+    return [
+        f"{found.path.name}: {unsure} comparisons are less than certain (label_prob, or judged "
+        f"both ways) and {margins} have a margin; this method learns only which answer won, as "
+        "though all were certain. A reward model (rlhf.reward) learns how strongly"
+    ]
 
 
 def _pair_rows(groups: Sequence[Group]) -> Rows:
@@ -211,12 +227,20 @@ def _side_rows(groups: Sequence[Group]) -> Rows:
     return rows
 
 
-def _judged_rows(config: KtoConfig, path: Path, base: Base) -> tuple[Rows, list[str]]:
+def _judged_rows(config: KtoConfig, path: Path, base: Base) -> tuple[Rows, Asked, list[str]]:
+    """Return the rows of a file of judged answers, what they ask, and what to warn of.
+
+    Raises:
+        DataError: The file has problems, some rows are too long and `on_long` is "error", or
+            none is short enough.
+    """
     report = validate(path, min_examples=1)
     if not report.ok:
         raise DataError(f"{path} cannot be used.\n{report.summary()}", code="invalid_file")
     longest = resolve_length(config.max_length, base.name, base.context_length)
-    rows, long = [], []
+    rows: Rows = []
+    asked: list[tuple[int, tuple[int, ...]]] = []
+    cut, dropped = [], []
     for line, row in read_numbered_rows(path, Format.UNPAIRED):
         if not isinstance(row, Unpaired):
             continue
@@ -225,20 +249,32 @@ def _judged_rows(config: KtoConfig, path: Path, base: Base) -> tuple[Rows, list[
         start = next(i for i, label in enumerate(example.labels) if label != IGNORED)
         prompt, answer = list(example.input_ids[:start]), list(example.input_ids[start:])
         excess = len(example) - longest
+        if excess > 0 and (config.on_long == "drop" or len(answer) + 1 > longest):
+            dropped.append(line)
+            continue
+        asked.append((line, tuple(prompt)))
         if excess > 0:
-            long.append(line)
-            if config.on_long == "drop" or len(answer) + 1 > longest:
-                continue
+            cut.append(line)
             prompt = [prompt[0], *prompt[1 + excess :]]
         rows.append({"prompt_ids": prompt, "completion_ids": answer, "label": good})
-    if long and config.on_long == "error":
+    if config.on_long == "error" and cut + dropped:
         raise DataError(
-            f"{path}: {name_lines(long)} have more than max_length {longest} tokens",
+            f"{path}: {name_lines(sorted(cut + dropped))} have more than max_length {longest} "
+            "tokens",
             code="example_too_long",
         )
-    did = "dropped" if config.on_long == "drop" else "cut"
-    told = f"rows of more than {longest} tokens {did}: {name_lines(long)}"
-    return rows, [told] if long else []
+    why = f"more than {longest} tokens"
+    if config.on_long == "truncate":
+        why = f"an answer of more than {longest - 1} tokens, which is never cut,"
+    if not rows:
+        raise DataError(
+            f"{path}: every row has {why.rstrip(',')}; raise max_length, or shorten the rows",
+            code="example_too_long",
+        )
+    told = [f"rows of more than {longest} tokens cut: {name_lines(cut)}"] if cut else []
+    if dropped:
+        told.append(f"{len(dropped)} rows with {why} dropped: {name_lines(dropped)}")
+    return rows, asked, told
 
 
 def _shuffled(rows: Rows, seed: int) -> Rows:

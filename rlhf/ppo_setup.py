@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -27,6 +30,7 @@ from rlhf.prompts import Prompt, load_prompts
 from rlhf.reward_model import RewardHead, read_head
 from rlhf.rewards import RewardSource, make_source
 from rlhf.rollout import Sampler, twin
+from rlhf.shared_prompts import of_prompts, warn_of_shared
 from train.base_model import Base, load_base
 from train.batches import name_lines
 from train.config import GPU_MICRO_BATCH_TOKENS
@@ -115,14 +119,7 @@ def set_up(config: PpoConfig) -> PpoRun:
             raise DataError(f"{name} {path} is not a file", param=name, code="file_not_found")
     set_seed(config.seed)
     base = load_base(config)
-    if config.max_new_tokens >= base.context_length:
-        raise ConfigError(
-            [
-                f"max_new_tokens is {config.max_new_tokens}, but {base.name} reads "
-                f"{base.context_length} tokens, prompt included"
-            ]
-        )
-    room = min(config.max_prompt_length, base.context_length - config.max_new_tokens)
+    room = prompt_room(config, base)
     prompts, eval_prompts, warnings = read_prompts(config, base, room)
     head = read_head(config.reward.model, base.fingerprint) if config.reward.model else None
     shared = twin(base.model)
@@ -198,34 +195,82 @@ def build_roles(config: PpoConfig, base: Base, head: RewardHead | None) -> Actor
     return roles
 
 
+def prompt_room(config: PpoConfig | GroupConfig, base: Base) -> int:
+    """Return the most tokens of a prompt.
+
+    Raises:
+        ConfigError: `max_new_tokens` leaves no room for one.
+    """
+    if config.max_new_tokens >= base.context_length:
+        raise ConfigError(
+            [
+                f"max_new_tokens is {config.max_new_tokens}, but {base.name} reads "
+                f"{base.context_length} tokens, prompt included; give fewer"
+            ]
+        )
+    return min(config.max_prompt_length, base.context_length - config.max_new_tokens)
+
+
 def read_prompts(
     config: PpoConfig | GroupConfig, base: Base, room: int
 ) -> tuple[list[Prompt], list[Prompt], list[str]]:
-    """Return the prompts to learn on, those to evaluate on, and what to warn of."""
-    found = load_prompts(config.prompts_file, base.tokenizer, room)
-    warnings = []
-    if found.too_long:
-        warnings.append(
-            f"{len(found.too_long)} prompts dropped, longer than {room} tokens: "
-            f"{name_lines(found.too_long)}"
+    """Return the prompts to learn on, those to evaluate on, and what to warn of.
+
+    Those that are held out share no prompt with those to learn on, whatever else their rows say.
+    """
+    advice = "raise max_prompt_length"
+    if room < config.max_prompt_length:
+        advice = (
+            f"{base.name} reads {base.context_length} tokens, of which max_new_tokens takes "
+            f"{config.max_new_tokens}: lower it, or shorten the prompts"
         )
-    prompts, count = found.rows, config.eval_prompts
-    if config.eval_prompts_file is not None:
-        apart = load_prompts(config.eval_prompts_file, base.tokenizer, room)
-        if apart.too_long:
+    warnings: list[str] = []
+
+    def load(path: Path, which: str) -> list[Prompt]:
+        found = load_prompts(path, base.tokenizer, room, advice)
+        if found.too_long:
             warnings.append(
-                f"{len(apart.too_long)} prompts of the evaluations dropped, longer than {room} "
-                f"tokens: {name_lines(apart.too_long)}"
+                f"{len(found.too_long)} prompts{which} dropped, longer than {room} tokens: "
+                f"{name_lines(found.too_long)}; {advice}"
             )
-        return prompts, apart.rows[:count], warnings
-    if len(prompts) < FEWEST_HELD_OUT * count:
+        if found.repeated:
+            warnings.append(
+                f"{len(found.repeated)} prompts{which} left out, as they say what an earlier line "
+                f"says: {name_lines(found.repeated)}"
+            )
+        return found.rows
+
+    prompts, count = load(config.prompts_file, ""), config.eval_prompts
+    if config.eval_prompts_file is not None:
+        apart = load(config.eval_prompts_file, " of the evaluations")[:count]
+        warnings += warn_of_shared(of_prompts(prompts), of_prompts(apart), "eval_prompts_file")
+        return prompts, apart, warnings
+    different = len({prompt.ids for prompt in prompts})
+    if len(prompts) < FEWEST_HELD_OUT * count or different == 1:
         if count:
             warnings.append(
-                f"only {len(prompts)} prompts: the {min(count, len(prompts))} of the evaluations "
-                "are also learned on"
+                f"only {different} different prompts: the {min(count, len(prompts))} of the "
+                "evaluations are also learned on"
             )
         return prompts, prompts[:count], warnings
-    generator = torch.Generator().manual_seed(config.seed)
-    chosen = set(torch.randperm(len(prompts), generator=generator)[:count].tolist())
-    held = [prompt for index, prompt in enumerate(prompts) if index in chosen]
-    return [p for index, p in enumerate(prompts) if index not in chosen], held, warnings
+    held = _hold_out(prompts, count, config.seed)
+    return (
+        [prompt for prompt in prompts if prompt.ids not in held],
+        [prompt for prompt in prompts if prompt.ids in held][:count],
+        warnings,
+    )
+
+
+def _hold_out(prompts: Sequence[Prompt], count: int, seed: int) -> set[tuple[int, ...]]:
+    """Choose prompts by their ids, all rows of each, until there are `count` rows."""
+    rows = Counter(prompt.ids for prompt in prompts)
+    ids = list(rows)
+    generator = torch.Generator().manual_seed(seed)
+    held: set[tuple[int, ...]] = set()
+    found = 0
+    for index in torch.randperm(len(ids), generator=generator).tolist():
+        if found >= count or len(held) == len(ids) - 1:  # one at least is learned on
+            break
+        held.add(ids[index])
+        found += rows[ids[index]]
+    return held

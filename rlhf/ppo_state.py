@@ -7,6 +7,7 @@ among it. The policy lies there as PEFT writes it, so that a checkpoint can be s
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -65,7 +66,10 @@ def save(
     if best is not None:
         save_file(best.tensors, folder / BEST)
     state = {name: value for name, value in asdict(progress).items() if name != "best"}
-    state["best"] = best and {"update": best.update, "reward": best.reward, "kl": best.kl}
+    state["best"] = None
+    if best is not None:
+        reward = None if math.isnan(best.reward) else best.reward  # which JSON cannot say
+        state["best"] = {"update": best.update, "reward": reward, "kl": best.kl}
     write_json(folder / STATE, state)
     run.mark_complete(progress.update)
     whole = [path.parent for path in run.checkpoints.glob(f"checkpoint-*/{COMPLETE}")]
@@ -81,8 +85,11 @@ def restore(folder: Path, roles: ActorCritic, learner: Learner) -> Progress:
     roles.heads.load_state_dict(load_file(folder / HEADS))
     learner.optimizer.load_state_dict(torch.load(folder / OPTIMIZER, weights_only=True))
     state: dict[str, Any] = json.loads((folder / STATE).read_text("utf-8"))
-    best = state.pop("best")
-    return Progress(**state, best=best and Best(**best, tensors=load_file(folder / BEST)))
+    kept, best = state.pop("best"), None
+    if kept is not None:
+        reward = math.nan if kept["reward"] is None else kept["reward"]
+        best = Best(kept["update"], reward, kept["kl"], load_file(folder / BEST))
+    return Progress(**state, best=best)
 
 
 def save_policy(roles: ActorCritic, folder: Path, base: str) -> None:

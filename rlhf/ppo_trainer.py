@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from data.errors import TrainingFailed
 from rlhf import ppo_state
 from rlhf.evaluate import MOST_KL, Answers, compare, gate, summarize
 from rlhf.experience import Experience, gather, response_kl
@@ -24,6 +23,7 @@ from rlhf.ppo_math import AdaptiveKL
 from rlhf.ppo_setup import PpoRun
 from rlhf.ppo_state import Best, Progress
 from rlhf.prompts import PromptStream
+from rlhf.rewards import without_numbers
 from rlhf.rollout import (
     GREEDY_ENOUGH,
     Sample,
@@ -156,7 +156,7 @@ class PpoTrainer:
                 for index, (sample, score) in enumerate(zip(samples, raw, strict=True))
                 if sample.response and not math.isnan(score)
             ]
-            self._note_skipped(len(samples) - len(kept), len(samples))
+            self._note_skipped(len(samples) - len(kept), samples)
             return gather(
                 self._roles,
                 [samples[index] for index in kept],
@@ -177,20 +177,19 @@ class PpoTrainer:
         total, count = self._team.sum(pair).tolist()
         return {"objective/gold_score": round(total / count, 6)} if count else {}
 
-    def _note_skipped(self, skipped: int, of: int) -> None:
-        found = self._team.sum(torch.tensor([skipped, of], dtype=torch.float64)).tolist()
+    def _note_skipped(self, skipped: int, samples: Sequence[Sample]) -> None:
+        pair = torch.tensor([skipped, len(samples)], dtype=torch.float64)
+        found = self._team.sum(pair).tolist()
         if found[0] == found[1]:
-            raise TrainingFailed(
-                f"The source of rewards gave no number for any of {int(found[1])} responses",
-                code="reward_not_finite",
-            )
+            raise without_numbers(self._config.reward, samples)
         if found[0]:
             self._progress.skipped += int(found[0])
             self._tell(f"{int(found[0])} responses without a finite reward skipped", level="warn")
 
     def _record(self, experience: Experience, stats: UpdateStats, kl_coef: float) -> dict[str, Any]:
         config, progress = self._config, self._progress
-        numbers = measure(experience, stats, self._seconds, self._team, config.max_new_tokens)
+        longest, clip = config.max_new_tokens, config.reward.limit
+        numbers = measure(experience, stats, self._seconds, self._team, longest, clip)
         kl, score = numbers["objective/kl"], numbers["objective/scores"]
         return {
             "step": progress.update,
@@ -223,8 +222,8 @@ class PpoTrainer:
         if kl <= budget and (best is None or not reward <= best.reward):
             tensors = ppo_state.policy_tensors(self._roles)
             self._progress.best = Best(self._progress.update, reward, kl, tensors)
-        found = {"eval/kl": round(kl, 6)}
-        found |= {f"eval/{name}": value for name, value in summarize(answers).items()}
+        numbers = ({"kl": kl} | summarize(answers)).items()
+        found = {f"eval/{name}": round(v, 6) for name, v in numbers if math.isfinite(v)}
         if self._job.gold is not None and answers.samples:
             gold = Answers(answers.samples, self._job.gold.score(answers.samples)).mean_score
             found |= {"eval/gold": gold} if math.isfinite(gold) else {}

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from data.checks import KNOWN_KEYS
 from data.errors import DataError, ToolkitError
-from data.jsonl import read_numbered_rows
+from data.jsonl import is_blank_line, iter_lines, read_numbered_rows
+from data.parse import decode_object
 from data.prompt_format import prompt_format
 from data.render import question, render_prompt
 from data.rows import Format, Preference, PromptOnly, Ranking, Reinforcement, Row, Text, Unpaired
@@ -29,14 +32,26 @@ class Prompt:
 
 @dataclass
 class Prompts:
-    """A file's prompts; `too_long` are the lines that were dropped."""
+    """A file's prompts, and the lines that were dropped.
+
+    Attributes:
+        too_long: Lines whose prompt is longer than the limit.
+        repeated: Lines that say what an earlier one says: the same prompt for the same grading.
+    """
 
     rows: list[Prompt]
     too_long: list[int]
+    repeated: list[int] = field(default_factory=list)
 
 
-def load_prompts(path: Path, tokenizer: Any, max_length: int) -> Prompts:
-    """Check and render a file of prompts; the same prompt twice is one.
+def load_prompts(
+    path: Path, tokenizer: Any, max_length: int, advice: str = "raise max_prompt_length"
+) -> Prompts:
+    """Check and render a file of prompts; the same prompt with the same other keys is one.
+
+    Args:
+        max_length: Most tokens of a prompt.
+        advice: What to do where every prompt has more.
 
     Raises:
         DataError: The file is absent or has problems, or no prompt is short enough.
@@ -50,23 +65,23 @@ def load_prompts(path: Path, tokenizer: Any, max_length: int) -> Prompts:
         raise DataError(f"{path} cannot be used.\n{report.summary()}", code="invalid_file")
     if report.format is Format.TEXT:
         raise DataError(f"{path} holds texts, which ask nothing; give prompts", code="wrong_format")
-    found: dict[tuple[int, ...], Prompt] = {}
-    too_long = []
-    for line, row in read_numbered_rows(path, report.format):
+    found: dict[tuple[tuple[int, ...], str], Prompt] = {}
+    too_long, repeated = [], []
+    for line, row, others in _read(path, report.format):
         try:
-            prompt = _prompt(tokenizer, line, row)
+            prompt = _prompt(tokenizer, line, row, others)
         except ToolkitError as error:
             raise DataError(f"{path} line {line}: {error.message}", code=error.code) from error
         if len(prompt.ids) > max_length:
             too_long.append(line)
-        else:
-            found.setdefault(prompt.ids, prompt)
+        elif found.setdefault(_key(prompt), prompt) is not prompt:
+            repeated.append(line)
     if not found:
         raise DataError(
-            f"every prompt of {path} has more than {max_length} tokens; raise max_prompt_length",
+            f"every prompt of {path} has more than {max_length} tokens; {advice}",
             code="example_too_long",
         )
-    return Prompts(list(found.values()), too_long)
+    return Prompts(list(found.values()), too_long, repeated)
 
 
 class PromptStream:
@@ -89,18 +104,39 @@ class PromptStream:
         return int(self._order[index])
 
 
-def _prompt(tokenizer: Any, line: int, row: Row) -> Prompt:
+def _key(prompt: Prompt) -> tuple[tuple[int, ...], str]:
+    return prompt.ids, json.dumps(prompt.item, sort_keys=True)
+
+
+def _read(path: Path, format: Format | None) -> Iterator[tuple[int, Row, dict[str, Any]]]:
+    """Yield each row of a checked file with its line and the keys that are not of its kind."""
+    rows = read_numbered_rows(path, format)
+    known = None if format is None else KNOWN_KEYS.get(format)
+    if known is None:  # rows that keep their other keys themselves
+        for number, row in rows:
+            yield number, row, {}
+        return
+    with path.open("rb") as stream:
+        lines = (line for _, _, line in iter_lines(stream) if not is_blank_line(line))
+        for (number, row), line in zip(rows, lines, strict=True):
+            value = decode_object(line)
+            given = value.items() if isinstance(value, dict) else ()
+            yield number, row, {k: v for k, v in given if k not in known and v is not None}
+
+
+def _prompt(tokenizer: Any, line: int, row: Row, others: Mapping[str, Any]) -> Prompt:
+    item: Mapping[str, Any] = others
     if isinstance(row, PromptOnly):
         ids, item = render_prompt(tokenizer, row.prompt), row.fields
     elif isinstance(row, Reinforcement):
         ids, item = render_prompt(tokenizer, row.messages, row.tools), row.fields
     elif isinstance(row, Preference | Ranking):
-        ids, item = render_prompt(tokenizer, row.prompt, row.tools), {}
+        ids = render_prompt(tokenizer, row.prompt, row.tools)
     elif isinstance(row, Unpaired):
-        ids, item = render_prompt(tokenizer, row.prompt), {}
+        ids = render_prompt(tokenizer, row.prompt)
     elif isinstance(row, Text):
         raise DataError("A text asks nothing", code="wrong_format")
     else:
         ids, answer = question(tokenizer, row)
-        item = {"completion": answer}
+        item = {**others, "completion": answer}
     return Prompt(line, tuple(ids), tokenizer.decode(ids, skip_special_tokens=True), item)

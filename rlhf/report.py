@@ -84,11 +84,15 @@ def _completions(rows: Sequence[Mapping[str, Any]]) -> str:
     body = "".join(
         f"<tr><td>{row['step']}</td><td>{html.escape(row['kind'])}</td>"
         f"<td><pre>{html.escape(row['prompt'])}</pre></td>"
-        f"<td><pre>{html.escape(row['response'])}</pre></td><td>{row['score']:.3f}</td></tr>"
+        f"<td><pre>{html.escape(row['response'])}</pre></td><td>{_score(row['score'])}</td></tr>"
         for row in rows[::step]
     )
     head = "<tr><th>update</th><th>kind</th><th>prompt</th><th>response</th><th>score</th></tr>"
     return f"<table>{head}{body}</table>"
+
+
+def _score(value: float | None) -> str:
+    return "none" if value is None else f"{value:.3f}"
 
 
 def _is_number(value: Any) -> bool:

@@ -33,6 +33,7 @@ from rlhf.report_card import card_page, gate, report_card
 from rlhf.reward_model import Normalizer, save_head
 from rlhf.reward_trainer import PairTrainer, ScoredBase, as_row, score_rows
 from rlhf.rollout import Sampler, seed_of
+from rlhf.shared_prompts import of_groups, warn_of_shared
 from serve.engine.adapter_files import memory_adapter
 from serve.engine.base import MemoryAdapter
 from train.base_model import Base, load_base
@@ -78,12 +79,13 @@ def set_up(config: RewardConfig) -> RewardRun:
     base = load_base(config)
     longest = resolve_length(config.max_length, base.name, base.context_length)
     train = load_comparisons(config.train_file, base.tokenizer, config.min_examples)
-    valid = None
+    valid, warnings = None, []
     if config.validation_file is not None:
         valid = load_comparisons(config.validation_file, base.tokenizer, 1)
+        asked = of_groups(train.groups), of_groups(valid.groups)
+        warnings += warn_of_shared(*asked, "validation_file")
     elif config.validation_fraction:
         train, valid = split_prompts(train, config.validation_fraction, config.seed)
-    warnings = []
     for part in (train, valid):
         if part is not None:
             limit_length(part, longest, config.on_long)

@@ -7,6 +7,7 @@ number of rewards ends the run, and names the prompt.
 
 from __future__ import annotations
 
+import asyncio
 import multiprocessing
 import time
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ from data.errors import ConfigError, TrainingFailed
 from rlhf.actor_critic import ActorCritic
 from rlhf.config import PpoRewardSettings
 from rlhf.reward_model import Normalizer
-from rlhf.reward_process import find_function, serve_function
+from rlhf.reward_process import serve_function
 from rlhf.rollout import Sample
 from train.base_model import Base
 from train.batches import name_lines
@@ -27,6 +28,7 @@ from train.batches import name_lines
 BATCH_TOKENS = 2048
 RETRY_S = 1.0
 START_S = 120.0  # for importing the module of a function
+END_S = 5.0  # for a process that closed its pipe to end
 SHOWN = 60
 
 
@@ -71,39 +73,67 @@ class FunctionReward:
 
     It is called as `function(prompts=[...], completions=[...], **columns)`, as TRL's reward
     functions are: lists of texts, and one list for each further column of the prompts' file.
+
+    Raises:
+        ConfigError: Its module cannot be imported, or not in time.
     """
 
     def __init__(self, name: str, timeout_s: float):
         self._name = name
         self._timeout_s = timeout_s
-        find_function(name)  # a wrong name is told before anything is trained
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=serve_function, args=(name, theirs), daemon=True)
         self._process.start()
         theirs.close()
-        self._is_ready = False
+        try:
+            self._await_function()  # what is wrong is told before anything is trained
+        except BaseException:
+            self.close()
+            raise
 
     def score(self, samples: Sequence[Sample]) -> list[float]:
-        if not self._is_ready:
-            self._receive(START_S, f"{self._name} was not imported within {START_S:g} s", samples)
-            self._is_ready = True
-        self._pipe.send(as_columns(samples))
-        late = f"{self._name} did not answer within reward.timeout_s ({self._timeout_s:g} s)"
-        kind, value = self._receive(self._timeout_s, late, samples)
+        try:
+            self._pipe.send(as_columns(samples))
+            if not self._pipe.poll(self._timeout_s):
+                self.close()
+                raise _failed(
+                    f"{self._name} did not answer within timeout_s ({self._timeout_s:g} s)",
+                    samples,
+                    "reward_timeout",
+                )
+            kind, value = self._pipe.recv()
+        except (EOFError, OSError) as error:
+            raise _failed(self._ended(), samples, "reward_failed") from error
         if kind == "error":
             raise _failed(f"{self._name} raised {value}", samples, "reward_failed")
         return read_scores(value, samples, self._name)
 
-    def _receive(self, limit_s: float, late: str, samples: Sequence[Sample]) -> tuple[str, Any]:
-        if not self._pipe.poll(limit_s):
-            self.close()
-            raise _failed(late, samples, "reward_timeout")
+    def _await_function(self) -> None:
+        """Wait until the process has imported the function.
+
+        Raises:
+            ConfigError: It cannot, or it takes too long.
+        """
+        if not self._pipe.poll(START_S):
+            raise ConfigError(
+                [
+                    f"the reward function {self._name} was not imported within {START_S:g} s; have "
+                    "its module load what is slow at the first call"
+                ]
+            )
         try:
             kind, value = self._pipe.recv()
-        except EOFError as error:
-            raise _failed(f"the process of {self._name} ended", samples, "reward_failed") from error
-        return kind, value
+        except (EOFError, OSError) as error:
+            raise ConfigError([f"{self._ended()} while it imported the function"]) from error
+        if kind == "refused":
+            raise ConfigError(value)
+
+    def _ended(self) -> str:
+        self._process.join(END_S)
+        code = self._process.exitcode
+        told = "" if code is None else f" (exit code {code})"
+        return f"the process of the reward function {self._name} ended{told}"
 
     def close(self) -> None:
         if self._process.is_alive():
@@ -117,22 +147,20 @@ class UrlReward:
 
     def __init__(self, url: str, timeout_s: float, retries: int):
         self._url = url
+        self._timeout_s = timeout_s
         self._retries = retries
-        self._client = httpx.Client(timeout=timeout_s)
+        self._tls = httpx.create_ssl_context()
 
     def score(self, samples: Sequence[Sample]) -> list[float]:
         columns = as_columns(samples)
         for attempt in range(self._retries + 1):
             try:
-                response = self._client.post(self._url, json=columns)
-                response.raise_for_status()
-                body = response.json()
+                body = asyncio.run(self._ask(columns))
                 break
-            except (httpx.HTTPError, ValueError) as error:
+            except (httpx.HTTPError, ValueError, TimeoutError) as error:
                 if attempt == self._retries:
                     raise _failed(
-                        f"{self._url} failed {attempt + 1} times, last with "
-                        f"{type(error).__name__}: {error}",
+                        f"{self._url} failed {attempt + 1} times, last with {self._told(error)}",
                         samples,
                         "reward_failed",
                     ) from error
@@ -140,8 +168,23 @@ class UrlReward:
         found = body.get("rewards") if isinstance(body, Mapping) else None
         return read_scores(found, samples, self._url)
 
+    async def _ask(self, columns: Mapping[str, Any]) -> Any:
+        """Ask once, within the time limit from the connection to the answer's last byte."""
+        async with (
+            asyncio.timeout(self._timeout_s),
+            httpx.AsyncClient(timeout=None, verify=self._tls) as client,
+        ):
+            response = await client.post(self._url, json=columns)
+        response.raise_for_status()
+        return response.json()
+
+    def _told(self, error: Exception) -> str:
+        if isinstance(error, TimeoutError):
+            return f"no whole answer within timeout_s ({self._timeout_s:g} s)"
+        return f"{type(error).__name__}: {error}"
+
     def close(self) -> None:
-        self._client.close()
+        """Nothing to give back: every call has a connection of its own."""
 
 
 def make_source(
@@ -197,6 +240,16 @@ def read_scores(value: Any, samples: Sequence[Sample], source: str) -> list[floa
         else:
             raise _failed(f"{source} answered {reward!r}", [sample], "reward_not_a_number")
     return scores
+
+
+def without_numbers(settings: PpoRewardSettings, samples: Sequence[Sample]) -> TrainingFailed:
+    """Return the error of a batch for which no response has a reward that is a finite number."""
+    return _failed(
+        f"{settings.source_name} gave no finite number for any of {len(samples)} responses of this "
+        "process (None, NaN and infinity count as none); have it return a number for each",
+        samples,
+        "reward_not_finite",
+    )
 
 
 def by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:

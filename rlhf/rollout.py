@@ -182,12 +182,12 @@ def seed_of(run_seed: int, update: int, index: int) -> int:
 
 
 def describe(sample: Sample, **scores: Any) -> Mapping[str, Any]:
-    """Return a sample as a row of the table of completions."""
+    """Return a sample as a row of the table of completions; a score that is no number is null."""
     return {
         "line": sample.prompt.line,
         "prompt": sample.prompt.text,
         "response": sample.text,
         "tokens": len(sample.response),
         "ended": sample.ended,
-        **scores,
+        **{name: None if score != score else score for name, score in scores.items()},
     }

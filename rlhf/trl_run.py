@@ -25,7 +25,7 @@ from transformers.trainer_callback import ProgressCallback
 
 from data.errors import ConfigError, TrainingFailed
 from rlhf.actor_critic import POLICY, with_policy
-from rlhf.config import TrlConfig
+from rlhf.config import GroupConfig, OfflineConfig, TrlConfig
 from train.base_model import Base
 from train.callbacks import ProgressBar, RunLog, SaveAt, Stopper
 from train.lora import lora_config
@@ -98,11 +98,20 @@ def start_policy(config: TrlConfig, base: Base) -> PeftModel:
     return model
 
 
+def checkpoint_every(config: TrlConfig, total: int) -> int:
+    """Return the steps between checkpoints of a run of `total`; DPO and KTO evaluate at each."""
+    if isinstance(config, GroupConfig):
+        return config.save_every
+    if isinstance(config, OfflineConfig):
+        return max(1, math.ceil(total / config.n_evals))
+    raise TypeError(f"{type(config).__name__} says nothing of checkpoints")
+
+
 def arguments(
     config: TrlConfig, base: Base, run: RunFolder, steps: Steps, evaluates: bool
 ) -> dict[str, Any]:
     """Return the settings that all of TRL's trainers take."""
-    every = max(1, math.ceil(steps.total / config.n_evals))
+    every = checkpoint_every(config, steps.total)
     if config.wandb.project:
         os.environ["WANDB_PROJECT"] = config.wandb.project
     return {

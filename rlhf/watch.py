@@ -33,8 +33,13 @@ def measure(
     seconds: Mapping[str, float],
     team: Team,
     max_new_tokens: int,
+    clip: float,
 ) -> dict[str, float]:
-    """Return the numbers of an update, over the responses of all processes."""
+    """Return the numbers of an update, over the responses of all processes.
+
+    Args:
+        clip: Beyond which scores are cut; infinite where none is.
+    """
     mask = experience.mask
     lengths = mask.sum(1).double()
     kl = ppo_math.sequence_kl(experience.log_probs, experience.ref_log_probs, mask).double()
@@ -51,7 +56,7 @@ def measure(
         "scores": scores.sum(),
         "scores2": scores.square().sum(),
         "raw": raw.sum(),
-        "clipped": (experience.raw.abs() > experience.scores.abs() + 1e-6).double().sum(),
+        "clipped": (experience.raw.abs() > clip).double().sum(),
         "ended": ended.sum(),
         "lengths2": lengths.square().sum(),
         "score_length": (scores * lengths).sum(),

@@ -308,3 +308,33 @@ def test_anothers_reward_model_is_as_absent(server: Server, judge: str) -> None:
     assert [answer.status_code for answer in tried] == [404, 404]
     texts = [answer.text.replace(judge, "X") for answer in tried]
     assert texts[0] == texts[1].replace("ft:tiny-base:acme:judge:00000000", "X")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"range": [0.0, 1.0]},
+        {"sampling_params": {"temperature": 0.0}},
+        {"input": [{"role": "user", "content": "{{ item.prompt }}"}]},
+    ],
+)
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_jobs_reward_model_takes_nothing_that_it_would_not_read(
+    server: Server, judge: str, given: dict[str, Any], inside: bool
+) -> None:
+    """As it is refused where a grader is run; what is not given is not made up either."""
+    client = server.client()
+    body = b"".join(json.dumps({"prompt": f"say {n}: "}).encode() + b"\n" for n in range(12))
+    prompts = client.files.create(file=("prompts.jsonl", body), purpose="fine-tune").id
+
+    def create(part: dict[str, Any]) -> Any:
+        multi = {"type": "multi", "name": "m", "graders": {"j": part}, "calculate_output": "j"}
+        method = {"type": "ppo", "ppo": {"grader": multi if inside else part}}
+        return client.fine_tuning.jobs.create(model=MODEL, training_file=prompts, method=method)
+
+    plain = {"type": "score_model", "name": "judge", "model": judge}
+    with pytest.raises(openai.BadRequestError, match="is a reward model, which scores") as caught:
+        create(plain | given)
+    assert caught.value.param == f"method.ppo.grader.{next(iter(given))}"
+    grader = create(plain).method.ppo["grader"]
+    assert (grader["graders"]["j"] if inside else grader) == plain

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
-from data.settings import read_config
-from rlhf.config import DpoConfig, GrpoConfig, KtoConfig, PpoConfig, RewardConfig, RlooConfig
+from data.settings import Settings, read_config
+from rlhf.config import (
+    DpoConfig,
+    GrpoConfig,
+    KtoConfig,
+    PpoConfig,
+    PpoRewardSettings,
+    RewardConfig,
+    RlooConfig,
+)
+from rlhf.ppo_math import AdaptiveKL
+from train.job_method_config import write_method_config
+from train.run import RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = {
@@ -44,3 +57,40 @@ def test_accelerates_configs_parse(path: Path) -> None:
         assert config.fsdp_config["fsdp_version"] == 2
     if "deepspeed" in path.stem:
         assert config.deepspeed_config["zero_stage"] == 3
+
+
+def test_the_example_of_ppo_steers_its_coefficient_within_its_run() -> None:
+    """A KL that stays far above or below the target moves it several times up or down."""
+    config = read_config(PpoConfig, ROOT / "configs/ppo/helpful.yaml")
+    for kl, low, high in ((100.0, 3, 20), (0.01, 1 / 20, 1 / 3)):
+        controller = AdaptiveKL(config.kl.coef, config.kl.target, config.kl.horizon)
+        for _ in range(config.num_updates):
+            controller.update(kl, config.batch_size)
+        assert low < controller.coef / config.kl.coef < high
+
+
+@pytest.mark.parametrize("multiplier", [1.0, 0.5])
+def test_a_jobs_multiplier_scales_the_rates_of_policy_and_value(
+    tmp_path: Path, multiplier: float
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "say"}\n' * 64)
+    grader = {"type": "string_check", "name": "a", "input": "{{ sample.output_text }}"}
+    grader |= {"reference": "a", "operation": "eq"}
+    job: Any = SimpleNamespace(
+        method={"type": "ppo", "ppo": {"grader": grader}},
+        hyperparameters={"learning_rate_multiplier": multiplier},
+        options={},
+        integrations=(),
+        base="smollm2-135m-instruct",
+        seed=3,
+    )
+    path = write_method_config(
+        *(job, Settings(home=tmp_path), RunFolder(tmp_path), prompts, None, None, None)
+    )
+    found = read_config(PpoConfig, path)
+    plain = PpoConfig(
+        prompts_file=prompts, output_dir=tmp_path, reward=PpoRewardSettings(function="m:f")
+    )
+    assert found.learning_rate == pytest.approx(multiplier * plain.learning_rate)
+    assert found.value.learning_rate == pytest.approx(multiplier * plain.value.learning_rate)

@@ -17,6 +17,8 @@ from rlhf.comparisons import load_comparisons
 from serve.engine import base_model
 
 RULE = """
+def never(prompts, completions, **columns):
+    return [None] * len(completions)
 def vowels(prompts, completions, **columns):
     return [10 * sum(c in "aeiou" for c in text) / max(len(text), 1) for text in completions]
 """
@@ -177,3 +179,39 @@ def test_label_smoothing_where_it_would_do_nothing_is_refused(place, capsys):
     given = words(place, "bad", train_file=place / "pairs.jsonl", label_smoothing=0.1)
     assert dpo.main(given) == 2
     assert "acts in loss_type robust only" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("main", [rloo.main, grpo.main])
+def test_what_groups_cannot_learn_from_is_told(place, main, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(place))
+    given = {
+        "prompts_file": place / "prompts.jsonl",
+        "total_episodes": 16,
+        "max_new_tokens": 8,
+        "eval_prompts": 0,
+        "reward.function": "rules_of_trl:never",
+    }
+    out = f"numberless-{main.__module__}"
+    assert main(words(place, out, **given)) == 1
+    message = json.loads((place / out / "error.json").read_text())["message"]
+    assert "the function rules_of_trl:never gave no finite number for any of 8" in message
+    assert "say" in message
+    assert main(words(place, "refused", **given | {"max_new_tokens": 4000})) == 2
+    assert "max_new_tokens is 4000, but tiny-base reads" in capsys.readouterr().err
+
+
+def test_checkpoints_come_every_so_many_steps(place, monkeypatch):
+    monkeypatch.syspath_prepend(str(place))
+    given = {
+        "prompts_file": place / "prompts.jsonl",
+        "total_episodes": 56,  # 7 steps
+        "max_new_tokens": 4,
+        "eval_prompts": 0,
+        "reward.function": "rules_of_trl:vowels",
+        "keep_checkpoints": 9,
+    }
+    assert grpo.main(words(place, "saved", **given, save_every=3)) == 0
+    steps = {
+        int(path.name.rpartition("-")[2]) for path in (place / "saved").glob("**/checkpoint-*")
+    }
+    assert steps == {3, 6, 7}

@@ -25,9 +25,11 @@ from rlhf.actor_critic import (
 )
 from rlhf.config import PpoConfig
 from rlhf.experience import gather
+from rlhf.ppo_setup import Team
 from rlhf.prompts import Prompt
 from rlhf.rollout import Sample
-from rlhf.updates import Learner
+from rlhf.updates import Learner, UpdateStats
+from rlhf.watch import measure
 
 PROMPT = Prompt(1, (1, 2, 3), "prompt")
 
@@ -145,6 +147,15 @@ def test_scores_are_clipped_and_unended_responses_pay():
     assert found.scores.tolist() == [2.0, 1.0, -2.0, -3.0, 0.5, -0.5]
     free = settings.model_copy(update={"stop_at_eos": False})
     assert experience_of(make_roles(), free, given, [0.0] * 6).scores.tolist() == [0.0] * 6
+
+
+@pytest.mark.parametrize(("clip", "share"), [(2.0, 2 / 6), (None, 0.0), (0.4, 5 / 6)])
+def test_the_share_of_clipped_scores_counts_the_clip_and_not_the_penalty(clip, share):
+    settings = config(reward={"function": "m:f", "clip": clip, "missing_eos_penalty": 1.0})
+    given = [replace(sample, ended=index % 2 == 0) for index, sample in enumerate(samples())]
+    found = experience_of(make_roles(), settings, given, [3.0, 2.0, -9.0, 0.5, 0.1, -0.5])
+    numbers = measure(found, UpdateStats(), {}, Team(0, 1, None), 8, settings.reward.limit)
+    assert numbers["score/clipped_frac"] == pytest.approx(share)
 
 
 def test_a_huge_advantage_gives_a_gradient_of_norm_1_at_most():

@@ -17,6 +17,7 @@ from data.tables import Job
 from train.job_config import base_of, wandb_of
 from train.run import RunFolder, replace_text, write_json
 
+VALUE_LEARNING_RATE = 1e-4  # of PPO's value model, as rlhf.config has it
 GROUP = 4  # responses to a prompt, times compute_multiplier
 SHARED = {"max_seq_length": "max_length", "on_long": "on_long", "n_evals": "n_evals"}
 
@@ -59,6 +60,9 @@ def write_method_config(
             values["eval_prompts_file"] = str(validation_file.resolve())
     else:
         values |= _offline(job, settings, numbers, train_file, validation_file)
+    if kind == "ppo":
+        rate = VALUE_LEARNING_RATE * numbers["learning_rate_multiplier"]
+        values["value"] = {"learning_rate": rate}
     for name in ("lora", "keep_checkpoints"):
         if name in job.options:
             values[name] = job.options[name]

@@ -104,8 +104,9 @@ class JobRequest(RequestModel):
         """Return the checked job; raises InvalidInput that names the field."""
         given = self.model_dump(exclude_none=True, exclude={"dry_run"})
         section = given.get("method", {}).get(given.get("method", {}).get("type"), {})
-        if "grader" in section:
-            section["grader"] = _plain(section["grader"])
+        if "grader" in section and self.method is not None:
+            grader: RequestModel = getattr(self.method, self.method.type).grader
+            section["grader"] = grader.model_dump(exclude_none=True, exclude_unset=True)
         options = {name: _given(given.pop(name)) for name in OPTIONS if name in given}
         integrations = tuple(given.pop("integrations"))
         return JobSpec(**given, integrations=integrations, options=options)
@@ -116,12 +117,3 @@ def _given(option: Any) -> Any:
     if not isinstance(option, dict):
         return option
     return {name: value for name, value in option.items() if value is not None}
-
-
-def _plain(grader: Any) -> Any:
-    """Return a grader as JSON; the parts of a `multi` are models of their own."""
-    if isinstance(grader, RequestModel):
-        grader = grader.model_dump(exclude_none=True)
-    if isinstance(grader, dict) and isinstance(grader.get("graders"), dict):
-        grader["graders"] = {name: _plain(part) for name, part in grader["graders"].items()}
-    return grader
