@@ -18,7 +18,7 @@ from data.errors import ModelNotFound, NotFound
 from data.job_spec import JobSpec
 from data.settings import Settings
 from data.tables import Job, Project
-from data.upgrades import Bases
+from data.upgrades import Bases, Undone
 from serve.cli import app
 from train.job_config import write_config
 from train.worker import Worker, open_workshop
@@ -110,7 +110,7 @@ def test_an_upgraded_alias_goes_back_and_each_server_serves_its_base(
     }
     assert [v and v.base_model for v in served.values()] == [OLD, NEW, None]
     assert registry.newest_of_base(shop.database, "another", alias, "base-new") is None
-    assert upgrades.undo(shop.database, project, BASES) == [(alias, recipe.version)]
+    assert upgrades.undo(shop.database, project, BASES) == [Undone(alias, recipe.version)]
     assert registry.resolve(shop.database, project.id, alias).name == recipe.version
     assert registry.newest_of_base(shop.database, project.id, alias, "base-new") is None
     assert standings(shop, project) == {"a": "rolled_back"}
@@ -206,6 +206,29 @@ def test_the_command_plans_queues_once_and_undoes(shop: Workshop, project: Proje
     assert overruled.output == f"{moved['alias']} -> {done['candidate']}\n"
     back = hone(home, "models", "promote", moved["version"])
     assert back.output == f"{moved['alias']} -> {moved['version']}\n"
+
+
+def test_undo_can_be_rehearsed_and_one_alias_holds_up_no_other(
+    shop: Workshop, project: Project
+) -> None:
+    home = shop.settings.home
+    for suffix in ("a", "b"):
+        tune(shop, project, suffix)
+    work(shop)
+    old = {r.aliases[0]: r.version for r in upgrades.plan(shop.database, project, BASES)}
+    command(home, "--detach")
+    work(shop)
+    first, second = (f"ft:{OLD}:acme:{suffix}" for suffix in ("a", "b"))
+    registry.delete(shop.database, project.id, old[first])
+    expected = [(first, None), (second, old[second])]
+    for words, base in ((["--dry-run"], NEW), ([], OLD)):
+        done = command(home, "--undo", "--json", *words)
+        assert done.exit_code == 1
+        told = json.loads(done.output)
+        assert sorted((one["alias"], one["version"]) for one in told) == expected
+        assert "no earlier version" in next(t for t in told if t["alias"] == first)["problem"]
+        assert registry.resolve(shop.database, project.id, second).base_model == base
+        assert registry.resolve(shop.database, project.id, first).base_model == NEW
 
 
 @pytest.mark.slow

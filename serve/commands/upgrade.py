@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,7 +36,11 @@ def upgrade(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done.")] = False,
     undo: Annotated[
-        bool, typer.Option("--undo", help="Move upgraded aliases back to the old base's versions.")
+        bool,
+        typer.Option(
+            "--undo",
+            help="Move upgraded aliases back to the old base's versions; with --dry-run, say which.",
+        ),
     ] = False,
     wait: Annotated[
         bool, typer.Option("--wait/--detach", help="Watch the jobs, or leave them to the worker.")
@@ -54,11 +60,7 @@ def upgrade(
     bases = _bases(old, new)
     projects = _projects(database, account)
     if undo:
-        moves = [move for project in projects for move in upgrades.undo(database, project, bases)]
-        if as_json:
-            print_json([{"alias": alias, "version": version} for alias, version in moves])
-        else:
-            print_table(("alias", "names again"), moves)
+        _undo(database, projects, bases, dry_run, as_json)
         return
     recipes = _plan(database, projects, bases)
     if not dry_run:
@@ -72,6 +74,23 @@ def upgrade(
         _hint(recipes, settings, dry_run)
     if any(recipe.standing == "due" and recipe.job_id for recipe in recipes):
         raise typer.Exit(1)  # a job failed
+
+
+def _undo(
+    database: Database, projects: list[Project], bases: Bases, dry_run: bool, as_json: bool
+) -> None:
+    """Take aliases back, or say which would be; exits with 1 where one could not."""
+    from data import upgrades
+
+    moves = [move for one in projects for move in upgrades.undo(database, one, bases, dry_run)]
+    if as_json:
+        print_json([asdict(move) for move in moves])
+    else:
+        heading = "would name again" if dry_run else "names again"
+        rows = [(move.alias, move.version or "", move.problem) for move in moves]
+        print_table(("alias", heading, "problem"), rows)
+    if any(move.version is None for move in moves):
+        raise typer.Exit(1)
 
 
 def _bases(old: str, new: str) -> Bases:
