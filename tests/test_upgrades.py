@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ import pytest
 from train_runs import write_rows
 from typer.testing import CliRunner
 
-from data import accounts, jobs, registry, upgrades
+from data import accounts, jobs, presence, registry, upgrades
 from data.errors import ModelNotFound, NotFound
 from data.job_spec import JobSpec
 from data.settings import Settings
 from data.tables import Job, Project
 from data.upgrades import Bases, Undone
 from serve.cli import app
+from serve.commands import upgrade as upgrade_command
 from train.job_config import write_config
 from train.worker import Worker, open_workshop
 from train.workshop import Workshop
@@ -192,10 +194,10 @@ def test_the_command_plans_queues_once_and_undoes(shop: Workshop, project: Proje
     work(shop)
     (shown,) = json.loads(command(home, "--dry-run", "--json").output)
     assert (shown["standing"], shown["job_id"]) == ("due", None)
-    (queued,) = json.loads(command(home, "--detach", "--json").output)
-    (again,) = json.loads(command(home, "--detach", "--json", "-a", "acme").output)
+    (queued,) = json.loads(command(home, "--detach", "--json").stdout)
+    (again,) = json.loads(command(home, "--detach", "--json", "-a", "acme").stdout)
     assert again["job_id"] == queued["job_id"]
-    assert "No worker runs here" in command(home, "--detach").output
+    assert "No worker runs here" in command(home, "--detach").stderr
     work(shop)
     (done,) = json.loads(command(home, "--json").output)  # nothing to wait for
     assert (done["standing"], done["moved"]) == ("promoted", [f"ft:{OLD}:acme:a"])
@@ -206,6 +208,24 @@ def test_the_command_plans_queues_once_and_undoes(shop: Workshop, project: Proje
     assert overruled.output == f"{moved['alias']} -> {done['candidate']}\n"
     back = hone(home, "models", "promote", moved["version"])
     assert back.output == f"{moved['alias']} -> {moved['version']}\n"
+
+
+def test_who_waits_without_a_worker_is_told_so_first(
+    shop: Workshop, project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tune(shop, project, "a")
+    work(shop)
+
+    def watch(*_: Any, **__: Any) -> list[upgrades.Recipe]:
+        print("watching", file=sys.stderr)
+        return []
+
+    monkeypatch.setattr(upgrade_command, "_watch", watch)
+    first, second = command(shop.settings.home).stderr.splitlines()
+    assert first.startswith("No worker runs here")
+    assert second == "watching"
+    with presence.announced(shop.settings.workers_dir, "host:1"):
+        assert command(shop.settings.home).stderr == "watching\n"
 
 
 def test_undo_can_be_rehearsed_and_one_alias_holds_up_no_other(

@@ -39,7 +39,7 @@ def upgrade(
         bool,
         typer.Option(
             "--undo",
-            help="Move upgraded aliases back to the old base's versions; with --dry-run, say which.",
+            help="Move upgraded aliases back to the old base's versions; --dry-run says which.",
         ),
     ] = False,
     wait: Annotated[
@@ -54,7 +54,6 @@ def upgrade(
     again goes on where it was: what is done or under way is not done twice. A server of the old
     base serves the old versions until one of the new base is started.
     """
-    from data import upgrades
 
     settings, database = open_home()
     bases = _bases(old, new)
@@ -66,12 +65,15 @@ def upgrade(
     if not dry_run:
         _start(database, recipes, bases, settings)
         if wait:
+            _warn_of_no_worker(recipes, settings)
             recipes = _watch(database, projects, bases, settings, quiet=as_json)
     if as_json:
         print_json([recipe.as_dict() for recipe in recipes])
     else:
         _show(recipes, bases)
-        _hint(recipes, settings, dry_run)
+        _hint(recipes)
+    if not dry_run and not wait:
+        _warn_of_no_worker(recipes, settings)
     if any(recipe.standing == "due" and recipe.job_id for recipe in recipes):
         raise typer.Exit(1)  # a job failed
 
@@ -181,13 +183,21 @@ def _show(recipes: list[Recipe], bases: Bases) -> None:
     print_table(("account", "alias", "standing", f"on {bases.new}", "note"), rows)
 
 
-def _hint(recipes: list[Recipe], settings: Settings, dry_run: bool) -> None:
-    from data import presence
-
+def _hint(recipes: list[Recipe]) -> None:
     for recipe in recipes:
         if recipe.standing in ("refused", "rolled_back"):
             for alias in recipe.aliases:
                 print(f"overrule: hone models promote {recipe.candidate} --alias {alias}")
+
+
+def _warn_of_no_worker(recipes: list[Recipe], settings: Settings) -> None:
+    """Say on stderr that jobs wait for a worker, where none lives on this machine."""
+    from data import presence
+
     is_open = any(recipe.standing == "running" for recipe in recipes)
-    if is_open and not dry_run and not presence.alive(settings.workers_dir):
-        print("No worker runs here: start `hone serve` or `python -m train.worker`.")
+    if is_open and not presence.alive(settings.workers_dir):
+        print(
+            "No worker runs here, and the jobs wait for one: start `hone serve` or "
+            "`python -m train.worker`.",
+            file=sys.stderr,
+        )
