@@ -206,7 +206,7 @@ def _judge(session: Session, recipe: Recipe, upgrade: Job | None) -> None:
         name = AdapterVersion.name == upgrade.fine_tuned_model
         made = session.scalar(select(AdapterVersion).where(name))
         if made is not None and made.deleted_at is None:
-            gate = made.lineage.get("result", {}).get("gate") or {}
+            gate = made.lineage.get("gate") or made.lineage.get("result", {}).get("gate") or {}
             recipe.candidate = made.name
             recipe.standing = "refused" if not gate.get("promote", True) else "rolled_back"
             recipe.reason = "; ".join(gate.get("reasons", []))

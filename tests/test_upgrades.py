@@ -22,6 +22,7 @@ from data.tables import Job, Project
 from data.upgrades import Bases, Undone
 from serve.cli import app
 from serve.commands import upgrade as upgrade_command
+from train import job_outcome
 from train.job_config import write_config
 from train.worker import Worker, open_workshop
 from train.workshop import Workshop
@@ -208,6 +209,19 @@ def test_the_command_plans_queues_once_and_undoes(shop: Workshop, project: Proje
     assert overruled.output == f"{moved['alias']} -> {done['candidate']}\n"
     back = hone(home, "models", "promote", moved["version"])
     assert back.output == f"{moved['alias']} -> {moved['version']}\n"
+
+
+def test_an_upgrade_that_bias_limits_refused_is_told_as_refused(
+    shop: Workshop, project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tune(shop, project, "a")
+    work(shop)
+    command(shop.settings.home, "--detach")
+    shut = {"promote": False, "reasons": ["harm rose by 0.2, more than 0.1"]}
+    monkeypatch.setattr(job_outcome, "_with_bias", lambda *_: shut)
+    work(shop)
+    (recipe,) = upgrades.plan(shop.database, project, BASES)
+    assert (recipe.standing, recipe.reason) == ("refused", shut["reasons"][0])
 
 
 def test_who_waits_without_a_worker_is_told_so_first(

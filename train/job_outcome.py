@@ -54,6 +54,7 @@ def publish_outcome(shop: Workshop, job: Job, lease: Lease, run: RunFolder) -> N
             else:
                 if job.status == "queued":  # it was paused when its trainer had just ended
                     jobs.move(session, job, "running")
+                gate = _with_bias(result.get("gate"), report, shop.settings.bias_limits)
                 version = registry.record(
                     session,
                     session.get_one(Project, job.project_id),
@@ -65,6 +66,7 @@ def publish_outcome(shop: Workshop, job: Job, lease: Lease, run: RunFolder) -> N
                     lineage={
                         "kind": job.method["type"],
                         "result": result,
+                        "gate": gate,  # of the result, and of bias limits
                         "resolved": resolved,
                         "start_version": job.start_version_id,
                         **_upgraded_from(job),
@@ -72,7 +74,6 @@ def publish_outcome(shop: Workshop, job: Job, lease: Lease, run: RunFolder) -> N
                     mark=mark_of(job.id),
                 )
                 _tell_bias(session, job, report)
-                gate = _with_bias(result.get("gate"), report, shop.settings.bias_limits)
                 _promote(session, job, version, gate)
                 session.add_all(tables)
                 file_ids = [table.id for table in tables]
