@@ -136,8 +136,9 @@ def publish(
     *,
     suffix: str | None = None,
     lineage: Mapping[str, Any] | None = None,
+    promoted: bool = True,
 ) -> AdapterVersion:
-    """Stage, check and record an adapter, and point its alias at it.
+    """Stage, check and record an adapter, and point its alias at it if it is `promoted`.
 
     Raises:
         AdapterRefused: It failed a check.
@@ -147,7 +148,8 @@ def publish(
         version = record(
             session, project, staged, base_model, base_fingerprint, suffix=suffix, lineage=lineage
         )
-        point_alias(session, version)
+        if promoted:
+            point_alias(session, version)
     return version
 
 

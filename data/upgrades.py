@@ -229,6 +229,8 @@ def _judge(session: Session, recipe: Recipe, upgrade: Job | None) -> None:
 
 def _problem(session: Session, version: AdapterVersion, source: Job | None) -> str | None:
     """Return why a version's recipe cannot be run again, or None."""
+    if source is None and "resolved" in version.lineage:
+        return "no job made it, but `hone tune`; tune on the new base, and publish that"
     if source is None:
         return "it was imported, so nothing says how it was trained"
     kind = source.method["type"]

@@ -9,12 +9,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import fake_trainer
 import pytest
 from train_runs import Workplace, read_json, signals_restored, write_rows
 
+from data import accounts, registry, upgrades
 from data.adapter_checks import check_adapter
+from data.db import Database
 from data.errors import ConfigError
 from data.job_spec import JobSpec
+from data.settings import Settings
+from data.tables import AdapterVersion
+from data.upgrades import Bases
+from serve.commands import tune as tune_command
+from serve.engine import base_model
 from train import tune
 from train.config import auto_learning_rate
 from train.sweep import AXES, plan_sweep
@@ -201,6 +209,44 @@ def test_hone_tune_publishes_the_best(
     assert [one["name"] for one in json.loads(listed.stdout)] == [found["model"]]
 
 
+def test_publishing_honours_the_gate_and_keeps_all_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Settings(home=tmp_path)
+    database = Database(settings.effective_database_url)
+    database.migrate()
+    project = accounts.create_account(database, "acme")[0]
+    monkeypatch.setattr(base_model, "fetch", lambda *_: tmp_path)
+    monkeypatch.setattr(base_model, "fingerprint", lambda _: fake_trainer.FINGERPRINT)
+    fake_trainer.write_adapter(tmp_path / "adapter")
+    (tmp_path / "adapter/probe.json").write_text("{}")
+    resolved = {"config": {"compare_with": None}, "train_data": {"sha256": "5ac1"}}
+    (tmp_path / "resolved_config.json").write_text(json.dumps(resolved))
+
+    def publish(promote: bool) -> tuple[AdapterVersion, Any]:
+        gate = {"promote": promote, "reasons": ["the rows say so"]}
+        (tmp_path / "result.json").write_text(json.dumps({"gate": gate}))
+        given = (settings, database, project, tmp_path, {"run": str(tmp_path)}, "swept")
+        done = tune_command._publish(*given)
+        return registry.resolve(database, project.id, done["model"]), done["gate"]
+
+    worse, gate = publish(False)
+    assert gate == {"promote": False, "reasons": ["the rows say so"]}
+    assert registry.list_aliases(database, project.id) == []
+    assert (settings.adapters_dir / worse.path / "probe.json").exists()
+    assert worse.lineage["resolved"] == resolved
+    better, gate = publish(True)
+    (alias,) = registry.list_aliases(database, project.id)
+    assert (alias.version_id, better.lineage["gate"]) == (better.id, gate)
+    _, gate = publish(True)
+    assert "compared with the base only" in gate["reasons"][-1]
+    assert registry.list_aliases(database, project.id)[0].version_id == better.id
+    bases = Bases(better.base_model, "other", "", "")
+    (recipe,) = upgrades.plan(database, project, bases)
+    assert recipe.reason.startswith("no job made it, but `hone tune`")
+    database.close()
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -208,6 +254,8 @@ def test_hone_tune_publishes_the_best(
         (["ROWS", "--validation", "v.jsonl"], "--validation v.jsonl is not a file"),
         (["ROWS", "-a", "acme"], "belong to --publish"),
         (["ROWS", "output_dir=x"], "output_dir is given by --output"),
+        (["ROWS", "--publish", "-a", "acme", "base_model=x"], "set HONE_MODEL"),
+        (["ROWS", "--publish", "--suffix", "a:b"], "suffix"),
         (["ROWS", "--publish", "-a", "nobody"], 'No account "nobody"'),
         (["ROWS", "lora.rank=2,4"], "lora.rank"),
     ],

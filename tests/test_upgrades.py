@@ -218,7 +218,7 @@ def test_an_upgrade_that_bias_limits_refused_is_told_as_refused(
     work(shop)
     command(shop.settings.home, "--detach")
     shut = {"promote": False, "reasons": ["harm rose by 0.2, more than 0.1"]}
-    monkeypatch.setattr(job_outcome, "_with_bias", lambda *_: shut)
+    monkeypatch.setattr(job_outcome.bias, "limited", lambda *_: shut)
     work(shop)
     (recipe,) = upgrades.plan(shop.database, project, BASES)
     assert (recipe.standing, recipe.reason) == ("refused", shut["reasons"][0])

@@ -168,7 +168,7 @@ def _choose(
 
 
 def _summary(outcome: Mapping[str, Any]) -> dict[str, Any]:
-    names = ("status", "valid_loss", "best_step", "steps", "train_loss", "message")
+    names = ("run", "status", "valid_loss", "best_step", "steps", "train_loss", "message")
     found = {name: outcome.get(name) for name in names}
     compared = outcome.get("comparison") or {}
     return {**found, "base_loss": compared.get("loss_before"), "loss": compared.get("loss_after")}
