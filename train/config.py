@@ -29,7 +29,9 @@ class LoraSettings(StrictModel):
     """The adapter's shape, by PEFT's names."""
 
     r: int = Field(16, ge=1, le=256, description="Rank.")
-    alpha: float | None = Field(None, gt=0, description="Scale is alpha / r; default 2 r.")
+    alpha: float | None = Field(
+        None, gt=0, description="Scale is alpha / r; default 2 r, or 2 sqrt(r) with rsLoRA."
+    )
     dropout: float = Field(0.0, ge=0, lt=1, description="Of the adapter's input, in training.")
     target_modules: Literal["all-linear"] | list[str] = Field(
         "all-linear", description="Names of the linear layers to adapt."
