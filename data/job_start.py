@@ -17,7 +17,7 @@ from data.job_spec import JobSpec
 from data.tables import AdapterVersion, File, now
 
 TRAINING_PURPOSE = "fine-tune"
-SHAPE = ("r", "alpha", "target_modules")
+SHAPE = ("r", "alpha", "target_modules", "use_rslora")
 
 
 def find_start(

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from pydantic import ValidationError
 
-from data.errors import ConfigError
+from data import job_start
+from data.errors import ConfigError, InvalidInput
+from data.job_sections import SECTIONS
+from data.job_spec import JobSpec
 from data.settings import read_config
 from train.config import Plan, SftConfig, resolve, resolve_length
 
@@ -49,6 +53,22 @@ def test_unknown_keys_are_told_with_the_nearest_name_and_the_line(tmp_path: Path
     text = str(caught.value)
     assert f'{path}:5: unknown key "num_epohcs"; did you mean "num_epochs"?' in text
     assert f'{path}:4: unknown key "lora.rank"' in text
+
+
+@pytest.mark.parametrize("name", SECTIONS["lora"])
+def test_a_job_that_goes_on_may_set_what_its_trainer_takes(name: str) -> None:
+    """What is queued is not refused by the trainer later, and what it takes is queued."""
+    value: Any = {"target_modules": ["q_proj"], "use_rslora": True, "dropout": 0.1}.get(name, 2)
+    refused = []
+    try:
+        read_config(SftConfig, None, [*NEEDED, "start_adapter=a", f"lora.{name}={value}"])
+    except ConfigError:
+        refused.append("by the trainer")
+    try:
+        job_start._check_shape(JobSpec("model", "file-1", options={"lora": {name: value}}))
+    except InvalidInput:
+        refused.append("when it is made")
+    assert len(refused) != 1, refused
 
 
 def test_impossible_combinations_are_told_all_at_once() -> None:
