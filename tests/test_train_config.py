@@ -134,6 +134,8 @@ def test_what_is_given_is_kept() -> None:
 
 def test_processes_share_a_step_evenly() -> None:
     assert plan(100, processes=4).micro_batch_size == 2
+    sizes = [plan(100, processes=n).batch_size for n in (1, 2, 3, 5, 6, 7, 16)]
+    assert sizes == [8, 8, 9, 10, 12, 14, 16]
     with pytest.raises(ConfigError, match="give a multiple of 3"):
         plan(100, "batch_size=8", processes=3)
 

@@ -264,8 +264,8 @@ def resolve(
     """Turn every `auto` into a number.
 
     Rules: epochs fall with the number of rows (10 under 100, 8 under 500, 5 under 2,000, 3 under
-    20,000, 2 under 50,000, then 1); 8 rows a step under 20,000 rows, 16 under 100,000, then 32;
-    the learning rate falls with the model's size (1e-3 to 0.3 billion parameters, 5e-4 to 1.5, then
+    20,000, 2 under 50,000, then 1); 8 rows a step under 20,000 rows, 16 under 100,000, then 32,
+    rounded up to a multiple of the processes; the learning rate falls with the model's size (1e-3 to 0.3 billion parameters, 5e-4 to 1.5, then
     2e-4: what LoRA at alpha = 2 r bears); a device takes a step's rows in parts of up to 1,024
     tokens on a CPU, 8,192 on a GPU. The adapter's rank grows with the rows that it has to hold: 16
     under 20,000, 32 under 100,000, then 64; one to go on from keeps its own.
@@ -284,7 +284,7 @@ def resolve(
     rank = _by_size(num_rows, ((20_000, 16), (100_000, 32)), 64)
     tokens = GPU_MICRO_BATCH_TOKENS if on_gpu else CPU_MICRO_BATCH_TOKENS
     num_epochs = _number(config.num_epochs, auto_epochs(num_rows))
-    batch_size = _number(config.batch_size, max(batch, num_processes))
+    batch_size = _number(config.batch_size, math.ceil(batch / num_processes) * num_processes)
     if batch_size % num_processes:
         raise ConfigError(
             [
