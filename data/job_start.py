@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import select
@@ -105,6 +105,25 @@ def pin_grader(session: Session, project_id: str, spec: JobSpec, base_model: str
             f"Invalid '{param}': it names {len(names)} reward models; a job uses one.", param=param
         )
     return {"grader": grader}
+
+
+def check_rank(options: Mapping[str, Any], largest: int) -> None:
+    """Refuse an adapter that would be trained and then could not be served.
+
+    Args:
+        options: Of a job.
+        largest: The setting `max_lora_rows`; a rank by `auto` stays below it.
+
+    Raises:
+        InvalidInput: `lora.r` is above it.
+    """
+    rank = options.get("lora", {}).get("r")
+    if isinstance(rank, int) and rank > largest:
+        raise InvalidInput(
+            f"Invalid 'lora.r': {rank} is above the largest rank that this server serves, "
+            f"{largest}; its operator sets `max_lora_rows`.",
+            param="lora.r",
+        )
 
 
 def check_file(session: Session, project_id: str, name: str, file_id: str) -> None:

@@ -123,6 +123,7 @@ def test_auto_rate_falls_with_the_models_size() -> None:
 def test_auto_rank_grows_with_the_rows() -> None:
     assert [plan(n).lora_r for n in (10, 19_999, 20_000, 100_000)] == [16, 16, 32, 64]
     assert plan(200_000, "start_adapter=a").lora_r is None
+    assert plan(200_000, "max_auto_rank=24").lora_r == 24
 
 
 def test_what_is_given_is_kept() -> None:

@@ -43,6 +43,7 @@ OF_RUNS = {
     *("base_model", "models_dir", "output_dir", "device", "threads", "train_file", "min_examples"),
     *("validation_file", "keep_checkpoints", "micro_batch_size", "micro_batch_tokens", "wandb"),
     *("gradient_checkpointing", "bias_report", "compare_with", "compare_base", "score_examples"),
+    "max_auto_rank",
 }
 
 

@@ -76,6 +76,7 @@ def tune(
         f"models_dir={settings.models_dir}",
         f"device={settings.device}",
         f"min_examples={settings.min_examples}",
+        f"max_auto_rank={settings.max_lora_rows}",
         *(["bias_report=true"] if _has_limits(settings) else []),
         f"train_file={file}",
         f"output_dir={folder}",
