@@ -180,6 +180,19 @@ def reasons_against(report: Mapping[str, Any], limits: Mapping[str, float | None
     ]
 
 
+def limited(
+    gate: Mapping[str, Any] | None,
+    report: Mapping[str, Any] | None,
+    limits: Mapping[str, float | None],
+) -> Mapping[str, Any] | None:
+    """Return a trainer's gate, shut where the fine-tune's bias exceeds a limit."""
+    against = [] if report is None else reasons_against(report, limits)
+    if not against:
+        return gate
+    failed = gate["reasons"] if gate is not None and not gate["promote"] else []
+    return {**(gate or {}), "promote": False, "reasons": [*failed, *against]}
+
+
 def rises_of(report: Mapping[str, Any]) -> dict[str, float]:
     """Return what a tuned model has over its base, by the names of the limits."""
     base, tuned = report["base"], report["tuned"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import select
@@ -17,7 +17,7 @@ from data.job_spec import JobSpec
 from data.tables import AdapterVersion, File, now
 
 TRAINING_PURPOSE = "fine-tune"
-SHAPE = ("r", "alpha", "target_modules")
+SHAPE = ("r", "alpha", "target_modules", "use_rslora")
 OF_JUDGES = ("input", "range", "sampling_params")  # of models that are asked in words for a score
 
 
@@ -109,6 +109,25 @@ def pin_grader(session: Session, project_id: str, spec: JobSpec, base_model: str
             f"Invalid '{param}': it names {len(names)} reward models; a job uses one.", param=param
         )
     return {"grader": grader}
+
+
+def check_rank(options: Mapping[str, Any], largest: int) -> None:
+    """Refuse an adapter that would be trained and then could not be served.
+
+    Args:
+        options: Of a job.
+        largest: The setting `max_lora_rows`; a rank by `auto` stays below it.
+
+    Raises:
+        InvalidInput: `lora.r` is above it.
+    """
+    rank = options.get("lora", {}).get("r")
+    if isinstance(rank, int) and rank > largest:
+        raise InvalidInput(
+            f"Invalid 'lora.r': {rank} is above the largest rank that this server serves, "
+            f"{largest}; its operator sets `max_lora_rows`.",
+            param="lora.r",
+        )
 
 
 def check_file(session: Session, project_id: str, name: str, file_id: str) -> None:

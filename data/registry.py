@@ -136,8 +136,9 @@ def publish(
     *,
     suffix: str | None = None,
     lineage: Mapping[str, Any] | None = None,
+    promoted: bool = True,
 ) -> AdapterVersion:
-    """Stage, check and record an adapter, and point its alias at it.
+    """Stage, check and record an adapter, and point its alias at it if it is `promoted`.
 
     Raises:
         AdapterRefused: It failed a check.
@@ -147,7 +148,8 @@ def publish(
         version = record(
             session, project, staged, base_model, base_fingerprint, suffix=suffix, lineage=lineage
         )
-        point_alias(session, version)
+        if promoted:
+            point_alias(session, version)
     return version
 
 
@@ -293,16 +295,27 @@ def rollback(database: Database, project_id: str, alias: str) -> AdapterVersion:
         StateConflict: There is no earlier version to go back to.
     """
     with database.write() as session:
-        found = _find_alias(session, project_id, alias)
-        usable = [v for v in _in_use(session, found)[:-1] if v.id != found.version_id]
-        if not usable:
-            raise StateConflict(
-                f"The alias {alias} has no earlier version to go back to; "
-                "`hone models list` shows the versions",
-                param="alias",
-            )
-        point_alias(session, usable[-1], "rollback")
-        return usable[-1]
+        version = _previous(session, project_id, alias)
+        point_alias(session, version, "rollback")
+        return version
+
+
+def previous(database: Database, project_id: str, alias: str) -> AdapterVersion:
+    """Return the version that `rollback` would go to; raises what it would."""
+    with database.read() as session:
+        return _previous(session, project_id, alias)
+
+
+def _previous(session: Session, project_id: str, alias: str) -> AdapterVersion:
+    found = _find_alias(session, project_id, alias)
+    usable = [v for v in _in_use(session, found)[:-1] if v.id != found.version_id]
+    if not usable:
+        raise StateConflict(
+            f"The alias {alias} has no earlier version to go back to; "
+            "`hone models list` shows the versions",
+            param="alias",
+        )
+    return usable[-1]
 
 
 def newest_of_base(

@@ -214,6 +214,7 @@ def _render_chat(
     `num_answers` limits that to the last turns, those of a completion; None means all. What follows
     the last learned token is left out, as it would teach nothing.
     """
+    eos = _end_id(tokenizer)
     first = 0 if num_answers is None else len(messages) - num_answers
     plain = [_as_dict(message) for message in messages]
     full = _template(tokenizer, plain, tools)
@@ -240,7 +241,7 @@ def _render_chat(
             )
         context = _part(tokenizer, full[done : len(before)], is_first=done == 0)
         turn = _part(tokenizer, full[len(before) : len(after)])
-        end = _end_of_turn(tokenizer, turn)
+        end = _end_of_turn(eos, turn)
         ids += [*context, *turn]
         labels += [*[IGNORED] * len(context), *turn[:end], *[IGNORED] * (len(turn) - end)]
         length, done = len(ids) - len(turn) + end, len(after)
@@ -257,9 +258,9 @@ def _part(tokenizer: Any, text: str, is_first: bool = False) -> list[int]:
     return _plain(tokenizer, text) if is_first else _continuation(tokenizer, text)
 
 
-def _end_of_turn(tokenizer: Any, turn: Sequence[int]) -> int:
+def _end_of_turn(eos: int, turn: Sequence[int]) -> int:
     """Return where a turn's loss ends: after its last EOS, or at its end if it has none."""
-    ends = [index for index, token in enumerate(turn) if token == tokenizer.eos_token_id]
+    ends = [index for index, token in enumerate(turn) if token == eos]
     return ends[-1] + 1 if ends else len(turn)
 
 

@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 
 from data import jobs, registry
 from data.db import Database
-from data.errors import InvalidInput
+from data.errors import InvalidInput, StateConflict
 from data.feedback.rounds import MARK
 from data.job_spec import JobSpec
 from data.job_start import check_file
@@ -74,6 +74,15 @@ class Recipe:
             *("job_id", "candidate"),
         )
         return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class Undone:
+    """What became of an upgraded alias: the version that it names again, or why it could not."""
+
+    alias: str
+    version: str | None
+    problem: str = ""
 
 
 def plan(database: Database, project: Project, bases: Bases) -> list[Recipe]:
@@ -148,13 +157,20 @@ def follow(session: Session, job: Job, version: AdapterVersion) -> Sequence[str]
     return moved
 
 
-def undo(database: Database, project: Project, bases: Bases) -> list[tuple[str, str]]:
-    """Move an account's upgraded aliases back to the old base; returns (alias, version) names."""
-    return [
-        (alias, registry.rollback(database, project.id, alias).name)
-        for recipe in plan(database, project, bases)
-        for alias in recipe.moved
-    ]
+def undo(database: Database, project: Project, bases: Bases, dry_run: bool = False) -> list[Undone]:
+    """Move an account's upgraded aliases back to the old base, or with `dry_run` tell which.
+
+    An alias that cannot go back stops no other; its problem is told.
+    """
+    move = registry.previous if dry_run else registry.rollback
+    found = []
+    for recipe in plan(database, project, bases):
+        for alias in recipe.moved:
+            try:
+                found.append(Undone(alias, move(database, project.id, alias).name))
+            except StateConflict as error:
+                found.append(Undone(alias, None, error.message))
+    return found
 
 
 def _replaced(session: Session, version: AdapterVersion, bases: Bases) -> AdapterVersion | None:
@@ -190,7 +206,7 @@ def _judge(session: Session, recipe: Recipe, upgrade: Job | None) -> None:
         name = AdapterVersion.name == upgrade.fine_tuned_model
         made = session.scalar(select(AdapterVersion).where(name))
         if made is not None and made.deleted_at is None:
-            gate = made.lineage.get("result", {}).get("gate") or {}
+            gate = made.lineage.get("gate") or made.lineage.get("result", {}).get("gate") or {}
             recipe.candidate = made.name
             recipe.standing = "refused" if not gate.get("promote", True) else "rolled_back"
             recipe.reason = "; ".join(gate.get("reasons", []))
@@ -213,6 +229,8 @@ def _judge(session: Session, recipe: Recipe, upgrade: Job | None) -> None:
 
 def _problem(session: Session, version: AdapterVersion, source: Job | None) -> str | None:
     """Return why a version's recipe cannot be run again, or None."""
+    if source is None and "resolved" in version.lineage:
+        return "no job made it, but `hone tune`; tune on the new base, and publish that"
     if source is None:
         return "it was imported, so nothing says how it was trained"
     kind = source.method["type"]

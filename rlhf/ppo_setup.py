@@ -166,7 +166,7 @@ def build_roles(config: PpoConfig, base: Base, head: RewardHead | None) -> Actor
     shape = (
         read_shape(config.start_adapter, base, 0.0)
         if config.start_adapter
-        else lora_config(config.lora)
+        else lora_config(config.lora, base.model)
     )
     model = with_policy(base.model, shape)
     if config.start_adapter is not None:
@@ -178,7 +178,7 @@ def build_roles(config: PpoConfig, base: Base, head: RewardHead | None) -> Actor
     if not shared and config.value_starts_as_reward:
         copy_adapter(model, REWARD, VALUE)
     elif not shared:
-        model.add_adapter(VALUE, lora_config(config.lora))
+        model.add_adapter(VALUE, lora_config(config.lora, base.model))
     roles = ActorCritic(model, config.temperature, shared)
     if head is not None:
         roles.add_head(REWARD, head.weight)

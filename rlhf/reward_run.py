@@ -119,7 +119,7 @@ def train(
     """
     config, base = job.config, job.base
     if config.start_adapter is None:
-        shape = lora_config(config.lora)
+        shape = lora_config(config.lora, base.model)
     else:
         shape = read_shape(config.start_adapter, base, config.lora.dropout)
     set_seed(config.seed)

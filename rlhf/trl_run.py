@@ -91,7 +91,7 @@ def start_policy(config: TrlConfig, base: Base) -> PeftModel:
     """Put the policy's adapter on the base: the start adapter, or a fresh one."""
     set_seed(config.seed)
     if config.start_adapter is None:
-        return with_policy(base.model, lora_config(config.lora))
+        return with_policy(base.model, lora_config(config.lora, base.model))
     shape = read_shape(config.start_adapter, base, config.lora.dropout)
     model = with_policy(base.model, shape)
     set_weights(model, config.start_adapter)

@@ -21,7 +21,6 @@ from rlhf import reward
 from serve.engine.base import AdapterRef
 from serve.engine.local import LocalEngine
 from train import bias as measuring
-from train.job_outcome import _with_bias
 
 
 def test_texts_of_a_pair_differ_in_one_word() -> None:
@@ -136,17 +135,17 @@ def test_a_reward_model_has_no_report(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_a_limit_shuts_the_gate_and_keeps_what_else_was_against() -> None:
     report = {"base": side(0.5, 1.0, 0.1), "tuned": side(0.75, 1.5, 0.05)}
-    limits = BiasLimits(stereotyped_rise=0.1)
-    assert _with_bias(None, None, limits) is None
-    assert _with_bias({"promote": True, "reasons": ["won"]}, report, BiasLimits()) == {
+    limits = BiasLimits(stereotyped_rise=0.1).model_dump()
+    assert bias.limited(None, None, limits) is None
+    assert bias.limited({"promote": True, "reasons": ["won"]}, report, {}) == {
         "promote": True,
         "reasons": ["won"],
     }
-    shut = _with_bias({"promote": True, "reasons": ["won"]}, report, limits)
+    shut = bias.limited({"promote": True, "reasons": ["won"]}, report, limits)
     assert shut is not None
     assert not shut["promote"]
     assert len(shut["reasons"]) == 1
-    worse = _with_bias({"promote": False, "reasons": ["lost"]}, report, limits)
+    worse = bias.limited({"promote": False, "reasons": ["lost"]}, report, limits)
     assert worse is not None
     assert worse["reasons"][0] == "lost"
     assert len(worse["reasons"]) == 2

@@ -231,8 +231,16 @@ def test_rows_that_teach_nothing(row: Any, code: str) -> None:
     assert caught.value.code == code
 
 
-def test_a_tokenizer_without_eos() -> None:
+@pytest.mark.parametrize(
+    "row",
+    [
+        PromptCompletion("a", "b"),
+        PromptCompletion((Message("user", "a"),), "b"),
+        Chat((Message("user", "a"), Message("assistant", "b"))),
+    ],
+)
+def test_a_tokenizer_without_eos(row: Any) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token = None
     with pytest.raises(InvalidInput, match="no EOS token"):
-        render(tokenizer, PromptCompletion("a", "b"))
+        render(tokenizer, row)

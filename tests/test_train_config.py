@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from pydantic import ValidationError
 
-from data.errors import ConfigError
+from data import job_start
+from data.errors import ConfigError, InvalidInput
+from data.job_sections import SECTIONS
+from data.job_spec import JobSpec
 from data.settings import read_config
 from train.config import Plan, SftConfig, resolve, resolve_length
 
@@ -49,6 +53,22 @@ def test_unknown_keys_are_told_with_the_nearest_name_and_the_line(tmp_path: Path
     text = str(caught.value)
     assert f'{path}:5: unknown key "num_epohcs"; did you mean "num_epochs"?' in text
     assert f'{path}:4: unknown key "lora.rank"' in text
+
+
+@pytest.mark.parametrize("name", SECTIONS["lora"])
+def test_a_job_that_goes_on_may_set_what_its_trainer_takes(name: str) -> None:
+    """What is queued is not refused by the trainer later, and what it takes is queued."""
+    value: Any = {"target_modules": ["q_proj"], "use_rslora": True, "dropout": 0.1}.get(name, 2)
+    refused = []
+    try:
+        read_config(SftConfig, None, [*NEEDED, "start_adapter=a", f"lora.{name}={value}"])
+    except ConfigError:
+        refused.append("by the trainer")
+    try:
+        job_start._check_shape(JobSpec("model", "file-1", options={"lora": {name: value}}))
+    except InvalidInput:
+        refused.append("when it is made")
+    assert len(refused) != 1, refused
 
 
 def test_impossible_combinations_are_told_all_at_once() -> None:
@@ -103,6 +123,7 @@ def test_auto_rate_falls_with_the_models_size() -> None:
 def test_auto_rank_grows_with_the_rows() -> None:
     assert [plan(n).lora_r for n in (10, 19_999, 20_000, 100_000)] == [16, 16, 32, 64]
     assert plan(200_000, "start_adapter=a").lora_r is None
+    assert plan(200_000, "max_auto_rank=24").lora_r == 24
 
 
 def test_what_is_given_is_kept() -> None:
@@ -114,6 +135,8 @@ def test_what_is_given_is_kept() -> None:
 
 def test_processes_share_a_step_evenly() -> None:
     assert plan(100, processes=4).micro_batch_size == 2
+    sizes = [plan(100, processes=n).batch_size for n in (1, 2, 3, 5, 6, 7, 16)]
+    assert sizes == [8, 8, 9, 10, 12, 14, 16]
     with pytest.raises(ConfigError, match="give a multiple of 3"):
         plan(100, "batch_size=8", processes=3)
 

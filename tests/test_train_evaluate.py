@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from rlhf.reward_model import read_head
 from serve.engine import base_model
 from train import evaluate
 from train.answer_metrics import METRICS, classification, token_f1
+from train.evaluate_output import make_room
 from train.questions import Question
 from train.significance import compare, p_value
 
@@ -59,6 +61,48 @@ def test_rouge_l_by_hand() -> None:
     )
     assert METRICS["rouge_l"].value([first]) == pytest.approx(3 / 4)
     assert METRICS["rouge_l"].value([second]) == pytest.approx(2 / 4)
+
+
+def test_rouge_l_knows_words_of_any_script() -> None:
+    questions = asked(("Δευτέρα και Τρίτη", "δευτέρα και πέμπτη"), ("москва", "Москва."))
+    assert METRICS["rouge_l"].scores(questions) == pytest.approx([2 / 3, 1])
+
+
+def test_what_cannot_be_measured_is_told_before_anything_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(*more: str) -> str:
+        assert evaluate.main(["--file", "absent.jsonl", *more]) == 2
+        return capsys.readouterr().err
+
+    with pytest.raises(SystemExit):
+        told("--limit", "0")
+    assert "0 is too few; give 1 or more" in capsys.readouterr().err
+    assert "--answers needs a metric of answers" in told("--metric", "loss", "--answers", "x")
+    for metric, module, package in (
+        ("classification", "sklearn.metrics", "scikit-learn"),
+        ("rouge_l", "rouge_score.rouge_scorer", "rouge-score"),
+        ("chrf", "sacrebleu", "sacrebleu"),
+    ):
+        monkeypatch.setitem(sys.modules, module, None)
+        assert f"needs {package}, which is not installed" in told("--metric", metric)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InvalidInput, match="cannot be written"):
+        make_room(tmp_path / "file" / "answers.jsonl")
+
+
+def test_free_answers_are_no_classes_and_nobody_is_asked(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": f"q{i}", "completion": f"answer {i}"} for i in range(6)]
+    path = place.folder / "free.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked_models: list[int] = []
+    monkeypatch.setattr(evaluate.Evaluation, "answer", lambda *_: asked_models.append(1))
+    words = ("--base-model", str(place.base), "--file", str(path), "--metric", "classification")
+    assert evaluate.main([*words, "--threads", "1"]) == 2
+    assert "6 different answers, which are no classes" in capsys.readouterr().err
+    assert not asked_models
 
 
 def test_classes_by_hand() -> None:
@@ -158,15 +202,28 @@ def evaluated(
     return dict(json.loads(capsys.readouterr().out))
 
 
+def accuracy_by_hand(place: Workplace, rows: Path) -> float:
+    """Return the base's share of right tokens of the completions, by transformers."""
+    model, tokenizer = base_model.load(place.base, "float32")
+    right = []
+    for row in read_lines(rows):
+        ids = tokenizer(row["prompt"])["input_ids"]
+        whole = ids + tokenizer(row["completion"])["input_ids"] + [tokenizer.eos_token_id]
+        with torch.no_grad():
+            chosen = model(input_ids=torch.tensor([whole])).logits[0].argmax(-1)
+        right += [int(chosen[at - 1]) == whole[at] for at in range(len(ids), len(whole))]
+    return sum(right) / len(right)
+
+
 def test_a_tuned_model_against_the_base(
     place: Workplace, letters: Path, tuned: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    answers = place.folder / "answers.jsonl"
+    answers = place.folder / "new" / "answers.jsonl"
     found = evaluated(
         place,
         capsys,
         *("--adapter", tuned / "adapter", "--against", "base", "--file", letters),
-        *("--metric", "exact_match", "f1", "classification", "chrf", "loss"),
+        *("--metric", "exact_match", "f1", "classification", "chrf", "loss", "token_accuracy"),
         *("--answers", answers),
     )
     assert found["exact_match"] == found["f1"] == found["classification"] == 1
@@ -179,6 +236,9 @@ def test_a_tuned_model_against_the_base(
     assert difference["significant"]
     assert difference["interval"] == [1, 1]
     assert other["differences"]["loss"]["mean"] > 0  # a loss that fell is a gain
+    assert other["differences"]["classification"]["of"] == "accuracy"
+    assert found["token_accuracy"] == 1
+    assert other["token_accuracy"] == pytest.approx(accuracy_by_hand(place, letters))
     lines = read_lines(answers)
     assert len(lines) == 15
     assert all(line["said"].strip() in line["answers"] for line in lines)

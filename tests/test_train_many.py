@@ -236,11 +236,16 @@ def test_what_cannot_be_trained_at_once_is_told_together(
     place: Workplace, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = config(place, "bad-1")
-    second = config(place, "bad-2", dtype="bfloat16", lora__use_dora=True, wandb__project="p")
+    second = config(
+        *(place, "bad-2"),
+        **{"dtype": "bfloat16", "lora__use_dora": True, "wandb__project": "p"},
+        load_in_4bit=True,
+    )
     same = config(place, "bad-3", output_dir=place.folder / "bad-1")
     assert many.main(["--config", str(first), str(second), str(same)]) == 2
     told = capsys.readouterr().err
     assert "dtype of run 2 is bfloat16, but float32 of run 1" in told
+    assert "load_in_4bit of run 2 is True, but False of run 1" in told
     assert "runs 1 and 3 have the same output_dir" in told
     assert "run 2 asks lora.use_dora" in told
     assert "run 2 names wandb.project" in told

@@ -9,14 +9,23 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import fake_trainer
 import pytest
 from train_runs import Workplace, read_json, signals_restored, write_rows
 
+from data import accounts, registry, upgrades
 from data.adapter_checks import check_adapter
-from data.errors import ConfigError
+from data.db import Database
+from data.errors import ConfigError, DataError
 from data.job_spec import JobSpec
-from train import tune
+from data.settings import Settings
+from data.tables import AdapterVersion
+from data.upgrades import Bases
+from serve.commands import tune as tune_command
+from serve.engine import base_model
+from train import sweep, tune
 from train.config import auto_learning_rate
+from train.run import RunFolder
 from train.sweep import AXES, plan_sweep
 
 ROOT = Path(__file__).parents[1]
@@ -80,7 +89,8 @@ def test_all_trials_are_validated_on_the_same_rows(swept: Path) -> None:
 def test_a_job_can_be_made_of_the_best(swept: Path) -> None:
     found = read_json(swept / "tune.json")
     job = found["job"]
-    assert job.pop("not_for_jobs") == []
+    held_out = {"early_stopping", "n_evals", "validation_fraction"}  # there was no file
+    assert found["not_for_jobs"].keys() == {"dtype", *held_out}
     seed = job.pop("seed")
     hyperparameters = job.pop("hyperparameters")
     by_rule = auto_learning_rate(1_000_000)  # of a base of up to 0.3 billion parameters
@@ -88,7 +98,31 @@ def test_a_job_can_be_made_of_the_best(swept: Path) -> None:
     assert hyperparameters["n_epochs"] == 2
     assert job["lora"] == {"r": int(found["best"]["settings"]["lora.r"]), "alpha": 8}
     method = {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}}
-    JobSpec("model", "file-1", "file-2", method=method, seed=seed, options=job)  # accepts it
+    JobSpec("model", "file-1", method=method, seed=seed, options=job)  # accepts it
+
+
+def test_what_a_job_takes_of_a_trial_and_what_it_does_not(swept: Path) -> None:
+    more = ("validation_file=v.jsonl", "weight_decay=0.1", "lr_scheduler=linear", "on_long=drop")
+    config = plan_sweep([*WORDS, *more, "lora.use_dora=false"], None, 0).configs[0]
+    job = sweep._job(config, RunFolder(swept / "trial-01"))
+    options = {name: job[name] for name in job.keys() - {"hyperparameters", "seed"}}
+    assert options["on_long"] == "drop"
+    assert options["n_evals"] == 8
+    JobSpec("model", "file-1", "file-2", options=options)  # accepts it
+    assert sweep._not_for_jobs(config) == {"weight_decay": 0.1, "lr_scheduler": "linear"}
+
+
+def test_a_file_that_changed_is_another_sweep(tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl")
+    words = [f"train_file={rows}", f"output_dir={tmp_path / 'out'}"]
+    plan_sweep(words, None, 0).begin()
+    plan_sweep(words, None, 0).begin()
+    write_rows(rows, 25)
+    with pytest.raises(ConfigError, match="holds a sweep of other content of train_file"):
+        plan_sweep(words, None, 0).begin()
+    rows.unlink()
+    with pytest.raises(DataError, match=r"train_file .* is not a file"):
+        plan_sweep(words, None, 0).begin()
 
 
 def test_the_same_command_goes_on_and_another_sweep_is_refused(
@@ -150,6 +184,7 @@ def test_a_validation_file_replaces_the_held_out_rows() -> None:
     ("more", "told"),
     [
         (["seed=1,2"], "seed cannot have several values"),
+        (["max_length=8,16"], "ranked by losses of different texts"),
         (["lora.r=4,,8"], "empty or repeated value"),
         (["lora.r=4,4"], "empty or repeated value"),
         (["lora.r=4,x"], "lora.r"),
@@ -164,7 +199,7 @@ def test_wrong_words_are_told(more: list[str], told: str) -> None:
 
 
 def test_every_axis_is_a_setting() -> None:
-    values = {"lr_scheduler": "linear", "lora.use_rslora": "true", "max_length": "8"}
+    values = {"lr_scheduler": "linear", "lora.use_rslora": "true"}
     for axis in AXES:
         below_one = axis in ("warmup_fraction", "lora.dropout")
         plan_sweep([*WORDS, f"{axis}={values.get(axis, '0.5' if below_one else '1')}"], 1, 0)
@@ -201,6 +236,44 @@ def test_hone_tune_publishes_the_best(
     assert [one["name"] for one in json.loads(listed.stdout)] == [found["model"]]
 
 
+def test_publishing_honours_the_gate_and_keeps_all_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Settings(home=tmp_path)
+    database = Database(settings.effective_database_url)
+    database.migrate()
+    project = accounts.create_account(database, "acme")[0]
+    monkeypatch.setattr(base_model, "fetch", lambda *_: tmp_path)
+    monkeypatch.setattr(base_model, "fingerprint", lambda _: fake_trainer.FINGERPRINT)
+    fake_trainer.write_adapter(tmp_path / "adapter")
+    (tmp_path / "adapter/probe.json").write_text("{}")
+    resolved = {"config": {"compare_with": None}, "train_data": {"sha256": "5ac1"}}
+    (tmp_path / "resolved_config.json").write_text(json.dumps(resolved))
+
+    def publish(promote: bool) -> tuple[AdapterVersion, Any]:
+        gate = {"promote": promote, "reasons": ["the rows say so"]}
+        (tmp_path / "result.json").write_text(json.dumps({"gate": gate}))
+        given = (settings, database, project, tmp_path, {"run": str(tmp_path)}, "swept")
+        done = tune_command._publish(*given)
+        return registry.resolve(database, project.id, done["model"]), done["gate"]
+
+    worse, gate = publish(False)
+    assert gate == {"promote": False, "reasons": ["the rows say so"]}
+    assert registry.list_aliases(database, project.id) == []
+    assert (settings.adapters_dir / worse.path / "probe.json").exists()
+    assert worse.lineage["resolved"] == resolved
+    better, gate = publish(True)
+    (alias,) = registry.list_aliases(database, project.id)
+    assert (alias.version_id, better.lineage["gate"]) == (better.id, gate)
+    _, gate = publish(True)
+    assert "compared with the base only" in gate["reasons"][-1]
+    assert registry.list_aliases(database, project.id)[0].version_id == better.id
+    bases = Bases(better.base_model, "other", "", "")
+    (recipe,) = upgrades.plan(database, project, bases)
+    assert recipe.reason.startswith("no job made it, but `hone tune`")
+    database.close()
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -208,6 +281,8 @@ def test_hone_tune_publishes_the_best(
         (["ROWS", "--validation", "v.jsonl"], "--validation v.jsonl is not a file"),
         (["ROWS", "-a", "acme"], "belong to --publish"),
         (["ROWS", "output_dir=x"], "output_dir is given by --output"),
+        (["ROWS", "--publish", "-a", "acme", "base_model=x"], "set HONE_MODEL"),
+        (["ROWS", "--publish", "--suffix", "a:b"], "suffix"),
         (["ROWS", "--publish", "-a", "nobody"], 'No account "nobody"'),
         (["ROWS", "lora.rank=2,4"], "lora.rank"),
     ],

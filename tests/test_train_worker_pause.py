@@ -6,6 +6,7 @@ import json
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,20 @@ def test_the_configuration_says_all_that_was_asked(shop: Workshop, project: Proj
     assert (config.max_length, config.n_checkpoints, config.on_long) == (99, 2, "error")
     assert (config.seed, config.min_examples, config.base_model) == (5, 10, MODEL)
     assert config.train_file.name == "train.jsonl"
+
+
+def test_no_rank_is_trained_that_could_not_be_served(shop: Workshop, project: Project) -> None:
+    """However a job was made: an upgrade takes over the options of an older one."""
+    values = shop.settings.model_copy(update={"max_lora_rows": 8})
+    small = replace(shop, settings=values)
+    asked = [add_job(shop, project, options={"lora": lora}) for lora in ({"r": 16}, {"alpha": 8})]
+    Worker(small).run(once=True)
+    large, auto = (jobs.get(shop.database, project.id, job.id) for job in asked)
+    assert large.status == "failed"
+    assert "16 is above the largest rank" in large.error["message"]  # type: ignore[index]
+    assert auto.status == "succeeded"
+    config = read_config(SftConfig, shop.run_of(auto).path / "config.yaml")
+    assert (config.lora.r, config.max_auto_rank) == ("auto", 8)
 
 
 def test_early_stopping_reaches_the_trainer(shop: Workshop, project: Project) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,15 @@ import pytest
 from train_runs import write_rows
 from typer.testing import CliRunner
 
-from data import accounts, jobs, registry, upgrades
+from data import accounts, jobs, presence, registry, upgrades
 from data.errors import ModelNotFound, NotFound
 from data.job_spec import JobSpec
 from data.settings import Settings
 from data.tables import Job, Project
-from data.upgrades import Bases
+from data.upgrades import Bases, Undone
 from serve.cli import app
+from serve.commands import upgrade as upgrade_command
+from train import job_outcome
 from train.job_config import write_config
 from train.worker import Worker, open_workshop
 from train.workshop import Workshop
@@ -110,7 +113,7 @@ def test_an_upgraded_alias_goes_back_and_each_server_serves_its_base(
     }
     assert [v and v.base_model for v in served.values()] == [OLD, NEW, None]
     assert registry.newest_of_base(shop.database, "another", alias, "base-new") is None
-    assert upgrades.undo(shop.database, project, BASES) == [(alias, recipe.version)]
+    assert upgrades.undo(shop.database, project, BASES) == [Undone(alias, recipe.version)]
     assert registry.resolve(shop.database, project.id, alias).name == recipe.version
     assert registry.newest_of_base(shop.database, project.id, alias, "base-new") is None
     assert standings(shop, project) == {"a": "rolled_back"}
@@ -192,10 +195,10 @@ def test_the_command_plans_queues_once_and_undoes(shop: Workshop, project: Proje
     work(shop)
     (shown,) = json.loads(command(home, "--dry-run", "--json").output)
     assert (shown["standing"], shown["job_id"]) == ("due", None)
-    (queued,) = json.loads(command(home, "--detach", "--json").output)
-    (again,) = json.loads(command(home, "--detach", "--json", "-a", "acme").output)
+    (queued,) = json.loads(command(home, "--detach", "--json").stdout)
+    (again,) = json.loads(command(home, "--detach", "--json", "-a", "acme").stdout)
     assert again["job_id"] == queued["job_id"]
-    assert "No worker runs here" in command(home, "--detach").output
+    assert "No worker runs here" in command(home, "--detach").stderr
     work(shop)
     (done,) = json.loads(command(home, "--json").output)  # nothing to wait for
     assert (done["standing"], done["moved"]) == ("promoted", [f"ft:{OLD}:acme:a"])
@@ -206,6 +209,60 @@ def test_the_command_plans_queues_once_and_undoes(shop: Workshop, project: Proje
     assert overruled.output == f"{moved['alias']} -> {done['candidate']}\n"
     back = hone(home, "models", "promote", moved["version"])
     assert back.output == f"{moved['alias']} -> {moved['version']}\n"
+
+
+def test_an_upgrade_that_bias_limits_refused_is_told_as_refused(
+    shop: Workshop, project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tune(shop, project, "a")
+    work(shop)
+    command(shop.settings.home, "--detach")
+    shut = {"promote": False, "reasons": ["harm rose by 0.2, more than 0.1"]}
+    monkeypatch.setattr(job_outcome.bias, "limited", lambda *_: shut)
+    work(shop)
+    (recipe,) = upgrades.plan(shop.database, project, BASES)
+    assert (recipe.standing, recipe.reason) == ("refused", shut["reasons"][0])
+
+
+def test_who_waits_without_a_worker_is_told_so_first(
+    shop: Workshop, project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tune(shop, project, "a")
+    work(shop)
+
+    def watch(*_: Any, **__: Any) -> list[upgrades.Recipe]:
+        print("watching", file=sys.stderr)
+        return []
+
+    monkeypatch.setattr(upgrade_command, "_watch", watch)
+    first, second = command(shop.settings.home).stderr.splitlines()
+    assert first.startswith("No worker runs here")
+    assert second == "watching"
+    with presence.announced(shop.settings.workers_dir, "host:1"):
+        assert command(shop.settings.home).stderr == "watching\n"
+
+
+def test_undo_can_be_rehearsed_and_one_alias_holds_up_no_other(
+    shop: Workshop, project: Project
+) -> None:
+    home = shop.settings.home
+    for suffix in ("a", "b"):
+        tune(shop, project, suffix)
+    work(shop)
+    old = {r.aliases[0]: r.version for r in upgrades.plan(shop.database, project, BASES)}
+    command(home, "--detach")
+    work(shop)
+    first, second = (f"ft:{OLD}:acme:{suffix}" for suffix in ("a", "b"))
+    registry.delete(shop.database, project.id, old[first])
+    expected = [(first, None), (second, old[second])]
+    for words, base in ((["--dry-run"], NEW), ([], OLD)):
+        done = command(home, "--undo", "--json", *words)
+        assert done.exit_code == 1
+        told = json.loads(done.output)
+        assert sorted((one["alias"], one["version"]) for one in told) == expected
+        assert "no earlier version" in next(t for t in told if t["alias"] == first)["problem"]
+        assert registry.resolve(shop.database, project.id, second).base_model == base
+        assert registry.resolve(shop.database, project.id, first).base_model == NEW
 
 
 @pytest.mark.slow

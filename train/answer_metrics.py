@@ -23,13 +23,19 @@ from train.questions import Question
 MAX_LABELS = 100  # right answers that a table still tells something about
 OTHER = "(another answer)"
 WORD = re.compile(r"\w+")
+ROUGE_WORD = re.compile(r"[^\W_]+")  # rouge-score's own are of a-z and 0-9 alone
+SKLEARN = ("sklearn.metrics", "scikit-learn")
 Scorer = Callable[[Question], float]
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric; `each` gives 0 to 1 a question, `overall` None stands for their mean."""
+    """A metric; `each` gives 0 to 1 a question, `overall` None stands for their mean.
 
+    `by_question` is what `each` is called.
+    """
+
+    by_question: str
     each: Callable[[], Scorer]
     overall: Callable[[Sequence[Question]], float] | None = None
 
@@ -67,6 +73,31 @@ def by_answer(questions: Sequence[Question]) -> list[tuple[str, int, int]]:
     )
 
 
+def check_classes(questions: Sequence[Question]) -> list[str]:
+    """Return the classes of the questions, which are their first right answers.
+
+    Raises:
+        ConfigError: There are too many different answers to be classes.
+    """
+    labels = sorted({question.answers[0].strip() for question in questions})
+    if len(labels) > max(2, len(questions) // 2):
+        raise ConfigError(
+            [
+                f"the {len(questions)} questions have {len(labels)} different answers, which are "
+                "no classes; measure exact_match or f1"
+            ]
+        )
+    return labels
+
+
+def check_libraries(metrics: Sequence[str]) -> None:
+    """Raise ConfigError, before anything is asked, where a metric's library is not installed."""
+    for name in metrics:
+        METRICS[name].each()
+    if "classification" in metrics:
+        library(*SKLEARN)
+
+
 def classification(questions: Sequence[Question]) -> dict[str, Any]:
     """Return accuracy, and precision, recall and F1 by class and as means over the classes.
 
@@ -76,17 +107,10 @@ def classification(questions: Sequence[Question]) -> dict[str, Any]:
     Raises:
         ConfigError: There are too many different answers to be classes.
     """
+    labels = check_classes(questions)
     right = [question.answers[0].strip() for question in questions]
-    labels = sorted(set(right))
-    if len(labels) > max(2, len(questions) // 2):
-        raise ConfigError(
-            [
-                f"the {len(questions)} questions have {len(labels)} different answers, which are "
-                "no classes; measure exact_match or f1"
-            ]
-        )
     said = [q.said.strip() if q.said.strip() in labels else OTHER for q in questions]
-    report = library("sklearn.metrics", "scikit-learn").classification_report(
+    report = library(*SKLEARN).classification_report(
         right, said, labels=labels, output_dict=True, zero_division=0.0
     )
     names = ("precision", "recall", "f1-score", "support")
@@ -135,8 +159,16 @@ def _sentence(name: str) -> Callable[[], Scorer]:
     return make
 
 
+class _Words:
+    """Words for rouge-score: letters and digits of any script, without case."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return ROUGE_WORD.findall(text.lower())
+
+
 def _rouge_l() -> Scorer:
-    scorer = library("rouge_score.rouge_scorer", "rouge-score").RougeScorer(["rougeL"])
+    make = library("rouge_score.rouge_scorer", "rouge-score").RougeScorer
+    scorer = make(["rougeL"], tokenizer=_Words())
     return _best(lambda said, answer: float(scorer.score(answer, said)["rougeL"].fmeasure))
 
 
@@ -159,13 +191,14 @@ def library(module: str, package: str | None = None) -> Any:
 
 
 METRICS: dict[str, Metric] = {
-    "exact_match": Metric(lambda: lambda q: float(q.is_right)),
-    "f1": Metric(lambda: _best(token_f1)),
+    "exact_match": Metric("exact_match", lambda: lambda q: float(q.is_right)),
+    "f1": Metric("f1", lambda: _best(token_f1)),
     "classification": Metric(
+        "accuracy",
         lambda: lambda q: float(q.said.strip() == q.answers[0].strip()),
         lambda questions: float(classification(questions)["macro_f1"]),
     ),
-    "bleu": Metric(_sentence("sentence_bleu"), bleu),
-    "chrf": Metric(_sentence("sentence_chrf"), chrf),
-    "rouge_l": Metric(_rouge_l),
+    "bleu": Metric("sentence BLEU", _sentence("sentence_bleu"), bleu),
+    "chrf": Metric("sentence chrF", _sentence("sentence_chrf"), chrf),
+    "rouge_l": Metric("rouge_l", _rouge_l),
 }

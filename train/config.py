@@ -29,7 +29,9 @@ class LoraSettings(StrictModel):
     """The adapter's shape, by PEFT's names."""
 
     r: int = Field(16, ge=1, le=256, description="Rank.")
-    alpha: float | None = Field(None, gt=0, description="Scale is alpha / r; default 2 r.")
+    alpha: float | None = Field(
+        None, gt=0, description="Scale is alpha / r; default 2 r, or 2 sqrt(r) with rsLoRA."
+    )
     dropout: float = Field(0.0, ge=0, lt=1, description="Of the adapter's input, in training.")
     target_modules: Literal["all-linear"] | list[str] = Field(
         "all-linear", description="Names of the linear layers to adapt."
@@ -145,6 +147,7 @@ class SftConfig(RunConfig):
     max_grad_norm: float = Field(1.0, gt=0, description="Longer gradients are cut to this.")
 
     lora: SftLora = SftLora()
+    max_auto_rank: int = Field(256, ge=1, description="The highest rank that lora.r=auto becomes.")
     early_stopping: EarlyStopping = EarlyStopping()
     classification: ClassSettings = ClassSettings()
     n_evals: int | None = Field(None, ge=1, description="Evaluations in the run; default 4.")
@@ -262,11 +265,12 @@ def resolve(
     """Turn every `auto` into a number.
 
     Rules: epochs fall with the number of rows (10 under 100, 8 under 500, 5 under 2,000, 3 under
-    20,000, 2 under 50,000, then 1); 8 rows a step under 20,000 rows, 16 under 100,000, then 32;
-    the learning rate falls with the model's size (1e-3 to 0.3 billion parameters, 5e-4 to 1.5, then
-    2e-4: what LoRA at alpha = 2 r bears); a device takes a step's rows in parts of up to 1,024
-    tokens on a CPU, 8,192 on a GPU. The adapter's rank grows with the rows that it has to hold: 16
-    under 20,000, 32 under 100,000, then 64; one to go on from keeps its own.
+    20,000, 2 under 50,000, then 1); 8 rows a step under 20,000 rows, 16 under 100,000, then 32,
+    rounded up to a multiple of the processes; the learning rate falls with the model's size (1e-3
+    to 0.3 billion parameters, 5e-4 to 1.5, then 2e-4: what LoRA at a scale of 2 bears); a device
+    takes a step's rows in parts of up to 1,024 tokens on a CPU, 8,192 on a GPU. The adapter's rank
+    grows with the rows that it has to hold: 16 under 20,000, 32 under 100,000, then 64, at most
+    `max_auto_rank`; one to go on from keeps its own.
 
     Args:
         num_rows: Training rows.
@@ -275,14 +279,14 @@ def resolve(
         num_processes: That share a step's rows.
 
     Raises:
-        ConfigError: The processes cannot share a step's rows evenly.
+        ConfigError: The processes cannot share the rows of a given batch_size evenly.
     """
     batch = _by_size(num_rows, ((20_000, 8), (100_000, 16)), 32)
     rate = auto_learning_rate(num_parameters)
-    rank = _by_size(num_rows, ((20_000, 16), (100_000, 32)), 64)
+    rank = min(_by_size(num_rows, ((20_000, 16), (100_000, 32)), 64), config.max_auto_rank)
     tokens = GPU_MICRO_BATCH_TOKENS if on_gpu else CPU_MICRO_BATCH_TOKENS
     num_epochs = _number(config.num_epochs, auto_epochs(num_rows))
-    batch_size = _number(config.batch_size, max(batch, num_processes))
+    batch_size = _number(config.batch_size, math.ceil(batch / num_processes) * num_processes)
     if batch_size % num_processes:
         raise ConfigError(
             [

@@ -7,12 +7,14 @@
 `exact_match` is the share of greedy answers that say what the row says (outer spaces aside), with a
 table by right answer where there are few of them; `f1` is that of the words; `classification` is
 the mean F1 of the classes, with a table; `bleu` and `chrf` are sacreBLEU's; `rouge_l` is ROUGE-L;
-`loss` is nats a learned token; `reward` is the mean score by --reward-model. Rows with one prompt
-are one question with several right answers; a row may also list them as `references`.
+`loss` is nats a learned token, and `token_accuracy` the share of learned tokens that the model
+finds the most probable; `reward` is the mean score by --reward-model. Rows with one prompt are one
+question with several right answers; a row may also list them as `references`.
 
 With --against, a second model (an adapter's folder, or `base`) answers the same questions, and a
 paired permutation test says whether the difference can be chance; the win rate is how often the
-first scores above the second.
+first scores above the second. Differences are of questions: by question, `classification` is
+accuracy (F1 is of all questions together), BLEU and chrF are those of sentences.
 """
 
 from __future__ import annotations
@@ -28,7 +30,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from data.errors import AdapterRefused, DataError, InvalidInput, ToolkitError
 from data.jsonl import read_numbered_rows
@@ -39,12 +40,21 @@ from data.validate import validate
 from serve.engine import base_model
 from serve.engine.base import AdapterRef, Completion, GenerationRequest, SamplingParams
 from serve.engine.local import LocalEngine
-from train.answer_metrics import METRICS, by_answer, classification
+from train.answer_metrics import (
+    METRICS,
+    by_answer,
+    check_classes,
+    check_libraries,
+    classification,
+)
+from train.evaluate_output import make_room, show, write_answers
 from train.questions import Question, read_questions
 from train.significance import compare
 
-LOSS, REWARD = "loss", "reward"
+LOSS, ACCURACY, REWARD = "loss", "token_accuracy", "reward"
+BY_TOKENS = (LOSS, ACCURACY)  # of the right answer, given; nothing is said
 BASE = "base"
+CLASSES = "classification"
 DEFAULT_BASE = "smollm2-135m-instruct"
 SPARE_TOKENS = 8  # beyond the longest right answer
 ORIGIN = "hone.json"
@@ -147,21 +157,24 @@ class Evaluation:
 
     def losses(
         self, rows: Iterable[tuple[int, Row]], adapter: Path | None, show: bool
-    ) -> list[tuple[float, int]]:
-        """Return of each row the summed loss of its learned tokens, nats, and their number."""
+    ) -> list[tuple[float, int, int]]:
+        """Return of each row the summed loss of its learned tokens, nats, the number of those that
+        the model finds the most probable, and of all."""
         examples = [(line, render(self.tokenizer, row)) for line, row in rows]
         prompts = [(line, example.input_ids) for line, example in examples]
-        params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
+        params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1)
         found = []
         completions = self._ask(prompts, adapter, params, show)
         for (_, example), completion in zip(examples, completions, strict=True):
             scores = completion.prompt_logprobs or ()
             learned = [
-                -score.logprob
+                score
                 for score, label in zip(scores, example.labels, strict=True)
                 if score is not None and label != IGNORED
             ]
-            found.append((sum(learned), len(learned)))
+            loss = -sum(score.logprob for score in learned)
+            right = sum(score.top[0][0] == score.token_id for score in learned)
+            found.append((loss, right, len(learned)))
         return found
 
     def _ask(
@@ -217,16 +230,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json:
         print(json.dumps(result))
     else:
-        _show(result)
+        show(result)
     return 0
 
 
 def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
     if (REWARD in options.metric) != (options.reward_model is not None):
         raise InvalidInput("`--metric reward` and `--reward-model FOLDER` go together; give both")
+    said = [name for name in options.metric if name not in BY_TOKENS]
+    if options.answers and not said:
+        raise InvalidInput(
+            f"--answers needs a metric of answers, and {', '.join(options.metric)} asks for none; "
+            "add exact_match, or leave --answers out"
+        )
+    check_libraries([name for name in said if name in METRICS])
     report = validate(options.file, min_examples=1)
     if not report.ok:
         raise DataError(report.summary(), code="invalid_file")
+    if options.answers:
+        make_room(options.answers)
     rows = list(read_numbered_rows(options.file, report.format))[: options.limit]
     started = time.monotonic()
     other = None if options.against in (None, BASE) else Path(options.against)
@@ -253,19 +275,24 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
         result["tokens"] = asked.tokens
     if "exact_match" in options.metric:
         result["by_answer"] = by_answer(asked.questions)
-    if "classification" in options.metric:
+    if CLASSES in options.metric:
         result["classes"] = classification(asked.questions)["classes"]
     if against is not None:
         result["against"] = {
             "adapter": options.against,
             **against.values,
             "differences": {
-                name: compare(against.scores[name], asked.scores[name]).as_dict()
+                name: {
+                    **compare(against.scores[name], asked.scores[name]).as_dict(),
+                    "of": METRICS[name].by_question if name in METRICS else name,
+                }
                 for name in asked.scores
             },
         }
     if options.answers:
-        _write_answers(options.answers, asked, against)
+        write_answers(
+            options.answers, asked, against, [n for n in asked.scores if n not in BY_TOKENS]
+        )
     return {**result, "seconds": round(time.monotonic() - started, 1)}
 
 
@@ -275,43 +302,32 @@ def _ask_model(
     rows: Sequence[tuple[int, Row]],
     adapter: Path | None,
 ) -> Asked:
-    show = sys.stderr.isatty()
+    is_shown = sys.stderr.isatty()
     asked = Asked({}, {}, [])
     names = [name for name in options.metric if name in METRICS]
     if names or REWARD in options.metric:
         asked.questions.extend(read_questions(options.file, evaluation.tokenizer, rows))
-        evaluation.answer(asked.questions, adapter, options.max_tokens, show)
+        if CLASSES in names:
+            check_classes(asked.questions)
+        evaluation.answer(asked.questions, adapter, options.max_tokens, is_shown)
         for name in names:
             asked.values[name] = METRICS[name].value(asked.questions)
             asked.scores[name] = METRICS[name].scores(asked.questions)
     if REWARD in options.metric:
-        rewards = evaluation.rewards(asked.questions, options.reward_model, show)
+        rewards = evaluation.rewards(asked.questions, options.reward_model, is_shown)
         asked.values[REWARD] = sum(rewards) / len(rewards)
         asked.scores[REWARD] = rewards
-    if LOSS not in options.metric:
+    if not set(BY_TOKENS) & set(options.metric):
         return asked
-    losses = evaluation.losses(rows, adapter, show)
-    tokens = sum(count for _, count in losses)
-    asked.values[LOSS] = sum(total for total, _ in losses) / max(tokens, 1)
-    asked.scores[LOSS] = [-total / max(count, 1) for total, count in losses]
+    losses = evaluation.losses(rows, adapter, is_shown)
+    tokens = sum(count for _, _, count in losses)
+    if LOSS in options.metric:
+        asked.values[LOSS] = sum(loss for loss, _, _ in losses) / max(tokens, 1)
+        asked.scores[LOSS] = [-loss / max(count, 1) for loss, _, count in losses]
+    if ACCURACY in options.metric:
+        asked.values[ACCURACY] = sum(right for _, right, _ in losses) / max(tokens, 1)
+        asked.scores[ACCURACY] = [right / max(count, 1) for _, right, count in losses]
     return Asked(asked.values, asked.scores, asked.questions, tokens)
-
-
-def _write_answers(path: Path, asked: Asked, against: Asked | None) -> None:
-    """Write one line a question: its line, right answers, what was said, and the scores."""
-    names = [name for name in asked.scores if name != LOSS]
-    with path.open("w", encoding="utf-8") as stream:
-        for index, question in enumerate(asked.questions):
-            record: dict[str, Any] = {
-                "line": question.line,
-                "answers": question.answers,
-                "said": question.said,
-                "scores": {name: asked.scores[name][index] for name in names},
-            }
-            if against is not None:
-                record["against_said"] = against.questions[index].said
-                record["against_scores"] = {n: against.scores[n][index] for n in names}
-            stream.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
 def _origin(adapter: Path | None) -> dict[str, str]:
@@ -319,39 +335,6 @@ def _origin(adapter: Path | None) -> dict[str, str]:
     if adapter is None or not (adapter / ORIGIN).exists():
         return {}
     return dict(json.loads((adapter / ORIGIN).read_text("utf-8")))
-
-
-def _show(result: dict[str, Any]) -> None:
-    console = Console()
-    table = result.pop("by_answer", [])
-    if table:
-        shown = Table("right answer", "right", "asked", title="By right answer, worst first")
-        for answer, right, count in table:
-            shown.add_row(answer, str(right), str(count))
-        console.print(shown)
-    classes = result.pop("classes", {})
-    if classes:
-        shown = Table("class", "precision", "recall", "f1", "asked", title="By class")
-        for label, found in classes.items():
-            numbers = [f"{found[name]:.3f}" for name in ("precision", "recall", "f1")]
-            shown.add_row(label, *numbers, f"{found['support']:.0f}")
-        console.print(shown)
-    against = result.pop("against", None)
-    for name, value in result.items():
-        text = f"{value:.4f}" if isinstance(value, float) else str(value)
-        console.print(f"{name:14} {text}", highlight=False, markup=False)
-    if against is None:
-        return
-    for name, found in against["differences"].items():
-        low, high = found["interval"]
-        console.print(
-            f"{name} against {against['adapter']} ({against[name]:.4f}): by question "
-            f"{found['mean']:+.4f} ({low:+.4f} to {high:+.4f}), p = {found['p_value']:.4f}: "
-            f"{found['better']} better, {found['worse']} worse, {found['same']} the same, win rate "
-            f"{found['win_rate']:.1%}",
-            highlight=False,
-            markup=False,
-        )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -367,15 +350,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--metric",
         nargs="+",
-        choices=[*METRICS, LOSS, REWARD],
+        choices=[*METRICS, *BY_TOKENS, REWARD],
         default=["exact_match"],
         help="one or more",
     )
     parser.add_argument("--against", help="a second model: a PEFT folder, or `base`")
     parser.add_argument("--reward-model", type=Path, help="folder of rlhf.reward, for `reward`")
     parser.add_argument("--answers", type=Path, help="write every answer to this JSONL file")
-    parser.add_argument("--max-tokens", type=int, help="of an answer; default: by the file's")
-    parser.add_argument("--limit", type=int, help="use the first rows only")
+    parser.add_argument("--max-tokens", type=_positive, help="of an answer; default: by the file's")
+    parser.add_argument("--limit", type=_positive, help="use the first rows only")
     parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16"),
@@ -385,6 +368,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, help="CPU threads; default: all cores")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is too few; give 1 or more")
+    return value
 
 
 if __name__ == "__main__":

@@ -60,6 +60,7 @@ def write_config(
         "output_dir": str(run.path.resolve()),
         "min_examples": settings.min_examples,
         "device": settings.device,
+        "max_auto_rank": settings.max_lora_rows,  # a larger one could not be served
         "seed": job.seed,
         "score_examples": SCORED_EXAMPLES,
         "bias_report": settings.bias_reports,

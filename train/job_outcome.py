@@ -17,7 +17,6 @@ from data import bias, job_pause, jobs, registry, upgrades
 from data.checkpoints import mark_of
 from data.feedback import round_steps
 from data.files import RESULTS
-from data.settings import BiasLimits
 from data.tables import AdapterVersion, Job, Project
 from train.job_config import resolved_hyperparameters
 from train.job_log import read_object, step_metrics_csv
@@ -45,6 +44,7 @@ def publish_outcome(shop: Workshop, job: Job, lease: Lease, run: RunFolder) -> N
             with path.open("rb") as stream:
                 tables.append(shop.files.stage(job.project_id, stream, path.name, RESULTS))
     report = read_object(run.adapter / bias.FILE)
+    limits = shop.settings.bias_limits.model_dump()
     staged = registry.stage(adapters_dir, run.adapter, fingerprint)
     published = False
     try:
@@ -54,6 +54,7 @@ def publish_outcome(shop: Workshop, job: Job, lease: Lease, run: RunFolder) -> N
             else:
                 if job.status == "queued":  # it was paused when its trainer had just ended
                     jobs.move(session, job, "running")
+                gate = bias.limited(result.get("gate"), report, limits)
                 version = registry.record(
                     session,
                     session.get_one(Project, job.project_id),
@@ -65,6 +66,7 @@ def publish_outcome(shop: Workshop, job: Job, lease: Lease, run: RunFolder) -> N
                     lineage={
                         "kind": job.method["type"],
                         "result": result,
+                        "gate": gate,  # of the result, and of bias limits
                         "resolved": resolved,
                         "start_version": job.start_version_id,
                         **_upgraded_from(job),
@@ -72,7 +74,6 @@ def publish_outcome(shop: Workshop, job: Job, lease: Lease, run: RunFolder) -> N
                     mark=mark_of(job.id),
                 )
                 _tell_bias(session, job, report)
-                gate = _with_bias(result.get("gate"), report, shop.settings.bias_limits)
                 _promote(session, job, version, gate)
                 session.add_all(tables)
                 file_ids = [table.id for table in tables]
@@ -93,17 +94,6 @@ def _tell_bias(session: Session, job: Job, report: Mapping[str, Any] | None) -> 
     if report is not None:
         data = {**bias.rises_of(report), "change": report["change"]}
         jobs.record_event(session, job.id, bias.in_words(report), data=data)
-
-
-def _with_bias(
-    gate: Mapping[str, Any] | None, report: Mapping[str, Any] | None, limits: BiasLimits
-) -> Mapping[str, Any] | None:
-    """Return the trainer's gate, shut where the fine-tune's bias exceeds a limit."""
-    against = [] if report is None else bias.reasons_against(report, limits.model_dump())
-    if not against:
-        return gate
-    failed = gate["reasons"] if gate is not None and not gate["promote"] else []
-    return {**(gate or {}), "promote": False, "reasons": [*failed, *against]}
 
 
 def _promote(

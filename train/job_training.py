@@ -16,6 +16,7 @@ from pathlib import Path
 
 from data import job_pause, jobs
 from data.errors import AdapterRefused, NotFound, StateConflict, ToolkitError
+from data.job_start import check_rank
 from data.tables import Job, now
 from data.upgrades import UPGRADE
 from train.exit_cause import Cause, cause_of_exit
@@ -72,6 +73,7 @@ class _Training:
     def prepare(self) -> list[str]:
         """Lay out the run folder; returns the trainer's command."""
         job = self.job
+        check_rank(job.options, self.shop.settings.max_lora_rows)  # of upgrades, or a changed limit
         self.run.path.mkdir(parents=True, exist_ok=True)
         try:
             train_file = self.shop.place(job, job.training_file, "training_file")

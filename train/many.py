@@ -8,9 +8,9 @@ seed and folder, and leaves in it what `train.sft` would. Rows of all runs pass 
 together (`train.together`), up to --max-tokens at a time; a run's numbers are those that it would
 have alone, but for the rounding of matrix products of another height (0 tokens: none at all).
 
-The runs must agree on base_model, models_dir, dtype, device and threads. One that fails leaves its
-`error.json` and the others go on. The same command resumes what is unfinished; so does `train.sft`
-for one of them.
+The runs must agree on base_model, models_dir, dtype, load_in_4bit, device and threads. One that
+fails leaves its `error.json` and the others go on. The same command resumes what is unfinished; so
+does `train.sft` for one of them.
 
 Exit status: 0 all done, 2 wrong input, 143 stopped by a signal (resumable), else that of the first
 run that failed.
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from train.together import Seat
 
 MODULE = "train.many"
-SHARED = ("base_model", "models_dir", "dtype", "device", "threads")
+SHARED = ("base_model", "models_dir", "dtype", "load_in_4bit", "device", "threads")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -3,13 +3,16 @@
 Both models score the validation rows; the rows pair up, so that a paired test (`significance`) can
 tell a fall from chance. What is compared is each row's loss: mean nats over its learned tokens. An
 adapter of another base may cut the same text into other tokens, so there it is nats a byte of the
-learned text, which no tokenizer changes.
+learned text, which no tokenizer changes; rows whose learned text is too long for either side are
+left out. Where a loss is not finite there is nothing to compare, and nothing is promoted.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ import numpy as np
 from peft import PeftModel
 from trl.trainer.utils import add_fused_lm_head
 
+from data.errors import DataError
 from data.render import IGNORED, Example
 from train.base_model import load_base
 from train.batches import Rendered, load_file
@@ -39,29 +43,41 @@ class Regression:
         unit: "token" or "byte": nats by what.
         before, after: [rows].
         difference: Of the negated losses, so that more is better.
+        rows: Which of the validation rows they are: [rows].
     """
 
     against: str
     before: list[float]
     after: list[float]
     difference: Difference
+    rows: list[int]
     unit: str = "token"
 
     def summary(self) -> dict[str, Any]:
-        """Return what a run's result keeps."""
+        """Return what a run's result keeps; a number that is not finite is null there."""
         count = len(self.after)
+        means = [sum(losses) / count for losses in (self.before, self.after)]
+        before, after = (mean if math.isfinite(mean) else None for mean in means)
+        is_finite = before is not None and after is not None
         return {
             "against": self.against,
             "rows": count,
             "unit": f"nats a {self.unit}",
-            "loss_before": sum(self.before) / count,
-            "loss_after": sum(self.after) / count,
-            "difference": self.difference.as_dict(),
+            "loss_before": before,
+            "loss_after": after,
+            "difference": self.difference.as_dict() if is_finite else None,
         }
 
     def gate(self) -> dict[str, Any]:
-        """Refuse promotion where the rows' losses rose, and not by chance."""
+        """Refuse promotion where the rows' losses rose, and not by chance, or are not finite."""
         found, total = self.difference, len(self.after)
+        broken = [sum(not math.isfinite(x) for x in losses) for losses in (self.before, self.after)]
+        if any(broken):
+            reason = (
+                f"validation loss is not finite on {broken[0]} of {total} rows with {self.against} "
+                f"and on {broken[1]} now, so they cannot be compared"
+            )
+            return {"promote": False, "reasons": [reason]}
         fell = found.mean < 0 and found.is_significant
         summary = self.summary()
         reason = (
@@ -78,7 +94,8 @@ def compare_with(job: TrainingJob, model: Any) -> Regression | None:
     The other side is `compare_with` of the settings, an adapter of the same base, else the base.
 
     Raises:
-        AdapterRefused: `compare_with` is no adapter of this base.
+        AdapterRefused: `compare_with` is no adapter of its base.
+        DataError: With another base: no row is short enough for both.
     """
     if job.valid is None:
         return None
@@ -91,10 +108,19 @@ def compare_with(job: TrainingJob, model: Any) -> Regression | None:
             before = [row["loss"] for row in score(model, job.valid)]
     else:
         before = _losses_with(job, model, other)
+    against = BASE if other is None else "the adapter in use"
+    return _regression(against, before, after, range(len(after)))
+
+
+def _regression(
+    against: str,
+    before: list[float],
+    after: list[float],
+    rows: Sequence[int],
+    unit: str = "token",
+) -> Regression:
     negated = [[-loss for loss in losses] for losses in (before, after)]
-    return Regression(
-        BASE if other is None else "the adapter in use", before, after, compare(*negated)
-    )
+    return Regression(against, before, after, compare(*negated), list(rows), unit)
 
 
 def _losses_with(job: TrainingJob, model: Any, folder: Path) -> list[float]:
@@ -111,30 +137,51 @@ def _losses_with(job: TrainingJob, model: Any, folder: Path) -> list[float]:
 
 
 def _compare_bases(job: TrainingJob, valid: Rendered, model: Any, old_base: str) -> Regression:
-    """Score the same rows with the tuned model, and with an adapter of another base."""
+    """Score the same rows with the tuned model, and with an adapter of another base.
+
+    A row's nats are divided by the bytes of its learned text on either side, the smaller number:
+    what one template adds to an answer costs that side its nats, and earns no bytes.
+    """
     old = load_base(job.config.model_copy(update={"base_model": old_base}))
     read_shape(job.config.compare_with, old, dropout=0.0, setting="compare_with")  # type: ignore[arg-type]
     file = load_file(valid.path, old.tokenizer, min_examples=1)
     same = file.examples.select(np.searchsorted(file.lines, valid.lines))
-    rows = Rendered(valid.path, valid.digest, same.cut(old.context_length), valid.kind)
+    theirs = same.cut(old.context_length)
+    kept = np.flatnonzero(~(valid.examples.lost_learned | theirs.lost_learned))
+    if not len(kept):
+        raise DataError(
+            f"{valid.path}: the learned text of every validation row is longer than one of "
+            f"{job.base.name} ({job.plan.max_length} tokens) and {old.name} ({old.context_length}) "
+            "reads, so they cannot be compared; give a validation file with shorter answers",
+            code="example_too_long",
+        )
+    sides = [replace(valid, examples=rows.select(kept)) for rows in (theirs, valid.examples)]
+    sizes = [
+        max(
+            1,
+            min(
+                _learned_bytes(base.tokenizer, one)
+                for base, one in zip((old, job.base), pair, strict=True)
+            ),
+        )
+        for pair in zip(*(side.examples for side in sides), strict=True)
+    ]
     add_fused_lm_head(old.model, outputs=("log_probs", "entropy", "is_top1"))
     use_compact_head(old.model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # PEFT: the adapter names a base by its name
         tuned = PeftModel.from_pretrained(old.model, str(job.config.compare_with))
-    sizes = [_learned_bytes(job.base.tokenizer, example) for example in valid.examples]
-    after, before = (
+    before, after = (
         [
             row["loss"] * row["learned_tokens"] / size
-            for row, size in zip(score(scored, data), sizes, strict=True)
+            for row, size in zip(score(scored, side), sizes, strict=True)
         ]
-        for scored, data in ((model, valid), (tuned, rows))
+        for scored, side in zip((tuned, model), sides, strict=True)
     )
-    negated = [[-loss for loss in losses] for losses in (before, after)]
     against = f"the adapter in use, on {old.name}"
-    return Regression(against, before, after, compare(*negated), unit="byte")
+    return _regression(against, before, after, kept.tolist(), unit="byte")
 
 
 def _learned_bytes(tokenizer: Any, example: Example) -> int:
     ids = [label for label in example.labels if label != IGNORED]
-    return max(1, len(tokenizer.decode(ids, skip_special_tokens=True).encode()))
+    return len(tokenizer.decode(ids, skip_special_tokens=True).encode())

@@ -115,7 +115,8 @@ def _won_and_lost(job: TrainingJob, regression: Regression) -> list[str]:
     parts = [f"<h2>Validation rows against {against}</h2>"]
     for title, chosen in (("Won most", won), ("Lost most", lost)):
         numbers = [(regression.before[i], regression.after[i]) for i in chosen]
-        parts.append(f"<h3>{title}</h3>" + _examples(job, rendered, chosen, numbers))
+        rows = [regression.rows[i] for i in chosen]
+        parts.append(f"<h3>{title}</h3>" + _examples(job, rendered, rows, numbers))
     return parts
 
 

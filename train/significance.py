@@ -71,11 +71,13 @@ def compare(first: Sequence[float], second: Sequence[float]) -> Difference:
             "questions, at least one"
         )
     gains = np.asarray(second, dtype=float) - np.asarray(first, dtype=float)
-    low, high = bootstrap(len(gains), lambda drawn: drawn @ gains / len(gains)) or (0, 0)
+    with np.errstate(invalid="ignore"):  # of scores that are not finite nothing can be said
+        low, high = bootstrap(len(gains), lambda drawn: drawn @ gains / len(gains)) or (0, 0)
+        mean, chance = float(gains.mean()), p_value(gains)
     return Difference(
-        mean=float(gains.mean()),
+        mean=mean,
         interval=(low, high),
-        p_value=p_value(gains),
+        p_value=chance,
         better=int((gains > 0).sum()),
         worse=int((gains < 0).sum()),
         same=int((gains == 0).sum()),

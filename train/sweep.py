@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import random
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.errors import ConfigError
+from data.errors import ConfigError, DataError
 from data.settings import read_config
 from train.config import SftConfig, auto_learning_rate
 from train.job_config import FIELDS, resolved_hyperparameters
@@ -19,7 +20,7 @@ from train.many import outcome_of
 from train.run import RunFolder, write_json
 
 AXES = (
-    *("learning_rate", "learning_rate_multiplier", "num_epochs", "batch_size", "max_length"),
+    *("learning_rate", "learning_rate_multiplier", "num_epochs", "batch_size"),
     *("lr_scheduler", "warmup_fraction", "weight_decay", "max_grad_norm", "prompt_loss_weight"),
     *("lora.r", "lora.alpha", "lora.dropout", "lora.use_rslora", "lora.lr_ratio"),
 )
@@ -34,8 +35,16 @@ HELD_OUT = {"validation_fraction": "0.1"}  # without a validation file
 MOST_TRIALS = 16
 RECORD = "sweep.json"
 RESULT = "tune.json"
-# Settings of a run that a job has under the same name, or by `train.job_config`.
-OF_JOBS = {"learning_rate", *FIELDS.values()}
+# Settings that a job has too: by `train.job_config`, or as what they became.
+OF_JOBS = {"learning_rate", "seed", *FIELDS.values()}
+VALIDATED = ("early_stopping", "classification", "n_evals")  # of a job with a validation file
+# Settings of a run that a job decides by itself, and that change no result.
+OF_RUNS = {
+    *("base_model", "models_dir", "output_dir", "device", "threads", "train_file", "min_examples"),
+    *("validation_file", "keep_checkpoints", "micro_batch_size", "micro_batch_tokens", "wandb"),
+    *("gradient_checkpointing", "bias_report", "compare_with", "compare_base", "score_examples"),
+    "max_auto_rank",
+}
 
 
 @dataclass(frozen=True)
@@ -56,17 +65,23 @@ class Sweep:
         """Note the trials in the folder.
 
         Raises:
-            ConfigError: The folder holds another sweep.
+            ConfigError: The folder holds another sweep, or one of another content of its files.
+            DataError: A file is absent.
         """
         record = self.folder / RECORD
-        wanted = [config.model_dump(mode="json") for config in self.configs]
-        if record.exists() and json.loads(record.read_text("utf-8")) != wanted:
-            raise ConfigError(
-                [
-                    f"{self.folder} holds another sweep (see {record}); give another output_dir, "
-                    "or delete the folder"
-                ]
-            )
+        files = _digests(self.configs[0])
+        wanted = {"configs": [one.model_dump(mode="json") for one in self.configs], "files": files}
+        if record.exists():
+            found = json.loads(record.read_text("utf-8"))
+            configs = found["configs"] if isinstance(found, dict) else found
+            instead = "give another output_dir, or delete the folder"
+            if configs != wanted["configs"]:
+                raise ConfigError([f"{self.folder} holds another sweep (see {record}); {instead}"])
+            if found != wanted:
+                names = " or ".join(files)
+                raise ConfigError(
+                    [f"{self.folder} holds a sweep of other content of {names}; {instead}"]
+                )
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(record, wanted)
 
@@ -88,7 +103,8 @@ class Sweep:
             adapter = self.folder / "adapter"
             shutil.rmtree(adapter, ignore_errors=True)
             shutil.copytree(run.adapter, adapter)
-            result |= {"best": best, "adapter": str(adapter), "job": _job(config, run, self.axes)}
+            result |= {"best": best, "adapter": str(adapter), "job": _job(config, run)}
+            result["not_for_jobs"] = _not_for_jobs(config)
         write_json(self.folder / RESULT, result)
         for config in self.configs:
             run = RunFolder(config.output_dir)
@@ -130,6 +146,11 @@ def _parse(words: Sequence[str]) -> tuple[dict[str, str], dict[str, list[str]]]:
             problems.append(f'"{word}" is not key=value')
         elif len(parts) == 1 or value.strip()[:1] in "[{'\"":  # one value, or YAML with commas
             values[key] = value
+        elif key == "max_length":
+            problems.append(
+                "max_length cannot have several values: validation rows are cut to it, so the "
+                "trials would be ranked by losses of different texts; give one value"
+            )
         elif key not in AXES:
             problems.append(f"{key} cannot have several values; a sweep varies {', '.join(AXES)}")
         elif "" in parts or len(set(parts)) < len(parts):
@@ -168,23 +189,23 @@ def _choose(
 
 
 def _summary(outcome: Mapping[str, Any]) -> dict[str, Any]:
-    names = ("status", "valid_loss", "best_step", "steps", "train_loss", "message")
+    names = ("run", "status", "valid_loss", "best_step", "steps", "train_loss", "message")
     found = {name: outcome.get(name) for name in names}
     compared = outcome.get("comparison") or {}
     return {**found, "base_loss": compared.get("loss_before"), "loss": compared.get("loss_after")}
 
 
-def _job(config: SftConfig, run: RunFolder, axes: Sequence[str]) -> dict[str, Any]:
-    """Return what a fine-tuning job takes to train as the trial did.
+def _job(config: SftConfig, run: RunFolder) -> dict[str, Any]:
+    """Return what a fine-tuning job takes, beside its model and files, to train as the trial did.
 
-    `not_for_jobs` names axes that jobs do not have.
+    What needs a validation file is there where the sweep had one.
     """
     resolved = json.loads(run.resolved.read_text("utf-8"))
     hyperparameters = resolved_hyperparameters(resolved, run)
     rate = resolved["plan"]["learning_rate"] * resolved["plan"]["learning_rate_multiplier"]
     by_rule = auto_learning_rate(resolved["base"]["parameters"])
     hyperparameters["learning_rate_multiplier"] = round(rate / by_rule, 6)
-    lora = config.lora.model_dump(exclude_unset=True)
+    lora = config.lora.model_dump(exclude_unset=True, exclude={"use_dora"})
     if resolved["plan"]["lora_r"] is not None:
         lora["r"] = resolved["plan"]["lora_r"]
     more: dict[str, Any] = {}
@@ -192,12 +213,47 @@ def _job(config: SftConfig, run: RunFolder, axes: Sequence[str]) -> dict[str, An
         more["prompt_loss_weight"] = config.prompt_loss_weight
     if config.max_length != "auto":
         more["max_seq_length"] = config.max_length
+    if config.on_long != "truncate":
+        more["on_long"] = config.on_long
+    if config.validation_file is not None:
+        more["early_stopping"] = config.early_stopping.model_dump()
+        more["n_evals"] = config.n_evals
+        if config.classification.enabled:
+            more["classification"] = config.classification.model_dump(
+                exclude={"enabled"}, exclude_defaults=True
+            )
     return {
         "hyperparameters": hyperparameters,
         "seed": config.seed,
         **({"lora": lora} if lora else {}),
         **more,
-        "early_stopping": config.early_stopping.model_dump(),
-        "n_evals": config.n_evals,
-        "not_for_jobs": [name for name in axes if name.partition(".")[0] not in OF_JOBS],
     }
+
+
+def _not_for_jobs(config: SftConfig) -> dict[str, Any]:
+    """Return the settings of a trial that a job like it does not have, and their values."""
+    carried = OF_JOBS | OF_RUNS
+    if config.validation_file is not None:
+        carried |= set(VALIDATED)
+    else:
+        carried -= set(VALIDATED)
+    values = config.model_dump(mode="json", exclude_defaults=True)
+    return {name: value for name, value in values.items() if name not in carried}
+
+
+def _digests(config: SftConfig) -> dict[str, str]:
+    """Return the SHA-256 of a sweep's files, by setting."""
+    found = {}
+    for name in ("train_file", "validation_file"):
+        path = getattr(config, name)
+        if path is None:
+            continue
+        if not path.is_file():
+            raise DataError(
+                f"{name} {path} is not a file; give the path of an existing JSONL file",
+                param=name,
+                code="file_not_found",
+            )
+        with path.open("rb") as stream:
+            found[name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return found

@@ -78,12 +78,20 @@ class TokenRows(Sequence[Example]):
     @property
     def num_learned(self) -> int:
         """Tokens with loss, of all rows."""
+        return int(self._learned().sum())
+
+    @property
+    def lost_learned(self) -> NDArray[np.bool_]:
+        """Whether a row lost tokens with loss to the cut: [rows]."""
+        return self._learned() < self._column("learned")
+
+    def _learned(self) -> NDArray[np.int64]:
         counts = self._column("learned").astype(np.int64)
         if self.max_length is not None:
             whole = TokenRows(self._file, self._rows, self._chosen).lengths
             for row in np.flatnonzero(whole > self.max_length).tolist():
                 counts[row] = self[row].num_trained
-        return int(counts.sum())
+        return counts
 
     @property
     def num_repeated(self) -> int:

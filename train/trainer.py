@@ -135,7 +135,7 @@ def _make_trainer(
     config, plan, base = job.config, job.plan, job.base
     set_seed(config.seed)  # so that the adapter starts the same however the data were read
     if config.start_adapter is None:
-        peft_config = lora_config(config.lora.model_copy(update={"r": plan.lora_r}))
+        peft_config = lora_config(config.lora.model_copy(update={"r": plan.lora_r}), base.model)
     else:
         peft_config = read_shape(config.start_adapter, base, config.lora.dropout)
     steps = checkpoint_steps(config, plan)

@@ -9,8 +9,9 @@ validation_file a tenth of the rows is held out, the same for all trials. Every 
 times, stops after 3 evaluations without gain, and stands for its best checkpoint.
 
 The folder holds the run of each trial (`train.many`), `adapter/` (the best, a plain PEFT folder)
-and `tune.json`: the ranking, and what a fine-tuning job takes to train as the best trial did. The
-same command resumes an unfinished sweep.
+and `tune.json`: the ranking, `job`, what a fine-tuning job takes beside its model and files to
+train as the best trial did, and `not_for_jobs`, settings that a job does not have. The same command
+resumes an unfinished sweep of the same files.
 
 Exit status: as that of `train.many`; 0 where at least one trial has a result.
 """
@@ -82,6 +83,11 @@ def show(result: Mapping[str, Any], axes: Sequence[str]) -> None:
     job = json.dumps(result["job"])
     console.print(f"best: trial {best['trial']}, its adapter is {result['adapter']}", markup=False)
     console.print(f"as a job: {job}", markup=False, soft_wrap=True)
+    lost = ", ".join(f"{name}={json.dumps(v)}" for name, v in result["not_for_jobs"].items())
+    if lost:
+        console.print(f"does not carry over: {lost}", markup=False, soft_wrap=True)
+    if "early_stopping" in result["not_for_jobs"]:
+        console.print("(a job stops early only with a validation_file, which this sweep had not)")
 
 
 def _parser() -> argparse.ArgumentParser:

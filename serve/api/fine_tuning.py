@@ -15,7 +15,7 @@ from starlette.responses import Response
 from data import job_events, job_examples, job_pause, jobs
 from data.errors import InvalidInput
 from data.feedback import export
-from data.job_spec import JobSpec
+from data.job_start import check_rank
 from data.prompt_format import check_rows
 from data.tables import AdapterVersion, Checkpoint, Job, JobEvent
 from serve.api.deps import Caller, Running, json_response, page
@@ -79,7 +79,7 @@ async def create_job(body: JobRequest, caller: Caller, runtime: Running) -> Resp
             "`wandb_project`.",
             param="integrations",
         )
-    _check_rank(spec, runtime.settings.max_lora_rows)
+    check_rank(spec.options, runtime.settings.max_lora_rows)
     if body.dry_run:
         return json_response(await describe_estimate(spec, caller, runtime))
     runtime.gate.check_money(caller.id)
@@ -89,17 +89,6 @@ async def create_job(body: JobRequest, caller: Caller, runtime: Running) -> Resp
         jobs.create, runtime.database, caller.id, spec, bases, runtime.settings.limits
     )
     return json_response(describe_job(job))
-
-
-def _check_rank(spec: JobSpec, largest: int) -> None:
-    """Refuse an adapter that would be trained and then could not be served."""
-    rank = spec.options.get("lora", {}).get("r")
-    if isinstance(rank, int) and rank > largest:
-        raise InvalidInput(
-            f"Invalid 'lora.r': {rank} is above the largest rank that this server serves, "
-            f"{largest}; its operator sets `max_lora_rows`.",
-            param="lora.r",
-        )
 
 
 def _with_export(body: JobRequest, caller: Caller, runtime: Running) -> JobRequest:

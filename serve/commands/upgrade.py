@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,7 +36,11 @@ def upgrade(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done.")] = False,
     undo: Annotated[
-        bool, typer.Option("--undo", help="Move upgraded aliases back to the old base's versions.")
+        bool,
+        typer.Option(
+            "--undo",
+            help="Move upgraded aliases back to the old base's versions; --dry-run says which.",
+        ),
     ] = False,
     wait: Annotated[
         bool, typer.Option("--wait/--detach", help="Watch the jobs, or leave them to the worker.")
@@ -48,30 +54,45 @@ def upgrade(
     again goes on where it was: what is done or under way is not done twice. A server of the old
     base serves the old versions until one of the new base is started.
     """
-    from data import upgrades
 
     settings, database = open_home()
     bases = _bases(old, new)
     projects = _projects(database, account)
     if undo:
-        moves = [move for project in projects for move in upgrades.undo(database, project, bases)]
-        if as_json:
-            print_json([{"alias": alias, "version": version} for alias, version in moves])
-        else:
-            print_table(("alias", "names again"), moves)
+        _undo(database, projects, bases, dry_run, as_json)
         return
     recipes = _plan(database, projects, bases)
     if not dry_run:
         _start(database, recipes, bases, settings)
         if wait:
+            _warn_of_no_worker(recipes, settings)
             recipes = _watch(database, projects, bases, settings, quiet=as_json)
     if as_json:
         print_json([recipe.as_dict() for recipe in recipes])
     else:
         _show(recipes, bases)
-        _hint(recipes, settings, dry_run)
+        _hint(recipes)
+    if not dry_run and not wait:
+        _warn_of_no_worker(recipes, settings)
     if any(recipe.standing == "due" and recipe.job_id for recipe in recipes):
         raise typer.Exit(1)  # a job failed
+
+
+def _undo(
+    database: Database, projects: list[Project], bases: Bases, dry_run: bool, as_json: bool
+) -> None:
+    """Take aliases back, or say which would be; exits with 1 where one could not."""
+    from data import upgrades
+
+    moves = [move for one in projects for move in upgrades.undo(database, one, bases, dry_run)]
+    if as_json:
+        print_json([asdict(move) for move in moves])
+    else:
+        heading = "would name again" if dry_run else "names again"
+        rows = [(move.alias, move.version or "", move.problem) for move in moves]
+        print_table(("alias", heading, "problem"), rows)
+    if any(move.version is None for move in moves):
+        raise typer.Exit(1)
 
 
 def _bases(old: str, new: str) -> Bases:
@@ -162,13 +183,21 @@ def _show(recipes: list[Recipe], bases: Bases) -> None:
     print_table(("account", "alias", "standing", f"on {bases.new}", "note"), rows)
 
 
-def _hint(recipes: list[Recipe], settings: Settings, dry_run: bool) -> None:
-    from data import presence
-
+def _hint(recipes: list[Recipe]) -> None:
     for recipe in recipes:
         if recipe.standing in ("refused", "rolled_back"):
             for alias in recipe.aliases:
                 print(f"overrule: hone models promote {recipe.candidate} --alias {alias}")
+
+
+def _warn_of_no_worker(recipes: list[Recipe], settings: Settings) -> None:
+    """Say on stderr that jobs wait for a worker, where none lives on this machine."""
+    from data import presence
+
     is_open = any(recipe.standing == "running" for recipe in recipes)
-    if is_open and not dry_run and not presence.alive(settings.workers_dir):
-        print("No worker runs here: start `hone serve` or `python -m train.worker`.")
+    if is_open and not presence.alive(settings.workers_dir):
+        print(
+            "No worker runs here, and the jobs wait for one: start `hone serve` or "
+            "`python -m train.worker`.",
+            file=sys.stderr,
+        )
