@@ -182,6 +182,13 @@ def unknown_parameter(
     return errors.InvalidInput(message, param=path, code="unknown_parameter")
 
 
+def has_nul(name: str) -> errors.InvalidInput:
+    """Return the error of a parameter with the character NUL, which cannot be stored."""
+    return errors.InvalidInput(
+        f"Invalid '{name}': it holds the character NUL (U+0000). Send it without.", param=name
+    )
+
+
 async def _on_toolkit_error(_request: Request, error: errors.ToolkitError) -> Response:
     if error.public != error.message:
         log.warning("%s", error)
