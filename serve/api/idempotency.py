@@ -35,7 +35,7 @@ from data.errors import InvalidInput, Overloaded, ToolkitError
 from data.tables_metering import KeptAnswer
 from serve.api.errors import error_response
 
-RETRIED = re.compile(r"/v1/(fine_tuning/jobs|batches|uploads/[^/]+/complete)")
+RETRIED = re.compile(r"/v1/(fine_tuning/jobs|batches|uploads/[^/]+/(parts|complete))")
 TRIES = re.compile(r"[0-9]+")
 # Their answers hold keys or secrets.
 SECRETS = re.compile(
