@@ -10,6 +10,7 @@ classes: they add no task and leave the disconnect message to whoever streams.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
@@ -26,7 +27,7 @@ from data.db import Database
 from data.errors import Forbidden, NotFound, ToolkitError, Unauthorized
 from data.tables import new_id
 from data.uploads import MAX_PART_BYTES
-from serve.api.errors import error_response, has_nul, internal_error
+from serve.api.errors import error_response, for_exception, has_nul, stopping
 from serve.logs import FIELDS
 
 API_VERSION = "2020-10-01"
@@ -74,11 +75,15 @@ class RequestContext:
 
         try:
             await self.app(scope, receive, send_with_headers)
-        except Exception:
+        except asyncio.CancelledError:
+            if not status:  # the server stops, and its grace is over
+                await error_response(stopping())(scope, receive, send_with_headers)
+            raise
+        except Exception as error:
             log.exception("%s %s %s", request_id, scope["method"], roles.printable(scope["path"]))
             if status:
                 raise  # the response has begun: the server resets the connection
-            response = error_response(internal_error(request_id))
+            response = error_response(for_exception(error, request_id))
             await response(scope, receive, send_with_headers)
         finally:
             # The route's pattern, not the path: metrics must not grow with the ids asked for.
