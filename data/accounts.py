@@ -195,7 +195,7 @@ def authenticate(database: Database, key: str | None, *, also_closed: bool = Fal
         found = connection.execute(_LOOKUP, {"hash": digest}).one_or_none()
     if found is None or not hmac.compare_digest(found.hash, digest):
         raise _wrong(key)
-    if found.revoked_at is not None or (found.expires_at is not None and found.expires_at <= now()):
+    if not _works(found.revoked_at, found.expires_at):
         raise _wrong(key)
     if found.slug is not None and found.status != "active" and not also_closed:
         raise closed(found.slug, found.status, found.case_id)
@@ -210,6 +210,18 @@ def authenticate(database: Database, key: str | None, *, also_closed: bool = Fal
     )
 
 
+def check_key(database: Database, key_id: str) -> None:
+    """Make sure that a key that was let in still works, for calls that last.
+
+    Raises:
+        Unauthorized: It was revoked, or has expired.
+    """
+    with database.read() as session:
+        record = session.get(ApiKey, key_id)
+        if record is None or not _works(record.revoked_at, record.expires_at):
+            raise Unauthorized("The API key was revoked or has expired during this call.")
+
+
 def closed(slug: str, status: str, case_id: str | None) -> Forbidden:
     """Return the error that calls of an account get that is not active."""
     told = ""
@@ -221,6 +233,10 @@ def closed(slug: str, status: str, case_id: str | None) -> Forbidden:
 def redact(key: str) -> str:
     """Return a key as messages may show it: its first five and last two characters."""
     return f"{key[:5]}***{key[-2:]}" if len(key) > 12 else "***"
+
+
+def _works(revoked_at: int | None, expires_at: int | None) -> bool:
+    return revoked_at is None and (expires_at is None or expires_at > now())
 
 
 def _wrong(key: str) -> Unauthorized:

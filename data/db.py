@@ -5,7 +5,9 @@ then writes (claiming a job, moving an alias) never fails half-way for a lock ta
 writers of one process take turns at a lock of their own first: SQLite's waits by sleeping, up to a
 tenth of a second at a time, and whoever comes later may overtake. On PostgreSQL every `write()`
 first takes one advisory lock, which has the same effect: writers take turns, readers never wait,
-and each `read()` sees one snapshot.
+and each `read()` sees one snapshot. PostgreSQL's texts hold no NUL; U+FFFD is written in its place.
+
+An error of the database tells the statement, never the values: those are prompts, keys and rows.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from typing import Any
 import sqlalchemy
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Connection, Engine, event, make_url
+from sqlalchemy import Connection, Engine, ExceptionContext, event, make_url
 from sqlalchemy.orm import Session
 
 from data.errors import InvalidInput
@@ -30,7 +32,7 @@ from data.errors import InvalidInput
 MIGRATIONS = Path(__file__).parent / "migrations"
 BUSY_TIMEOUT_S = 30
 SWITCH_PAUSE_S = 0.01
-SQLITE_CONNECTIONS = 40  # as many as the threads that a server answers with
+CONNECTIONS = 40  # as many as the threads that a server answers with
 WRITERS = 0x686F6E65  # "hone": the advisory lock that writers take turns with on PostgreSQL
 MALFORMED = (sqlalchemy.exc.ArgumentError, sqlalchemy.exc.NoSuchModuleError, ValueError)
 PASSWORD = re.compile(r"(://[^:/@]*:).*@")
@@ -117,15 +119,16 @@ def _prepare_folder(url: sqlalchemy.URL) -> None:
 
 
 def _open(url: sqlalchemy.URL, is_sqlite: bool) -> Engine:
+    options: dict[str, Any] = {"pool_size": CONNECTIONS, "hide_parameters": True}
     if not is_sqlite:
         engine = sqlalchemy.create_engine(
-            url, pool_pre_ping=True, isolation_level="REPEATABLE READ"
+            url, pool_pre_ping=True, isolation_level="REPEATABLE READ", **options
         )
         event.listen(engine, "begin", _begin_postgresql)
+        event.listen(engine, "before_cursor_execute", _without_nul, retval=True)
+        event.listen(engine, "handle_error", _without_detail)
         return engine
-    engine = sqlalchemy.create_engine(
-        url, connect_args={"timeout": BUSY_TIMEOUT_S}, pool_size=SQLITE_CONNECTIONS
-    )
+    engine = sqlalchemy.create_engine(url, connect_args={"timeout": BUSY_TIMEOUT_S}, **options)
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     return engine
@@ -164,3 +167,28 @@ def _begin_sqlite(connection: Connection) -> None:
 def _begin_postgresql(connection: Connection) -> None:
     if connection.get_execution_options().get("hone_write", False):
         connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({WRITERS})")
+
+
+def _without_nul(
+    _connection: Any, _cursor: Any, statement: str, parameters: Any, _context: Any, _many: bool
+) -> tuple[str, Any]:
+    return statement, _replace_nul(parameters)
+
+
+def _replace_nul(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.replace("\0", "\ufffd")
+    if isinstance(value, dict):
+        return {name: _replace_nul(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_replace_nul, value))
+    return value
+
+
+def _without_detail(context: ExceptionContext) -> None:
+    """Cut PostgreSQL's message to its first line: the detail repeats the values of the row."""
+    original, shown = context.original_exception, context.sqlalchemy_exception
+    primary = getattr(getattr(original, "diag", None), "message_primary", None)
+    if primary is not None and shown is not None:
+        shown.args = tuple(str(part).replace(str(original), primary) for part in shown.args)
+        original.args = (primary,)

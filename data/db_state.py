@@ -77,10 +77,12 @@ def _reading(url: sqlalchemy.URL) -> Iterator[Connection]:
         path = Path(str(url.database)).resolve()
         # Without a log beside it nobody has it open, and SQLite would make one to read it.
         mode = "mode=ro" if Path(f"{path}-wal").exists() else "immutable=1"
-        engine = sqlalchemy.create_engine(f"sqlite:///file:{path}?{mode}&uri=true")
+        engine = sqlalchemy.create_engine(
+            f"sqlite:///file:{path}?{mode}&uri=true", hide_parameters=True
+        )
     else:
         options = {"postgresql_readonly": True}
-        engine = sqlalchemy.create_engine(url, execution_options=options)
+        engine = sqlalchemy.create_engine(url, execution_options=options, hide_parameters=True)
     try:
         with engine.connect() as connection:
             yield connection

@@ -78,7 +78,7 @@ class FileStore:
         self._is_local = "file" in _protocols(self._blobs)
         self._max_bytes = max_bytes
         self.parts = PartStore(self._blobs, self._root)
-        self._limits = limits or Limits()
+        self.limits = limits or Limits()
 
     def create(
         self,
@@ -99,14 +99,18 @@ class FileStore:
         record = self.stage(project_id, stream, filename, purpose, expires_after_s)
         try:
             with self._database.write() as session:
-                caps.check_stored_bytes(session, project_id, self._limits, record.bytes)
+                caps.check_stored_bytes(session, project_id, self.limits, record.bytes)
                 session.add(record)
                 told = {"purpose": purpose, "bytes": record.bytes}
                 audit.record(session, "file.created", record.id, project_id, **told)
         except QuotaExceeded:
-            self._blobs.rm(self._path(record.blob))
+            self.discard(record)
             raise
         return record
+
+    def discard(self, record: File) -> None:
+        """Remove the bytes of a file that was staged and got no row."""
+        self._blobs.rm(self._path(record.blob))
 
     def stage(
         self,
@@ -202,9 +206,17 @@ class FileStore:
         self._blobs.rm(self._path(record.blob))
 
     def open(self, project_id: str, file_id: str) -> BinaryIO:
-        """Open a file's bytes for reading."""
+        """Open a file's bytes for reading.
+
+        Raises:
+            NotFound: There is none, or it was deleted this very moment.
+        """
         record = self.get(project_id, file_id)
-        stream: BinaryIO = self._blobs.open(self._path(record.blob), "rb")
+        try:
+            stream: BinaryIO = self._blobs.open(self._path(record.blob), "rb")
+        except FileNotFoundError:
+            self.get(project_id, file_id)  # deleted since, which is no fault of the server's
+            raise
         return stream
 
     @contextmanager

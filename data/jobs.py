@@ -23,6 +23,7 @@ from data import audit, caps, webhooks
 from data.db import Database
 from data.errors import InvalidInput, NotFound, StateConflict
 from data.files import LIVE_JOBS
+from data.job_log import words
 from data.job_spec import JobSpec
 from data.job_start import check_file, find_start, pin_grader
 from data.settings import Limits
@@ -314,7 +315,7 @@ def fail(
     """End a job with its cause."""
     move(session, job, "failed", error={"code": code, "message": message, "param": param})
     told = f"Fine-tuning job failed: {message}"
-    record_event(session, job.id, told, level="error", data=data)
+    record_event(session, job.id, told, level="error", data=data, code=code)
 
 
 def record_event(
@@ -326,12 +327,18 @@ def record_event(
     type: str = "message",
     data: Mapping[str, Any] | None = None,
     source: str | None = None,
+    code: str | None = None,
 ) -> None:
-    """Append to a job's history; `source` names the trainer's line, so that none is told twice."""
+    """Append to a job's history.
+
+    Args:
+        source: Names the trainer's line, so that none is told twice.
+        code: Of the failure that it tells of, for the log.
+    """
     told = select(JobEvent.seq).where(JobEvent.job_id == job_id, JobEvent.source == source)
     if source is not None and session.scalar(told) is not None:
         return
-    log.log(LOG_LEVELS[level], "%s: %s", job_id, message)
+    log.log(LOG_LEVELS[level], "%s: %s", job_id, words(message, code, data))
     session.add(
         JobEvent(
             id=new_id("ftevent-"),

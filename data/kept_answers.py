@@ -1,13 +1,13 @@
 """Answers to POSTs that may be sent again, so that a call repeated is a call made once.
 
 A call is begun, then finished with its answer or released. Who begins a call that another began
-gets what is known of it. A call that was begun and neither finished nor released, because its
-server died, may be begun anew after a while.
+gets what is known of it. Whoever makes a call renews it every few seconds; one that is neither
+finished, released nor renewed has lost its server, and may be begun anew.
 """
 
 from __future__ import annotations
 
-from sqlalchemy import delete
+from sqlalchemy import delete, update
 from sqlalchemy.exc import IntegrityError
 
 from data.db import Database
@@ -16,7 +16,8 @@ from data.tables import now
 from data.tables_metering import KeptAnswer
 
 KEEP_S = 24 * 3600
-ABANDONED_S = 900  # longer than any request may take
+RENEW_S = 10.0  # between two signs of life of whoever makes a call
+ABANDONED_S = 45  # without one: longer than a busy database may hold it up
 
 
 def begin(
@@ -50,10 +51,21 @@ def begin(
         return _begin(database, scope, key, body_hash, max_age_s, anew)
 
 
-def look(database: Database, scope: str, key: str) -> KeptAnswer | None:
-    """Return what is known of a call; None if it was released."""
+def is_being_made(database: Database, scope: str, key: str) -> bool:
+    """Tell whether somebody makes the call now; if not, `begin` tells what became of it."""
     with database.read() as session:
-        return session.get(KeptAnswer, (scope, key))
+        record = session.get(KeptAnswer, (scope, key))
+        return record is not None and record.status is None and not _is_stale(record, 0)
+
+
+def renew(database: Database, scope: str, key: str) -> None:
+    """Tell that a call is still being made."""
+    with database.write() as session:
+        session.execute(
+            update(KeptAnswer)
+            .where(KeptAnswer.scope == scope, KeptAnswer.key == key, KeptAnswer.status.is_(None))
+            .values(created_at=now())
+        )
 
 
 def finish(
@@ -82,9 +94,7 @@ def _begin(
         session.execute(delete(KeptAnswer).where(KeptAnswer.created_at <= moment - KEEP_S))
         record = session.get(KeptAnswer, (scope, key), with_for_update=True)
         if record is not None:
-            age_s = moment - record.created_at
-            stale = age_s >= (ABANDONED_S if record.status is None else max_age_s)
-            if not stale and not anew:
+            if not _is_stale(record, max_age_s) and not anew:
                 if record.body_hash != body_hash:
                     raise IdempotencyMismatch(
                         "The header Idempotency-Key names another request: the same key was sent "
@@ -96,3 +106,9 @@ def _begin(
             session.flush()
         session.add(KeptAnswer(scope=scope, key=key, body_hash=body_hash, created_at=moment))
     return None
+
+
+def _is_stale(record: KeptAnswer, max_age_s: int) -> bool:
+    """Whether an answer is too old to be told, or a call that is being made is abandoned."""
+    limit_s = ABANDONED_S if record.status is None else max_age_s
+    return now() - record.created_at >= limit_s

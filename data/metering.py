@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from sqlalchemy import select, update
-from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from data.db import Database
@@ -145,7 +144,7 @@ class Meter:
             try:
                 self.flush()
                 self._on_tick()
-            except SQLAlchemyError:
+            except Exception:  # whatever it is, what comes after is still to be written
                 log.exception("the usage ledger could not be written; it is tried again")
 
 

@@ -2,7 +2,8 @@
 
 An owner does everything. A member does all but delete models, share them, and manage keys. A reader
 reads: GET and nothing else. A labeler compares answers and nothing else. Admin keys have no role:
-they manage accounts and run nothing.
+they manage accounts and run nothing. Nobody but an owner may call a path with control characters:
+routes and the patterns here might read it differently.
 """
 
 from __future__ import annotations
@@ -18,10 +19,14 @@ LABELING = "/v1/comparisons"
 NEXT = f"{LABELING}/next"
 # Method and path of what owners alone may do; a path stands for what lies below it too.
 OWNERS_ONLY = (
-    (re.compile("DELETE"), re.compile(r"/v1/models/.*")),
-    (re.compile("POST|DELETE"), re.compile(r"/v1/fine_tuning/checkpoints/.*/permissions(/.*)?")),
-    (re.compile(".*"), re.compile(r"/v1/api_keys(/.*)?")),
+    (re.compile("DELETE"), re.compile(r"/v1/models/.*", re.DOTALL)),
+    (
+        re.compile("POST|DELETE"),
+        re.compile(r"/v1/fine_tuning/checkpoints/.*/permissions(/.*)?", re.DOTALL),
+    ),
+    (re.compile(".*"), re.compile(r"/v1/api_keys(/.*)?", re.DOTALL)),
 )
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 def check_name(role: str) -> Role:
@@ -42,14 +47,21 @@ def check(role: str, method: str, path: str) -> None:
     """
     if not _may(role, method, path):
         raise Forbidden(
-            f"A key with the role '{role}' may not {method} {path}. Use a key whose role allows "
-            "it; the account's owner or the server's operator makes one."
+            f"A key with the role '{role}' may not {method} {printable(path)}. Use a key whose "
+            "role allows it; the account's owner or the server's operator makes one."
         )
+
+
+def printable(path: str) -> str:
+    """Return a path on one line, with control characters escaped, as it may be logged."""
+    return CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", path)
 
 
 def _may(role: str, method: str, path: str) -> bool:
     if role == "owner":
         return True
+    if CONTROL.search(path):
+        return False
     if role == "labeler":
         return path == LABELING or path.startswith(LABELING + "/")
     if any(m.fullmatch(method) and p.fullmatch(path) for m, p in OWNERS_ONLY):

@@ -64,7 +64,9 @@ class Limits(StrictModel):
     requests_per_minute: int | None = Field(None, ge=0)
     tokens_per_minute: int | None = Field(None, ge=0, description="Prompt plus completion.")
     requests_per_day: int | None = Field(None, ge=0)
-    concurrent_jobs: int | None = Field(None, ge=0, description="Jobs that wait or run.")
+    concurrent_jobs: int | None = Field(
+        None, ge=0, le=2**31 - 1, description="Jobs that wait or run."
+    )
     stored_mb: int | None = Field(None, ge=0, description="Uploaded and produced files, MiB.")
 
 

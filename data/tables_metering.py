@@ -119,7 +119,10 @@ class SpendAlert(Record):
 
 
 class KeptAnswer(Record):
-    """The answer to a POST that may be sent again; without a status it is still being made."""
+    """The answer to a POST that may be sent again; without a status it is still being made.
+
+    `created_at` is the last sign of life of whoever makes it.
+    """
 
     __tablename__ = "kept_answers"
 

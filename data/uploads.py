@@ -1,6 +1,8 @@
 """Files that arrive in parts: each part is stored as it comes, and joined when all are there.
 
-An upload that is not completed within an hour expires; the parts of ended uploads are swept.
+An upload that is not completed within an hour expires; the parts of ended uploads are swept. The
+bytes announced by pending uploads count against the account's cap when another is announced, and
+parts never exceed them.
 """
 
 from __future__ import annotations
@@ -9,13 +11,14 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from typing import BinaryIO
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from data import audit
+from data import audit, caps
 from data.db import Database
-from data.errors import InvalidInput, NotFound, StateConflict
+from data.errors import InvalidInput, NotFound, StateConflict, ToolkitError
 from data.files import FileStore, check_request, safe_name
+from data.parts import check_room
 from data.tables import File, new_id, now
 from data.tables_surface import Upload, UploadPart
 
@@ -46,6 +49,7 @@ class UploadStore:
 
         Raises:
             InvalidInput: Purpose, expiry or size are wrong.
+            QuotaExceeded: With it and what is pending, the account would store more than it may.
         """
         check_request(purpose, expires_after_s)
         if not 0 < num_bytes <= MAX_BYTES:
@@ -64,6 +68,8 @@ class UploadStore:
             expires_at=now() + EXPIRES_S,
         )
         with self._database.write() as session:
+            announced = _pending_bytes(session, project_id) + num_bytes
+            caps.check_stored_bytes(session, project_id, self._files.limits, announced)
             session.add(upload)
         return upload
 
@@ -73,16 +79,24 @@ class UploadStore:
         Raises:
             NotFound: There is no such upload.
             StateConflict: It has ended.
-            InvalidInput: The part is empty or too large.
+            InvalidInput: The part is empty or too large, or more than was announced.
         """
         with self._database.read() as session:
-            _find_pending(session, project_id, upload_id)
+            room = _room(session, _find_pending(session, project_id, upload_id))
         part_id = new_id("part_")
-        num_bytes = self._parts.put(upload_id, part_id, stream, MAX_PART_BYTES)
+        try:
+            num_bytes = self._parts.put(upload_id, part_id, stream, MAX_PART_BYTES, room)
+        except FileNotFoundError as error:
+            raise _ended(upload_id) from error
         part = UploadPart(id=part_id, upload_id=upload_id, bytes=num_bytes)
-        with self._database.write() as session:
-            _find_pending(session, project_id, upload_id)
-            session.add(part)
+        try:
+            with self._database.write() as session:
+                upload = _find_pending(session, project_id, upload_id)
+                check_room(num_bytes, _room(session, upload))  # others may have come meanwhile
+                session.add(part)
+        except ToolkitError:
+            self._parts.remove(upload_id, part_id)
+            raise
         return part
 
     def complete(
@@ -96,6 +110,7 @@ class UploadStore:
             InvalidInput: A part is not its own or named twice, the bytes are not as many as
                 announced, or the MD5 is another; the upload stays as it is.
             DataError: The file cannot be what its purpose says.
+            QuotaExceeded: The account would store more than it may; the upload stays as it is.
         """
         with self._database.read() as session:
             upload = _find_pending(session, project_id, upload_id)
@@ -110,9 +125,12 @@ class UploadStore:
 
         def content() -> Iterator[bytes]:
             for part_id in part_ids:
-                for chunk in self._parts.read(upload_id, part_id):
-                    digest.update(chunk)
-                    yield chunk
+                try:
+                    for chunk in self._parts.read(upload_id, part_id):
+                        digest.update(chunk)
+                        yield chunk
+                except FileNotFoundError as error:
+                    raise _ended(upload_id) from error
             if md5 is not None and digest.hexdigest() != md5.lower():
                 raise InvalidInput(
                     f"Invalid 'md5': the parts have the MD5 {digest.hexdigest()}, but got {md5} "
@@ -128,12 +146,17 @@ class UploadStore:
             upload.expires_after_s,
             max_bytes=MAX_BYTES,
         )
-        with self._database.write() as session:
-            upload = _find_pending(session, project_id, upload_id)
-            upload.status, upload.file_id = "completed", record.id
-            session.add(record)
-            told = {"purpose": record.purpose, "bytes": record.bytes}
-            audit.record(session, "file.created", record.id, project_id, **told)
+        try:
+            with self._database.write() as session:
+                upload = _find_pending(session, project_id, upload_id)
+                caps.check_stored_bytes(session, project_id, self._files.limits, record.bytes)
+                upload.status, upload.file_id = "completed", record.id
+                session.add(record)
+                told = {"purpose": record.purpose, "bytes": record.bytes}
+                audit.record(session, "file.created", record.id, project_id, **told)
+        except ToolkitError:
+            self._files.discard(record)
+            raise
         self._parts.drop(upload_id)
         return upload, record
 
@@ -180,6 +203,26 @@ def _find_pending(session: Session, project_id: str, upload_id: str) -> Upload:
             param="id",
         )
     return upload
+
+
+def _ended(upload_id: str) -> StateConflict:
+    return StateConflict(
+        f"The upload {upload_id} was completed or cancelled, or has expired, during this call.",
+        param="id",
+    )
+
+
+def _pending_bytes(session: Session, project_id: str) -> int:
+    """Return what an account has announced and neither completed nor cancelled."""
+    query = select(func.coalesce(func.sum(Upload.bytes), 0)).where(
+        Upload.project_id == project_id, Upload.status == "pending", Upload.expires_at > now()
+    )
+    return int(session.scalar(query) or 0)
+
+
+def _room(session: Session, upload: Upload) -> int:
+    query = select(func.coalesce(func.sum(UploadPart.bytes), 0))
+    return upload.bytes - int(session.scalar(query.where(UploadPart.upload_id == upload.id)) or 0)
 
 
 def _check_parts(upload: Upload, known: dict[str, UploadPart], part_ids: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ import sys
 from typing import Literal
 
 TEXT = "%(asctime)s %(levelname)s %(name)s %(message)s"
+QUIET = ("alembic", "httpx", "httpcore")  # the last two tell URLs, which hold webhooks' secrets
 FIELDS = "fields"  # the attribute of a record that holds what JSON logs tell beside the message
 
 
@@ -16,7 +17,8 @@ def set_up(level: str, form: Literal["text", "json"]) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines() if form == "json" else logging.Formatter(TEXT))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    logging.getLogger("alembic").setLevel(logging.WARNING)
+    for name in QUIET:
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 class JsonLines(logging.Formatter):

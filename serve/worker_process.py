@@ -1,8 +1,9 @@
 """The embedded training worker: a child process, watched and restarted, never outliving the server.
 
 The worker is `python -m train.worker` with this server's settings, run by `serve.child` so that it
-stops when the server dies, even by kill -9. When the worker dies, it is started again, more slowly
-each time it dies at once.
+stops when the server dies, even by kill -9. The settings go through a pipe: the database's URL may
+hold a password, and a command line is seen by all. When the worker dies, it is started again, more
+slowly each time it dies at once.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class WorkerProcess:
     """Keeps one worker running."""
 
     def __init__(self, settings: Settings):
-        self._command = [sys.executable, "-m", "serve.child", "train.worker", *as_words(settings)]
+        self._command = [sys.executable, "-m", "serve.child", "-", "train.worker"]
+        self._words = json.dumps(as_words(settings)).encode() + b"\n"
         self._stop_s = settings.cancel_grace_s + STOP_MARGIN_S
         self._process: Process | None = None
         self._keeper: asyncio.Task[None] | None = None
@@ -62,6 +64,8 @@ class WorkerProcess:
                 stdin=PIPE,
                 start_new_session=True,  # the terminal's Ctrl-C is for the server alone
             )
+            if self._process.stdin is not None:  # a worker that dies at once is told of below
+                self._process.stdin.write(self._words)
             status = await self._process.wait()
             if time.monotonic() - started > HEALTHY_AFTER_S:
                 delay_s = FIRST_DELAY_S

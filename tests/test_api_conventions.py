@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import Iterator
@@ -10,8 +11,12 @@ from typing import Any
 import httpx
 import pytest
 from api_server import MODEL, Server, running, tiny_settings
+from sqlalchemy.exc import DataError as DatabaseRefusal
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from data import accounts
+from serve.api.middleware import RequestContext
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +189,90 @@ def test_a_bug_is_a_500_that_tells_nothing_but_its_id(
     assert response.headers["x-request-id"] in error["message"]
     assert "secret" not in response.text
     assert "secret" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (OperationalError("select 1", {}, Exception("no connection")), 503),
+        (PoolTimeout("all connections are taken"), 503),
+        (DatabaseRefusal("insert", {}, Exception("out of range")), 400),
+    ],
+)
+@pytest.mark.parametrize("where", ["a route", "the look at the key"])
+def test_errors_of_the_database(
+    server: Server, monkeypatch: pytest.MonkeyPatch, error: Exception, status: int, where: str
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    if where == "a route":
+        monkeypatch.setattr(server.runtime.files, "list", fail)
+    else:
+        monkeypatch.setattr(accounts, "authenticate", fail)
+    answer = server.http().get("/v1/files")
+    told = check_envelope(answer, status)
+    assert (told["code"], answer.headers.get("retry-after")) == (
+        ("overloaded", "5") if status == 503 else ("invalid_value", None)
+    )
+    assert "select" not in answer.text
+
+
+def test_nul_is_refused_in_names_and_taken_in_texts(server: Server) -> None:
+    http = server.http()
+    asked = {"name": "a", "email": "a@b.c", "organization": "d", "use_case": "e\0"}
+    endpoint = {"name": "a", "url": "https://a.example", "event_types": ["x", "y\0"]}
+    job = {"model": MODEL, "training_file": "f", "metadata": {"k": "\0"}}
+    method = {"type": "dpo", "dpo": {"hyperparameters": {"a\0": 1}}}
+    for path, body, param in (
+        ("api_keys", {"name": "a\0b"}, "name"),
+        ("access_requests", asked, "use_case"),
+        ("webhook_endpoints", endpoint, "event_types[1]"),
+        ("fine_tuning/jobs", job, "metadata.k"),
+        ("fine_tuning/jobs", {**job, "metadata": {"k\0": ""}}, "metadata.k\\0"),
+        ("fine_tuning/jobs", {**job, "metadata": {}, "method": method}, "method.dpo.hyperparamet"),
+        ("safety/cases/case_1/appeal", {"message": "\0"}, "message"),
+    ):
+        told = check_envelope(http.post(f"/v1/{path}", json=body), 400)
+        assert told["param"] is not None, path
+        assert told["param"].startswith(param), path
+        assert "NUL" in told["message"]
+    body = {"model": MODEL, "prompt": "a\0b", "max_tokens": 1}
+    assert http.post("/v1/completions", json=body).status_code == 200
+
+
+def test_numbers_that_no_column_holds(server: Server) -> None:
+    _, admin = accounts.create_admin_key(server.runtime.database)
+    caps = f"/v1/organization/projects/{server.project.id}/caps"
+    policy = f"/v1/organization/projects/{server.project.id}/content_policy"
+    http = server.http(admin)
+    for number in (2**31, 2**63):
+        for path, name in ((caps, "max_concurrent_jobs"), (policy, "case_after")):
+            told = check_envelope(http.post(path, json={name: number}), 400)
+            assert told["param"] == name
+
+
+def test_a_request_cut_short_by_the_end_of_the_server() -> None:
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def never(*_: Any) -> None:
+        await asyncio.sleep(60)
+
+    async def work() -> None:
+        app = RequestContext(never, lambda *_: None)
+        scope = {"type": "http", "method": "GET", "path": "/v1/files\nforged"}
+        task = asyncio.create_task(app(scope, never, send))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(work())
+    assert [message.get("status") for message in sent] == [503, None]
+    assert json.loads(sent[1]["body"])["error"]["code"] == "server_stopping"
 
 
 def test_prompts_and_keys_stay_out_of_the_log(

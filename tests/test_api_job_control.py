@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,12 @@ from openai.types.fine_tuning import FineTuningJob
 from openai.types.fine_tuning.jobs import FineTuningJobCheckpoint
 from tiny_models import tiny_tokenizer
 
-from data import checkpoints, jobs, registry
+from data import accounts, checkpoints, jobs, registry, safety
 from data.files import RESULTS
 from data.render import render
 from data.rows import PromptCompletion
 from data.tables import Job
+from serve.api.errors import stopping
 
 PAIRS = [(f"question {i}", f" answer {i}") for i in range(12)]
 ROWS = b"".join(
@@ -136,6 +137,34 @@ def test_streamed_events_end_with_the_job(server: Server, client: openai.OpenAI)
         assert absent.status_code == 404
         wrong = http.get(f"/v1/fine_tuning/jobs/{job.id}/events?stream=true&limit=3")
         assert wrong.json()["error"]["param"] == "limit"
+
+
+@pytest.mark.parametrize("path", ["fine_tuning/jobs", "fine-tunes"])
+def test_streamed_events_end_with_the_right_to_them(
+    server: Server, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    database, generator = server.runtime.database, server.runtime.generator
+    project, key = server.new_account(f"streams {path}")
+    record, second_key = accounts.create_key(database, project.id)
+    job = create(server.client(key))
+
+    def last_of(key: str, end: Callable[[], object]) -> Any:
+        with server.http(key).stream("GET", f"/v1/{path}/{job.id}/events?stream=true") as response:
+            lines = response.iter_lines()
+            assert "error" not in next(lines)
+            end()
+            last = [line for line in lines if line][-1]
+        return json.loads(last.removeprefix("data: "))["error"]["code"]
+
+    with monkeypatch.context() as ending:
+        told = last_of(key, lambda: ending.setattr(generator, "_stopping", stopping()))
+    assert told == "server_stopping"
+    assert last_of(second_key, lambda: accounts.revoke_key(database, record.id)) == (
+        "invalid_api_key"
+    )
+    assert last_of(key, lambda: safety.suspend(database, project.id, "test")) == (
+        "account_suspended"
+    )
 
 
 def test_an_estimate_counts_what_training_would_see(server: Server, client: openai.OpenAI) -> None:

@@ -11,7 +11,8 @@ import pytest
 from api_server import MODEL, Server, running, tiny_settings
 from openai import OpenAI
 
-from data import accounts
+from data import accounts, roles
+from data.errors import Forbidden
 from serve.app import create_app
 
 OPEN = {"/health", "/docs", "/openapi.json", "/v1/access_requests"}
@@ -92,6 +93,38 @@ def test_encoded_paths_are_the_same_paths(server: Server) -> None:
     http = key_of(server, "member")
     for path in ("/v1/models/ft%3Aa%2Fb:x", "/v1/%6Dodels/x", "/v1/models//x"):
         assert http.delete(path).status_code == 403, path
+
+
+def test_control_characters_in_a_path_open_nothing(server: Server) -> None:
+    calls: list[tuple[str, str]] = [
+        ("POST", "/v1/api_keys"),
+        ("GET", "/v1/api_keys"),
+        ("DELETE", "/v1/models/ft:x:acme::1"),
+        ("POST", "/v1/fine_tuning/checkpoints/ft:x:acme::1/permissions"),
+        ("DELETE", "/v1/fine_tuning/checkpoints/ft:x:acme::1/permissions/cp_1"),
+    ]
+    before = len(accounts.list_keys(server.runtime.database, server.project.id)) + 3
+    for role in ("member", "reader", "owner"):
+        http = key_of(server, role)
+        for method, path in calls:
+            for odd in ("%0A", "%0a%0A", "%00", "%0D", "%C2%85"):
+                body = {"name": "mine", "role": "owner"} if method == "POST" else None
+                answer = http.request(method, path + odd, json=body)
+                assert answer.status_code == 404, (role, method, path, odd)
+                assert answer.json()["error"]["code"] == "unknown_url"
+    assert len(accounts.list_keys(server.runtime.database, server.project.id)) == before
+    for role in ("member", "reader", "labeler"):  # were a route to be reached all the same
+        for method, path in calls:
+            with pytest.raises(Forbidden):
+                roles.check(role, method, path + "\n")
+    with pytest.raises(Forbidden):
+        roles.check("member", "DELETE", "/v1/models/a\nb")
+
+
+def test_nul_in_a_query_is_refused_by_name(server: Server) -> None:
+    answer = server.http().get("/v1/models?limit=1&after=a%00b")
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "after"
 
 
 def test_a_member_runs_and_a_reader_does_not(server: Server) -> None:

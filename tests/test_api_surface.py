@@ -14,7 +14,9 @@ from openai.types import Upload
 from openai.types.chat import ChatCompletion
 from sqlalchemy import update
 
+from data import caps
 from data import tables_surface as tables
+from data.settings import Limits
 
 ROWS = b"".join(
     json.dumps({"prompt": f"q {i}", "completion": 40 * "x"}).encode() + b"\n" for i in range(60)
@@ -111,6 +113,56 @@ def test_what_a_completion_must_name(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         client.uploads.complete(upload.id, part_ids=[part.id, rest.id])
     assert caught.value.code == "invalid_state"
+
+
+def test_uploads_keep_to_what_was_announced_and_to_the_cap(server: Server) -> None:
+    project, key = server.new_account("capped")
+    client, database, limits = server.client(key), server.runtime.database, Limits()
+    held = {"stored_bytes": 2 * len(ROWS) - 1}
+    caps.set_caps(database, project.id, limits, held)
+    upload = begin(client)
+    with pytest.raises(openai.RateLimitError, match="exceeded your current quota"):
+        begin(client)  # what is pending counts
+    part = client.uploads.parts.create(upload.id, data=ROWS[:1000])
+    with pytest.raises(openai.BadRequestError, match="announced"):
+        client.uploads.parts.create(upload.id, data=ROWS)
+    rest = client.uploads.parts.create(upload.id, data=ROWS[1000:])
+    with pytest.raises(openai.BadRequestError, match="announced"):
+        client.uploads.parts.create(upload.id, data=b"x")
+
+    ids = [part.id, rest.id]
+    caps.set_caps(database, project.id, limits, {"stored_bytes": 10})  # less than when it began
+    with pytest.raises(openai.RateLimitError):
+        client.uploads.complete(upload.id, part_ids=ids)
+    blobs = server.runtime.settings.files_dir / project.id
+    assert list(blobs.iterdir()) == []
+    caps.set_caps(database, project.id, limits, held)
+    assert client.uploads.complete(upload.id, part_ids=ids).status == "completed"
+
+
+@pytest.mark.parametrize("when", ["before the parts are read", "after"])
+def test_an_upload_that_ends_while_it_is_completed(
+    server: Server, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    project, key = server.new_account(f"ends {when}")
+    client, uploads, stage = server.client(key), server.runtime.uploads, server.runtime.files.stage
+    upload = begin(client)
+    part = client.uploads.parts.create(upload.id, data=ROWS)
+
+    def end_meanwhile(*words: Any, **options: Any) -> Any:
+        early = when != "after"
+        if early:
+            uploads.cancel(project.id, upload.id)
+        staged = stage(*words, **options)
+        uploads.cancel(project.id, upload.id)
+        return staged
+
+    monkeypatch.setattr(server.runtime.files, "stage", end_meanwhile)
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.uploads.complete(upload.id, part_ids=[part.id])
+    assert caught.value.code == "invalid_state"
+    blobs = server.runtime.settings.files_dir / project.id
+    assert not blobs.exists() or list(blobs.iterdir()) == []
 
 
 def test_a_cancelled_upload_leaves_nothing(server: Server, client: openai.OpenAI) -> None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from data.settings import Settings, load_settings
@@ -25,7 +26,7 @@ def stop(*_):
     (folder / f"stopped-{os.getpid()}").touch()
     sys.exit(0)
 signal.signal(signal.SIGTERM, stop)
-(folder / f"started-{os.getpid()}").touch()
+(folder / f"started-{os.getpid()}").write_text(repr(sys.argv[2:]))
 time.sleep(60)
 """
 
@@ -38,6 +39,25 @@ def folder(tmp_path: Path) -> Path:
 
 def command(folder: Path) -> list[str]:
     return [sys.executable, "-m", "serve.child", "stand_in_worker", str(folder)]
+
+
+def test_the_settings_are_on_no_command_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    settings = Settings(database_url="postgresql+psycopg://hone:quokka@db/hone")
+
+    async def work() -> None:
+        worker = WorkerProcess(settings)
+        assert worker._command[-2:] == ["-", "train.worker"]
+        worker._command = [*worker._command[:-1], "stand_in_worker", str(folder)]
+        worker.start()
+        await eventually(lambda: any(p.read_text() for p in folder.glob("started-*")))
+        (pid,) = pids(folder, "started")
+        assert "quokka" not in " ".join(psutil.Process(pid).cmdline())
+        assert (folder / f"started-{pid}").read_text() == repr(as_words(settings))
+        await worker.stop()
+        assert pids(folder, "stopped") == {pid}
+
+    asyncio.run(work())
 
 
 def pids(folder: Path, what: str) -> set[int]:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -89,6 +90,25 @@ def test_a_write_commits_or_rolls_back(database: Database) -> None:
         add_projects(database, "b", "a")
     with database.read() as session:
         assert session.scalars(select(Project.id)).all() == ["proj_1"]
+
+
+def test_an_error_tells_no_values(database: Database) -> None:
+    value = "quokka"
+    add_projects(database, value)
+    with pytest.raises(IntegrityError) as caught:
+        add_projects(database, value)
+    told = "".join(traceback.format_exception(caught.value))
+    assert "projects" in told
+    assert value not in told
+
+
+def test_a_text_with_nul_can_be_stored(database: Database) -> None:
+    odd = "a\0b"
+    with database.write() as session:
+        session.add(Project(id="proj_1", name=odd, slug="a"))
+    with database.read() as session:
+        kept = session.scalars(select(Project.name).where(Project.name.in_([odd, "x"]))).all()
+    assert kept == [odd if database.is_sqlite else "a\ufffdb"]
 
 
 def add_projects(database: Database, *slugs: str) -> None:

@@ -318,3 +318,19 @@ def test_a_kill_while_deleting_leaves_no_row_without_bytes(
             store.delete(project.id, file.id)
     assert store.list(project.id) == ([], False)
     assert store.sweep(min_age_s=0) == [file.blob]
+
+
+def test_a_file_deleted_between_its_row_and_its_bytes_is_not_found(
+    store: FileStore, project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = store.create(project.id, io.BytesIO(LINES), "a.jsonl", "fine-tune")
+    find = store.get
+
+    def get(project_id: str, file_id: str) -> File:
+        found = find(project_id, file_id)
+        store.delete(project_id, file_id)
+        return found
+
+    monkeypatch.setattr(store, "get", get)
+    with pytest.raises(NotFound):
+        store.open(project.id, record.id)

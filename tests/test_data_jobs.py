@@ -75,6 +75,28 @@ def test_a_new_job(database: Database, project: Project, file_id: str) -> None:
     assert all(event.id.startswith("ftevent-") for event in events)
 
 
+def test_the_log_tells_what_was_found_in_files_without_their_rows(
+    database: Database, project: Project, file_id: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "hone.jobs")
+    job = create(database, project, file_id)
+    quoted = 'line 3: "role" is "quokka"; expected a role'
+    found = {"warnings": [{"code": "duplicate_row", "message": quoted}], "count": 2}
+    with database.write() as session:
+        held = session.get_one(Job, job.id)
+        jobs.record_event(session, job.id, quoted, level="warn", data=found)
+        data = {"errors": [{"message": quoted}], "counts": {"invalid_type": 7}}
+        jobs.fail(session, held, "invalid_training_file", quoted, "training_file", data)
+    assert "quokka" not in caplog.text
+    told = [record.getMessage() for record in caplog.records if record.levelname != "INFO"]
+    assert [job.id in line for line in told] == [True, True]
+    assert "duplicate_row 2" in told[0]
+    assert "invalid_training_file {'invalid_type': 7}" in told[1]
+    assert f"Created fine-tuning job: {job.id}" in caplog.text
+    events, _ = jobs.list_events(database, project.id, job.id)
+    assert quoted in events[0].message
+
+
 def reinforcement(**hyperparameters: Any) -> dict[str, Any]:
     section = {"grader": {"type": "string_check"}, "hyperparameters": hyperparameters}
     return {"type": "reinforcement", "reinforcement": section}

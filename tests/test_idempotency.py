@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -16,9 +17,10 @@ from sqlalchemy import func, select, update
 
 from data import kept_answers
 from data.db import Database
-from data.errors import IdempotencyMismatch
+from data.errors import Forbidden, IdempotencyMismatch
 from data.tables import Job, now
 from data.tables_metering import KeptAnswer
+from serve.api import idempotency
 
 LINES = b'{"prompt": "a", "completion": "b"}\n' * 20
 BODY = {"model": MODEL, "prompt": "abc", "max_tokens": 8, "temperature": 1}
@@ -248,6 +250,88 @@ def test_official_client_that_tries_again_makes_one_job(server: Server) -> None:
     )
     assert late.status_code == 200
     assert jobs(server, project.id) == 3
+
+
+def unfinished(server: Server, project_id: str) -> int:
+    """Make all kept calls of an account look begun, and not finished; returns how many."""
+    with server.runtime.database.write() as session:
+        query = update(KeptAnswer).where(KeptAnswer.scope == project_id)
+        return session.execute(query.values(status=None, created_at=now())).rowcount  # type: ignore[attr-defined, no-any-return]
+
+
+def test_no_answer_with_a_secret_is_kept(server: Server) -> None:
+    project, key = server.new_account("secrets")
+    http = server.http(key)
+    endpoint = {"name": "a", "url": "https://example.com", "event_types": ["batch.completed"]}
+    made = http.post("/v1/webhook_endpoints", json=endpoint).json()["id"]
+    for path, body in (
+        ("api_keys", {"name": "a"}),
+        ("webhook_endpoints", endpoint),
+        (f"webhook_endpoints/{made}/rotate_secret", {}),
+    ):
+        answer = post(http, "secret", body, path)
+        assert answer.status_code == 400, path
+        assert "Idempotency-Key" in answer.json()["error"]["message"]
+    with server.runtime.database.read() as session:
+        query = select(func.count()).select_from(KeptAnswer).where(KeptAnswer.scope == project.id)
+        assert session.scalar(query) == 0
+
+
+def test_a_refusal_that_may_be_lifted_is_not_kept(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    http = server.http()
+
+    def refuse(_account: str) -> None:
+        raise Forbidden("closed", code="account_suspended")
+
+    with monkeypatch.context() as suspended:
+        suspended.setattr(server.runtime.generator, "check", refuse)
+        assert post(http, "f1").status_code == 403
+    assert post(http, "f1").status_code == 200
+
+
+def test_a_call_whose_server_died_is_waited_for_but_not_forever(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project, key = server.new_account("died")
+    http = server.http(key)
+    post(http, "d1")
+    assert unfinished(server, project.id) == 1
+    monkeypatch.setattr(idempotency, "WAIT_S", 0.3)
+    answer = post(http, "d1")
+    assert answer.status_code == 503
+    assert answer.json()["error"]["code"] == "overloaded"
+
+    monkeypatch.setattr(idempotency, "WAIT_S", 60)
+    looks: list[None] = []
+    look = kept_answers.is_being_made
+    monkeypatch.setattr(
+        kept_answers, "is_being_made", lambda *asked: looks.append(None) or look(*asked)
+    )
+    with pytest.raises(httpx.ReadTimeout):  # a client that leaves is not waited for
+        http.post("/v1/completions", json=BODY, headers={"idempotency-key": "d1"}, timeout=0.3)
+    time.sleep(0.3)
+    seen = len(looks)
+    assert seen > 0
+    time.sleep(0.4)
+    assert len(looks) == seen
+
+    monkeypatch.setattr(kept_answers, "ABANDONED_S", 1)
+    answer = post(http, "d1")
+    assert answer.status_code == 200
+    assert "idempotent-replayed" not in answer.headers
+
+
+def test_who_makes_a_call_renews_it(database: Database) -> None:
+    kept_answers.begin(database, "p", "k", "h")
+    early = now() - kept_answers.ABANDONED_S
+    with database.write() as session:
+        session.execute(update(KeptAnswer).values(created_at=early))
+    assert not kept_answers.is_being_made(database, "p", "k")
+    kept_answers.renew(database, "p", "k")
+    assert kept_answers.is_being_made(database, "p", "k")
+    assert kept_answers.begin(database, "p", "k", "h") is not None
 
 
 @pytest.mark.parametrize("tries", [b"x", b"-1", b"\xb2", b"9" * 5000])

@@ -16,6 +16,7 @@ import pytest
 from api_server import MODEL, Server, running, tiny_settings
 from test_api_process import READY, key_of
 
+from serve import logs
 from serve.logs import TEXT, JsonLines
 
 SECRET = "quokka"  # in everything that is sent
@@ -95,6 +96,18 @@ def test_a_real_server_at_the_most_talkative(tmp_path: Path, form: str) -> None:
     for secret in (SECRET, key, key.removeprefix("sk-"), BAD_KEY):
         assert secret not in written
         assert secret not in rest
+
+
+def test_urls_of_webhooks_are_not_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
+    levels = {name: logging.getLogger(name).level for name in logs.QUIET}
+    try:
+        logs.set_up("debug", "text")
+        assert not logging.getLogger("httpx").isEnabledFor(logging.INFO)
+        assert not logging.getLogger("httpcore.http11").isEnabledFor(logging.DEBUG)
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
 
 
 @pytest.fixture

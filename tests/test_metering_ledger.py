@@ -15,7 +15,7 @@ from openai import BadRequestError, OpenAI, PermissionDeniedError
 from sqlalchemy import select, text
 from sqlalchemy.exc import OperationalError
 
-from data import accounts, usage
+from data import accounts, metering, usage
 from data.db import Database
 from data.metering import Meter, Usage
 from data.settings import Prices
@@ -287,3 +287,20 @@ def test_training_is_billed_once(database: Database) -> None:
     results = [result for bucket in paid["data"] for result in bucket["results"]]
     assert [(r["line_item"], r["quantity"]) for r in results] == [("m, training_tokens", 1000)]
     assert results[0]["amount"]["value"] == pytest.approx(0.003)
+
+
+def test_the_thread_outlives_any_error(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metering, "FLUSH_S", 0.01)
+    ticks: list[int] = []
+
+    def tick() -> None:
+        ticks.append(1)
+        if len(ticks) == 1:
+            raise ValueError("not of the database")
+
+    meter = Meter(database, PRICES).start(tick)
+    deadline = time.monotonic() + 10
+    while len(ticks) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    meter.close()
+    assert len(ticks) >= 2

@@ -15,7 +15,7 @@ from data.content import Policy
 from data.tables_content import BlockedUser, ContentEvent
 from serve.api.deps import Operator, Running, json_response, page
 from serve.api.json_route import StrictJsonRoute
-from serve.api.schemas import QueryModel, RequestModel
+from serve.api.schemas import INT32_MAX, QueryModel, RequestModel
 
 MAX_LIMIT = 100
 Mode = Literal["off", "score", "block"]
@@ -30,8 +30,8 @@ class PolicyRequest(RequestModel):
     output: Mode = "off"
     training: Mode = "off"
     rules: list[dict[str, Any]] = Field(default_factory=list)
-    case_after: int | None = Field(None, ge=1)
-    block_user_after: int | None = Field(None, ge=1)
+    case_after: int | None = Field(None, ge=1, le=INT32_MAX)
+    block_user_after: int | None = Field(None, ge=1, le=INT32_MAX)
 
 
 class BlockRequest(RequestModel):

@@ -15,6 +15,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from sqlalchemy.exc import DataError, OperationalError, TimeoutError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -35,6 +36,7 @@ STATUS_OF_CLASS: dict[type[Exception], int] = {
     errors.RateLimited: 429,
 }
 STATUS_OF_CODE = {"file_too_large": 413, "unsupported_file": 415}
+DATABASE_RETRY_S = 5
 NEVER_RETRY = (  # fails again
     errors.AdapterRefused,
     errors.DeadlineExceeded,
@@ -110,6 +112,28 @@ def error_response(error: errors.ToolkitError) -> Response:
     return _json(status_of(error), envelope(error), headers)
 
 
+def stopping() -> errors.Overloaded:
+    """Return the error of what the end of the server cuts short."""
+    return errors.Overloaded(
+        "The server is stopping before the answer is complete; ask again.", code="server_stopping"
+    )
+
+
+def for_exception(error: Exception, request_id: str) -> errors.ToolkitError:
+    """Return the error told to a client for an exception that no route foresaw."""
+    if isinstance(error, DataError):
+        return errors.InvalidInput(
+            "A value of the request cannot be stored: it is too large or too long, or it holds a "
+            "character that may not be stored."
+        )
+    if isinstance(error, TimeoutError | OperationalError):
+        return errors.Overloaded(
+            "The server's database is busy or cannot be reached; ask again.",
+            retry_after_s=DATABASE_RETRY_S,
+        )
+    return internal_error(request_id)
+
+
 def internal_error(request_id: str) -> errors.EngineFailure:
     """Return the error told to a client when hone has a bug; the log has the traceback."""
     return errors.EngineFailure(
@@ -136,6 +160,8 @@ def describe(problems: Sequence[Mapping[str, Any]]) -> errors.ToolkitError:
         name = _dotted([*location, context["name"]])
         message = f"Unsupported parameter: '{name}' is not supported by this server."
         return errors.InvalidInput(message, param=name, code=kind)
+    if kind == "nul":
+        return has_nul(_dotted([*location, *context["path"]]))
     if kind == "json_invalid" or not location:
         return _bad_body(kind, value)
     if kind == "missing":
@@ -180,6 +206,13 @@ def unknown_parameter(
     hint = f" Did you mean '{guess}'?" if guess else ""
     message = f"Unknown parameter: '{path}'.{hint}"
     return errors.InvalidInput(message, param=path, code="unknown_parameter")
+
+
+def has_nul(name: str) -> errors.InvalidInput:
+    """Return the error of a parameter with the character NUL, which cannot be stored."""
+    return errors.InvalidInput(
+        f"Invalid '{name}': it holds the character NUL (U+0000). Send it without.", param=name
+    )
 
 
 async def _on_toolkit_error(_request: Request, error: errors.ToolkitError) -> Response:

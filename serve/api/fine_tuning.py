@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -12,7 +13,8 @@ from pydantic import ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
-from data import job_events, job_examples, job_pause, jobs
+from data import accounts, job_events, job_examples, job_pause, jobs
+from data.accounts import Principal
 from data.errors import InvalidInput
 from data.feedback import export
 from data.job_start import check_rank
@@ -31,6 +33,7 @@ from serve.runtime import Runtime
 MAX_LIMIT = 100
 MAX_EXAMPLES = 1000
 STREAM_POLL_S = 0.5
+KEY_POLL_S = 1.0  # between two looks at whether the key of a stream still works
 METADATA_FILTER = re.compile(r"metadata\[(.+)\]")
 
 LABEL_PROJECT = "lproj-"
@@ -161,7 +164,8 @@ async def list_events(
     if query.stream:
         if "limit" in query.model_fields_set:
             raise InvalidInput("Invalid 'limit': a stream has no pages.", param="limit")
-        return await EventStream.begin(request, job_frames(runtime, caller.id, job_id, query.after))
+        frames = job_frames(runtime, request.state.principal, job_id, query.after)
+        return await EventStream.begin(request, frames)
     found, has_more = await run_in_threadpool(
         jobs.list_events, runtime.database, caller.id, job_id, query.limit, query.after
     )
@@ -227,11 +231,25 @@ def describe_job(job: Job) -> dict[str, Any]:
     }
 
 
-async def job_frames(runtime: Runtime, account: str, job_id: str, after: str | None) -> Frames:
-    """Yield a job's events as they come, until it ends."""
+async def job_frames(
+    runtime: Runtime, principal: Principal, job_id: str, after: str | None
+) -> Frames:
+    """Yield a job's events as they come, until it ends.
+
+    Raises:
+        Forbidden: The account was closed meanwhile.
+        Unauthorized: The key was revoked, or has expired.
+        Overloaded: The server stops.
+    """
+    account = str(principal.project_id)
     seq = await run_in_threadpool(job_events.position_of, runtime.database, account, job_id, after)
     silent_s = KEEP_ALIVE_S  # nothing was sent yet, so the first look ends in a frame
+    key_seen = time.monotonic()
     while True:
+        runtime.generator.check(account)
+        if time.monotonic() - key_seen >= KEY_POLL_S:
+            await run_in_threadpool(accounts.check_key, runtime.database, principal.key_id)
+            key_seen = time.monotonic()
         found, ended = await run_in_threadpool(
             job_events.events_since, runtime.database, account, job_id, seq
         )

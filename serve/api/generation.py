@@ -21,6 +21,7 @@ from weakref import WeakSet
 from starlette.requests import ClientDisconnect, Request
 
 from data.errors import EngineFailure, Overloaded, ToolkitError
+from serve.api.errors import stopping
 from serve.api.inbox import Event, Inbox, LazyTimer, Mailbox
 from serve.engine.base import Delta, Engine, GenerationRequest, TokenLogprob
 
@@ -147,10 +148,7 @@ class Generator:
 
     def stop(self) -> None:
         """Refuse all from now on, and end what runs with an error."""
-        self._stopping = Overloaded(
-            "The server is stopping before the answer is complete; ask again.",
-            code="server_stopping",
-        )
+        self._stopping = stopping()
         for generation in list(self._live):
             generation.end(copy(self._stopping))
 

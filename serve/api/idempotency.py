@@ -3,23 +3,28 @@
 With the header `Idempotency-Key`, a call's answer is kept for 24 hours and given to whoever of the
 same account repeats key and body. The official clients send no such key, but say how often they
 have tried: a repeated try of a call that makes something costly finds the answer of the first one.
-Answers that say "later" (429, 5xx) are not kept, nor is a stream that broke off.
+Answers that say "later" (429, 5xx) or "not you" (401, 403) are not kept, nor is a stream that broke
+off. Where answers hold keys or secrets, the header is refused: those are nowhere stored.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import re
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import IO
 
 import anyio
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -30,17 +35,22 @@ from data.errors import InvalidInput, Overloaded, ToolkitError
 from data.tables_metering import KeptAnswer
 from serve.api.errors import error_response
 
-RETRIED = re.compile(r"/v1/(fine_tuning/jobs|batches|uploads/[^/]+/complete)")
+RETRIED = re.compile(r"/v1/(fine_tuning/jobs|batches|uploads/[^/]+/(parts|complete))")
 TRIES = re.compile(r"[0-9]+")
-SECRET_PREFIX = "/v1/organization/"  # its answers hold keys, which are nowhere stored
+# Their answers hold keys or secrets.
+SECRETS = re.compile(
+    r"/v1/(organization/.*|api_keys|webhook_endpoints(/[^/]+/rotate_secret)?)", re.DOTALL
+)
 RETRY_AGE_S = 600
 MAX_KEY = 255
 MAX_KEPT_BYTES = 16 << 20
 IN_MEMORY_BYTES = 1 << 20
-LATER = (408, 409, 429)
+NOT_KEPT = (401, 403, 408, 409, 429)  # what may change though the request stays the same
 WAIT_S = 60.0
 POLL_S = 0.1
 DONE = b"data: [DONE]\n\n"
+
+log = logging.getLogger("hone.requests")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,39 +91,67 @@ class Idempotency:
                 call = await run_in_threadpool(
                     _call, scope, headers, principal, body, given, not tries.strip("0")
                 )
-                kept = await self._begin(call)
+                kept = await self._begin(call, receive)
                 if kept is None:
                     await self._perform(call, scope, _replay(body, receive), send)
                 else:
                     await _answer(kept)(scope, receive, send)
+        except ClientDisconnect:
+            return
         except HTTPException as error:  # of the body's limit, while the body is read
             too_large = ToolkitError(error.detail, code="file_too_large")
             await error_response(too_large)(scope, receive, send)
         except ToolkitError as error:
             await error_response(error)(scope, receive, send)
 
-    async def _begin(self, call: _Call) -> KeptAnswer | None:
-        """Return the answer of the call before; None if this one is to be made."""
-        for _ in range(int(WAIT_S / POLL_S)):
-            kept = await run_in_threadpool(
-                kept_answers.begin,
-                self.database(),
-                call.scope,
-                call.key,
-                call.body_hash,
-                max_age_s=call.max_age_s,
-                anew=call.anew,
-            )
-            while kept is not None and kept.status is None:
-                await asyncio.sleep(POLL_S)
-                kept = await run_in_threadpool(
-                    kept_answers.look, self.database(), call.scope, call.key
-                )
-                if kept is None:
-                    break
-            else:
-                return kept
+    async def _begin(self, call: _Call, receive: Receive) -> KeptAnswer | None:
+        """Return the answer of the call before; None if this one is to be made.
+
+        Raises:
+            Overloaded: The call before is still being made after WAIT_S.
+            ClientDisconnect: The client went away meanwhile.
+        """
+        kept = await self._try(call)
+        if kept is None or kept.status is not None:
+            return kept
+        give_up = time.monotonic() + WAIT_S
+        left = asyncio.ensure_future(receive())  # the body is read: it can only tell of the end
+        try:
+            while time.monotonic() < give_up:
+                await asyncio.wait({left}, timeout=POLL_S)
+                if left.done():
+                    raise ClientDisconnect
+                if await run_in_threadpool(
+                    kept_answers.is_being_made, self.database(), call.scope, call.key
+                ):
+                    continue
+                kept = await self._try(call)
+                if kept is None or kept.status is not None:
+                    return kept
+        finally:
+            left.cancel()
+            await asyncio.gather(left, return_exceptions=True)
         raise Overloaded("The same request, sent before, is still being worked on.")
+
+    async def _try(self, call: _Call) -> KeptAnswer | None:
+        return await run_in_threadpool(
+            kept_answers.begin,
+            self.database(),
+            call.scope,
+            call.key,
+            call.body_hash,
+            max_age_s=call.max_age_s,
+            anew=call.anew,
+        )
+
+    async def _renew(self, call: _Call) -> None:
+        """Show that the call is being made, until cancelled."""
+        while True:
+            await asyncio.sleep(kept_answers.RENEW_S)
+            try:
+                await run_in_threadpool(kept_answers.renew, self.database(), call.scope, call.key)
+            except SQLAlchemyError:
+                log.exception("a kept call could not be renewed; trying again")
 
     async def _perform(self, call: _Call, scope: Scope, receive: Receive, send: Send) -> None:
         status, content_type, content, kept = 0, None, bytearray(), False
@@ -127,7 +165,7 @@ class Idempotency:
                 if len(content) <= MAX_KEPT_BYTES:
                     content.extend(message.get("body", b""))
                 whole = not message.get("more_body", False) and _is_whole(content_type, content)
-                if whole and status < 500 and status not in LATER:
+                if whole and status < 500 and status not in NOT_KEPT:
                     kept = True  # before the client has it, which may ask again at once
                     await run_in_threadpool(
                         kept_answers.finish,
@@ -140,9 +178,11 @@ class Idempotency:
                     )
             await send(message)
 
+        renewing = asyncio.create_task(self._renew(call))
         try:
             await self.app(scope, receive, send_and_keep)
         finally:
+            renewing.cancel()
             if not kept:
                 with anyio.CancelScope(shield=True):
                     await run_in_threadpool(
@@ -156,10 +196,10 @@ def _check_key(key: str, path: str) -> None:
             f"Invalid header Idempotency-Key: expected at most {MAX_KEY} characters, but got "
             f"{len(key)}."
         )
-    if path.startswith(SECRET_PREFIX):
+    if SECRETS.fullmatch(path):
         raise InvalidInput(
-            "The header Idempotency-Key is not supported here: answers may hold keys, which are "
-            "never stored. Leave it out."
+            "The header Idempotency-Key is not supported here: answers may hold keys or secrets, "
+            "which are never stored. Leave it out."
         )
 
 

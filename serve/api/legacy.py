@@ -197,9 +197,8 @@ async def list_fine_tune_events(
     Those of either begin after `after`, the id of an event as `/fine_tuning/jobs` tells it.
     """
     if query.stream:
-        return await EventStream.begin(
-            request, _frames(job_frames(runtime, caller.id, job_id, query.after))
-        )
+        events = job_frames(runtime, request.state.principal, job_id, query.after)
+        return await EventStream.begin(request, _frames(events))
     shown = await run_in_threadpool(_events, runtime, caller.id, job_id, query.after)
     return json_response({"object": "list", "data": shown})
 

@@ -14,10 +14,10 @@ from data.errors import InvalidInput
 from data.tables_metering import RateLimit, SpendAlert
 from serve.api.deps import Operator, Running, json_response, page
 from serve.api.json_route import StrictJsonRoute
-from serve.api.schemas import QueryModel, RequestModel
+from serve.api.schemas import INT32_MAX, QueryModel, RequestModel
 from serve.runtime import Runtime
 
-UNLIMITED = 2**31 - 1  # clients want a number: this one, or more, stands for no limit
+UNLIMITED = INT32_MAX  # clients want a number: this one, or more, stands for no limit
 FIELDS = {
     "max_requests_per_1_minute": "requests_per_minute",
     "max_tokens_per_1_minute": "tokens_per_minute",
@@ -62,7 +62,7 @@ class RateLimitRequest(RequestModel):
 class CapsRequest(RequestModel):
     """Caps to change."""
 
-    max_concurrent_jobs: int | None = Field(None, ge=0)
+    max_concurrent_jobs: int | None = Field(None, ge=0, le=INT32_MAX)
     max_stored_bytes: int | None = Field(None, ge=0, lt=1 << 62)
 
 

@@ -2,30 +2,32 @@
 
 `RequestContext` names the request, times it, logs it and turns a bug into a 500 that says where to
 look. `Authentication` lets nobody in without a key, before the body is read; but
-for /health, and the API's description, which tell nothing of any account. `BodyLimit` refuses what
-is too large while it arrives. Plain ASGI classes: they add no task and leave the disconnect message
-to whoever streams.
+for /health, and the API's description, which tell nothing of any account. It refuses control
+characters in the path, and NUL in the query, before it looks at the key: routes, roles and
+databases do not read them alike. `BodyLimit` refuses what is too large while it arrives. Plain ASGI
+classes: they add no task and leave the disconnect message to whoever streams.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
 from collections.abc import Awaitable, Callable
 
 from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders, QueryParams
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from data import accounts, audit, roles
 from data.accounts import Principal
 from data.db import Database
-from data.errors import Forbidden, ToolkitError, Unauthorized
+from data.errors import Forbidden, NotFound, ToolkitError, Unauthorized
 from data.tables import new_id
 from data.uploads import MAX_PART_BYTES
-from serve.api.errors import error_response, internal_error
+from serve.api.errors import error_response, for_exception, has_nul, stopping
 from serve.logs import FIELDS
 
 API_VERSION = "2020-10-01"
@@ -73,11 +75,15 @@ class RequestContext:
 
         try:
             await self.app(scope, receive, send_with_headers)
-        except Exception:
-            log.exception("%s %s %s", request_id, scope["method"], scope["path"])
+        except asyncio.CancelledError:
+            if not status:  # the server stops, and its grace is over
+                await error_response(stopping())(scope, receive, send_with_headers)
+            raise
+        except Exception as error:
+            log.exception("%s %s %s", request_id, scope["method"], roles.printable(scope["path"]))
             if status:
                 raise  # the response has begun: the server resets the connection
-            response = error_response(internal_error(request_id))
+            response = error_response(for_exception(error, request_id))
             await response(scope, receive, send_with_headers)
         finally:
             # The route's pattern, not the path: metrics must not grow with the ids asked for.
@@ -94,6 +100,10 @@ class Authentication:
         self.database = database
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        odd = _odd_characters(scope) if scope["type"] == "http" else None
+        if odd is not None:
+            await error_response(odd)(scope, receive, send)
+            return
         if scope["type"] == "http" and not _is_open(scope):
             headers = Headers(scope=scope)
             try:
@@ -140,6 +150,19 @@ class BodyLimit:
         )
 
 
+def _odd_characters(scope: Scope) -> ToolkitError | None:
+    """Return the error of a path or query that holds what no name of hone holds."""
+    if roles.CONTROL.search(scope["path"]):
+        shown = roles.printable(scope["path"])
+        return NotFound(f"Invalid URL ({scope['method']} {shown})", code="unknown_url")
+    query = scope["query_string"]
+    held = QueryParams(query).multi_items() if b"%00" in query or b"\0" in query else ()
+    for name, value in held:
+        if "\0" in name + value:
+            return has_nul(name.replace("\0", "\\0"))
+    return None
+
+
 def _is_open(scope: Scope) -> bool:
     posted = scope["method"] == "POST" and scope["path"] in OPEN_POSTS
     if posted:
@@ -166,7 +189,7 @@ def _log(request_id: str, scope: Scope, route: str, status: int, took_ms: int) -
     }
     log.info(
         "%s %s %s -> %d in %d ms",
-        *(request_id, scope["method"], scope["path"], status, took_ms),
+        *(request_id, scope["method"], roles.printable(scope["path"]), status, took_ms),
         extra={FIELDS: fields},
     )
 

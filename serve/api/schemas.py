@@ -8,6 +8,7 @@ not yet support is refused as such, never accepted and ignored.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -24,6 +25,13 @@ MAX_N = 128
 MAX_BEST_OF = 20
 MAX_LOGPROBS = 20
 INT64 = 2**63
+INT32_MAX = 2**31 - 1  # the most that an ordinary column of numbers holds
+# Fields of texts that models read, where NUL is a character like others. Elsewhere it is refused.
+TEXTS = frozenset(
+    {"prompt", "prompts", "messages", "content", "input", "suffix", "stop", "tokens", "item"}
+    | {"grader", "graders", "reference", "model_sample", "tasks", "correction", "text"}
+    | {"logit_bias", "response_format", "json_schema", "schema"}
+)
 
 # Of a key, in seconds: a century at most, which the database can add to a date.
 Lifetime = Annotated[int, Field(ge=1, le=100 * 366 * 86_400)]
@@ -48,7 +56,27 @@ class RequestModel(BaseModel):
             if name not in known and name not in cls.unsupported:
                 context = {"name": name, "known": sorted(known)}
                 raise PydanticCustomError("unknown_parameter", "", context)
+        path = _find_nul(values)
+        if path is not None:
+            raise PydanticCustomError("nul", "", {"path": path})
         return {name: value for name, value in values.items() if value is not None}
+
+
+def _find_nul(value: Any) -> list[str | int] | None:
+    """Return the path to the first name or value with the character NUL; None if there is none."""
+    if isinstance(value, str):
+        return [] if "\0" in value else None
+    if isinstance(value, dict):
+        steps: Iterable[tuple[str | int, Any]] = (i for i in value.items() if i[0] not in TEXTS)
+    else:
+        steps = enumerate(value) if isinstance(value, list) else ()
+    for step, inner in steps:
+        if isinstance(step, str) and "\0" in step:
+            return [step.replace("\0", "\\0")]
+        path = _find_nul(inner)
+        if path is not None:
+            return [step, *path]
+    return None
 
 
 class PlainQuery(BaseModel):

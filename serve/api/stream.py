@@ -19,7 +19,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from data.errors import ToolkitError
-from serve.api.errors import envelope, internal_error
+from serve.api.errors import envelope, for_exception
 from serve.api.generation import unless_disconnected
 from serve.api.inbox import LazyTimer
 
@@ -79,9 +79,9 @@ class EventStream(Response):
             last = DONE
         except ToolkitError as error:
             last = _events([envelope(error)])
-        except Exception:
+        except Exception as error:
             log.exception("%s while streaming", request_id)
-            last = _events([envelope(internal_error(request_id))])
+            last = _events([envelope(for_exception(error, request_id))])
         await sender.send(last, more=False)
 
 
