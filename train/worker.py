@@ -28,6 +28,7 @@ from data.files import FileStore
 from data.settings import Settings, load_settings
 from data.tables import Job, new_id
 from data.uploads import UploadStore
+from serve.logs import QUIET
 from train.job_training import fail_job, train_job
 from train.job_validation import validate_job
 from train.lease import Lease
@@ -103,7 +104,7 @@ class Worker:
                 log.warning("%s: left alone: %s", job.id, error)
             except Exception as error:
                 if isinstance(error, ToolkitError):
-                    log.warning("%s failed: %s", job.id, error)
+                    log.warning("%s failed: %s", job.id, error.code)  # the message may quote a row
                 else:
                     log.exception("%s failed", job.id)
                 fail_job(shop, job, lease, error)
@@ -183,6 +184,8 @@ def _set_up_logging(level: str) -> None:
         handler = logging.StreamHandler()
         pattern = "%(asctime)s %(levelname)s %(message)s"
     logging.basicConfig(level=level.upper(), format=pattern, handlers=[handler])
+    for name in QUIET:
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def _fingerprint(settings: Settings, model: str) -> str:
