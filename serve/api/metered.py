@@ -16,6 +16,7 @@ from data.accounts import Principal
 from data.errors import RateLimited
 from data.metering import Status, Usage
 from serve.api.adapters import ServedModel
+from serve.api.deps import is_batch
 from serve.api.generation import Generation, Generator, Screen, Watcher
 from serve.api.prompts import Prompt
 from serve.api.sampling import usage
@@ -175,6 +176,7 @@ def metered(
                 completion_tokens=completion,
                 end_user=end_user,
                 status=status,
+                batch=is_batch(request),
             )
             runtime.gate.record(used)
 

@@ -13,7 +13,7 @@ from data.accounts import Principal
 from data.errors import InvalidInput, RateLimited
 from data.metering import Usage
 from data.tables import new_id
-from serve.api.deps import Caller, Running, json_response
+from serve.api.deps import Caller, Running, is_batch, json_response
 from serve.api.json_route import StrictJsonRoute
 from serve.api.moderation_shapes import check_model, moderation_result
 from serve.api.schemas import RequestModel
@@ -54,8 +54,10 @@ def meter(runtime: Runtime, request: Request, account: str, texts: list[str]) ->
     """Count the call against the account's rates, and its tokens in the ledger; it costs nothing.
 
     Raises:
+        Forbidden: The account is closed.
         RateLimited: The account calls too often.
     """
+    runtime.generator.check(account)
     principal: Principal = request.state.principal
     base = runtime.models.base_model
     try:
@@ -74,6 +76,7 @@ def meter(runtime: Runtime, request: Request, account: str, texts: list[str]) ->
             request_id=request.state.request_id,
             kind="moderations",
             prompt_tokens=counted,
+            batch=is_batch(request),
         )
     )
 

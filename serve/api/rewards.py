@@ -22,6 +22,7 @@ from data.reward_head import RewardHead
 from data.rows import Content, Message
 from data.tables import new_id
 from serve.api.adapters import RewardModel, ServedModel
+from serve.api.deps import is_batch
 from serve.api.generation import Answer
 from serve.api.logprobs import mean_logprob
 from serve.api.prompts import Prompt
@@ -97,6 +98,7 @@ def record_scoring(
             request_id=request.state.request_id,
             kind="scoring",
             prompt_tokens=num_tokens,
+            batch=is_batch(request),
         )
     )
 
