@@ -144,6 +144,10 @@ class Gate:
         rates = self._rates_of(project_id, model)
         return self._limiter.take(rates, prompt_tokens, tokens), self._limiter.headers(rates)
 
+    def extend(self, project_id: str, model: str) -> Reservation:
+        """Count more tokens for a request that was admitted: later ones wait for them."""
+        return self._limiter.extend(self._rates_of(project_id, model))
+
     def headers(self, project_id: str, model: str) -> dict[str, str]:
         """Return the headers that tell what is left."""
         return self._limiter.headers(self._rates_of(project_id, model))

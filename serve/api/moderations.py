@@ -3,6 +3,7 @@ it knows and how well."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -50,8 +51,16 @@ async def create_moderation(
     )
 
 
-def meter(runtime: Runtime, request: Request, account: str, texts: list[str]) -> None:
+def meter(
+    runtime: Runtime, request: Request, account: str, texts: Sequence[str], num_labels: int = 0
+) -> int:
     """Count the call against the account's rates, and its tokens in the ledger; it costs nothing.
+
+    Args:
+        num_labels: Tokens of the answer.
+
+    Returns:
+        The tokens of the texts.
 
     Raises:
         Forbidden: The account is closed.
@@ -76,9 +85,11 @@ def meter(runtime: Runtime, request: Request, account: str, texts: list[str]) ->
             request_id=request.state.request_id,
             kind="moderations",
             prompt_tokens=counted,
+            completion_tokens=num_labels,
             batch=is_batch(request),
         )
     )
+    return counted
 
 
 def _read(value: Any) -> list[str]:
