@@ -1,6 +1,7 @@
 """Batches: requests from a file, answered in the background, within a day.
 
-A server claims a batch under a lease, so that another takes over when it dies. States lead from
+A server claims a batch under a lease, so that another takes over when it dies; of an account, one
+batch is worked on at a time. States lead from
 `validating` over `in_progress` and `finalizing` to `completed`, or to `failed`, `expired` and,
 over `cancelling`, to `cancelled`.
 """
@@ -11,12 +12,13 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, BinaryIO
 
-from sqlalchemy import or_, select
-from sqlalchemy.orm import Session
+from sqlalchemy import Select, func, or_, select
+from sqlalchemy.orm import Session, aliased
 
 from data import webhooks
 from data.db import Database
 from data.errors import InvalidInput, NotFound, StateConflict
+from data.files import LIVE_BATCHES
 from data.stored_chats import check_metadata
 from data.tables import File, Project, new_id, now
 from data.tables_surface import Batch
@@ -26,7 +28,6 @@ WINDOW_S = 24 * 3600
 MAX_LINES = 50_000
 MAX_BYTES = 200 * 2**20  # of an input file
 MAX_ERRORS = 100
-LIVE = ("validating", "in_progress", "finalizing", "cancelling")
 
 
 def create(
@@ -133,18 +134,44 @@ def cancel(database: Database, project_id: str, batch_id: str) -> Batch:
 
 
 def claim(database: Database, worker_id: str, lease_s: int) -> Batch | None:
-    """Take the oldest batch that no server works on, or None."""
-    closed = select(Project.id).where(Project.status != "active")
-    free = or_(Batch.worker_id.is_(None), Batch.lease_expires_at < now())
-    waiting = select(Batch).where(Batch.status.in_(LIVE), free, Batch.project_id.not_in(closed))
+    """Take a batch of an account for which no server works, or None.
+
+    Accounts take turns: first comes the one whose last turn ended longest ago, or that had none,
+    with its oldest batch. One that is only to be ended waits for no other batch of its account.
+    """
     with database.read() as session:
-        if session.scalar(waiting.limit(1)) is None:
+        if session.scalar(_waiting().limit(1)) is None:
             return None
+    others = aliased(Batch)
+    last_turn = select(func.coalesce(func.max(others.lease_expires_at), 0)).where(
+        others.project_id == Batch.project_id
+    )
+    order = (last_turn.scalar_subquery(), Batch.created_at, Batch.id)
     with database.write() as session:
-        batch = session.scalar(waiting.order_by(Batch.created_at, Batch.id).limit(1))
+        query = _waiting().order_by(*order).limit(1)
+        batch = session.scalar(query.with_for_update(skip_locked=True, of=Batch))
         if batch is not None:
             batch.worker_id, batch.lease_expires_at = worker_id, now() + lease_s
         return batch
+
+
+def is_waiting(database: Database) -> bool:
+    """Tell whether a claim would find a batch."""
+    with database.read() as session:
+        return session.scalar(_waiting().limit(1)) is not None
+
+
+def _waiting() -> Select[Batch]:
+    closed = select(Project.id).where(Project.status != "active")
+    held = Batch.worker_id.is_not(None) & (Batch.lease_expires_at >= now())
+    served = select(Batch.project_id).where(held)
+    to_end = or_(Batch.status == "cancelling", Batch.expires_at <= now())
+    return select(Batch).where(
+        Batch.status.in_(LIVE_BATCHES),
+        ~held,
+        Batch.project_id.not_in(closed),
+        or_(Batch.project_id.not_in(served), to_end),
+    )
 
 
 def release(database: Database, batch_id: str, worker_id: str) -> None:
@@ -152,28 +179,35 @@ def release(database: Database, batch_id: str, worker_id: str) -> None:
     with database.write() as session:
         batch = session.get_one(Batch, batch_id)
         if batch.worker_id == worker_id:
-            batch.worker_id = batch.lease_expires_at = None
+            _let_go(batch)
 
 
 def progress(
     database: Database, batch_id: str, worker_id: str, lease_s: int, **values: Any
 ) -> Batch | None:
-    """Renew the lease and write what has changed; None if the batch is another's by now.
+    """Renew the lease and write what has changed.
 
-    `status` moves the batch, unless it is being cancelled and the new state is not an ending.
+    `status` moves the batch, unless it is being cancelled and the new state is not an ending;
+    `files` are rows to add.
+
+    Returns:
+        None if the batch is another's by now, or its account is not served.
     """
     with database.write() as session:
         batch = session.get_one(Batch, batch_id)
-        if batch.worker_id != worker_id or batch.status not in LIVE:
+        if batch.worker_id != worker_id or batch.status not in LIVE_BATCHES:
             return None
+        if session.get_one(Project, batch.project_id).status != "active":
+            return None
+        session.add_all(values.pop("files", ()))
         batch.lease_expires_at = now() + lease_s
         status = values.pop("status", None)
         for name, value in values.items():
             setattr(batch, name, value)
-        if status is not None and (batch.status != "cancelling" or status not in LIVE):
+        if status is not None and (batch.status != "cancelling" or status not in LIVE_BATCHES):
             _move(batch, status)
-            if status not in LIVE:
-                batch.worker_id = batch.lease_expires_at = None
+            if status not in LIVE_BATCHES:
+                _let_go(batch)
                 told = {"id": batch.id}
                 webhooks.enqueue(session, batch.project_id, f"batch.{status}", now(), told)
         return batch
@@ -216,7 +250,7 @@ def read_requests(
 def _fault(line: bytes, endpoint: str, seen: set[str]) -> tuple[str, str | None, str] | None:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return "invalid_json_line", None, "This line is not valid JSON."
     if not isinstance(row, dict):
         return "invalid_json_line", None, "This line is not a JSON object."
@@ -236,6 +270,10 @@ def _fault(line: bytes, endpoint: str, seen: set[str]) -> tuple[str, str | None,
 
 def _whole(code: str, message: str) -> dict[str, Any]:
     return {"line": None, "code": code, "param": "input_file_id", "message": message}
+
+
+def _let_go(batch: Batch) -> None:
+    batch.worker_id, batch.lease_expires_at = None, now()  # when the account's turn ended
 
 
 def _move(batch: Batch, status: str) -> None:

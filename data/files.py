@@ -28,6 +28,7 @@ from data.errors import DataError, InvalidInput, NotFound, QuotaExceeded, StateC
 from data.parts import PartStore
 from data.settings import Limits
 from data.tables import File, Job, new_id, now
+from data.tables_surface import Batch
 from data.validate import upload_error_message, validate
 
 CHUNK_BYTES = 1 << 20
@@ -37,6 +38,7 @@ RESULTS = "fine-tune-results"  # written by hone itself, as is
 BATCH_OUTPUT = "batch_output"
 JSONL_PURPOSES = {"fine-tune", "batch", "feedback"}
 LIVE_JOBS = ("validating_files", "queued", "running", "paused")
+LIVE_BATCHES = ("validating", "in_progress", "finalizing", "cancelling")
 EXPIRY_RANGE_S = (3600, 2_592_000)
 ORPHAN_AGE_S = 24 * 3600
 NAME = re.compile(r"[^\w.()@+ -]", re.UNICODE)
@@ -79,6 +81,10 @@ class FileStore:
         self._max_bytes = max_bytes
         self.parts = PartStore(self._blobs, self._root)
         self.limits = limits or Limits()
+
+    def set_limits(self, limits: Limits) -> None:
+        """Take other limits for accounts that have none of their own."""
+        self._limits = limits
 
     def create(
         self,
@@ -187,7 +193,7 @@ class FileStore:
 
         Raises:
             NotFound: There is none.
-            StateConflict: A job that has not ended uses it.
+            StateConflict: A job or batch that has not ended uses it.
         """
         with self._database.write() as session:
             record = _find(session, project_id, file_id)
@@ -199,6 +205,19 @@ class FileStore:
                 raise StateConflict(
                     f"The file {file_id} is used by the job {busy}, which has not ended; "
                     "cancel the job or wait for it",
+                    param="id",
+                )
+            batch = session.scalar(
+                select(Batch.id).where(
+                    Batch.input_file_id == file_id,
+                    Batch.status.in_(LIVE_BATCHES),
+                    Batch.project_id == project_id,
+                )
+            )
+            if batch is not None:
+                raise StateConflict(
+                    f"The file {file_id} is used by the batch {batch}, which has not ended; "
+                    "cancel the batch or wait for it",
                     param="id",
                 )
             record.deleted_at = now()
@@ -267,8 +286,14 @@ class FileStore:
                 or_(Job.training_file == File.id, Job.validation_file == File.id),
                 Job.status.in_(LIVE_JOBS),
             )
+            asked = select(Batch.id).where(
+                Batch.input_file_id == File.id, Batch.status.in_(LIVE_BATCHES)
+            )
             expired = update(File).where(
-                File.deleted_at.is_(None), File.expires_at <= now(), ~in_use.exists()
+                File.deleted_at.is_(None),
+                File.expires_at <= now(),
+                ~in_use.exists(),
+                ~asked.exists(),
             )
             session.execute(expired.values(deleted_at=now()))
         with self._database.read() as session:

@@ -53,17 +53,24 @@ def resume(database: Database, project_id: str, job_id: str) -> Job:
     """
     with database.write() as session:
         job = jobs.find(session, project_id, job_id)
-        if job.status != "paused":
+        if not let_go_on(session, job):
             raise StateConflict(
                 f"The job {job_id} is {job.status}, so it cannot be resumed; only a paused job "
                 "can.",
                 param="id",
             )
-        jobs.move(session, job, "queued")
-        jobs.record_event(session, job.id, "Fine-tuning job resumed")
-        jobs.tell_position(session, job)
-        audit.record(session, "job.resumed", job_id, project_id)
     return job
+
+
+def let_go_on(session: Session, job: Job) -> bool:
+    """Resume a job inside the caller's transaction; False if it is not paused."""
+    if job.status != "paused":
+        return False
+    jobs.move(session, job, "queued")
+    jobs.record_event(session, job.id, "Fine-tuning job resumed")
+    jobs.tell_position(session, job)
+    audit.record(session, "job.resumed", job.id, job.project_id)
+    return True
 
 
 def settle(session: Session, job: Job) -> bool:

@@ -11,11 +11,11 @@ from typing import Literal
 
 from sqlalchemy.orm import Session
 
-from data import audit, projects
+from data import audit, projects, registry
 from data.db import Database
-from data.errors import InvalidInput
+from data.errors import InvalidInput, ModelNotFound
 from data.model_rules import ModelRules
-from data.tables import now
+from data.tables import AdapterVersion, now
 from data.tables_accounts import ModelPermission
 
 Mode = Literal["allow_list", "deny_list"]
@@ -25,9 +25,45 @@ MAX_ENTRIES = 1000
 def permits(database: Database, project_id: str, name: str, base_model: str | None = None) -> bool:
     """Tell whether an account may use a model; give the base of a fine-tune."""
     with database.read() as session:
-        row = session.get(ModelPermission, project_id)
-    rules = ModelRules() if row is None else ModelRules(row.mode, tuple(row.model_ids))
-    return rules.permits(name, base_model)
+        return rules_in(session, project_id).permits(name, base_model)
+
+
+def rules_of(database: Database, project_id: str) -> ModelRules:
+    """Return an account's list as rules."""
+    with database.read() as session:
+        return rules_in(session, project_id)
+
+
+def rules_in(session: Session, project_id: str) -> ModelRules:
+    """Return an account's list as rules, inside the caller's transaction."""
+    row = session.get(ModelPermission, project_id)
+    return ModelRules() if row is None else ModelRules(row.mode, tuple(row.model_ids))
+
+
+def find_version(
+    database: Database, project_id: str, name: str, *, own: bool = True
+) -> AdapterVersion:
+    """Return the version that a name or alias stands for, if the account may use it.
+
+    Args:
+        own: Only of the account's; else also one that another account shares with it.
+
+    Raises:
+        ModelNotFound: There is none, it is another account's, or the account may not use it.
+    """
+    with database.read() as session:
+        if own:
+            version = registry.find_own(session, project_id, name)
+        else:
+            version = registry.resolve(database, project_id, name)
+        check(session, project_id, version, name)
+    return version
+
+
+def check(session: Session, project_id: str, version: AdapterVersion, name: str) -> None:
+    """Raise ModelNotFound, with the name asked for, unless an account may use a version."""
+    if not rules_in(session, project_id).permits(version.name, version.base_model):
+        raise ModelNotFound(name)
 
 
 def get(database: Database, project_id: str) -> ModelPermission:

@@ -12,7 +12,7 @@ from typing import Literal
 from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
-from data import audit
+from data import audit, model_access
 from data.db import Database
 from data.errors import InvalidInput, ModelNotFound, NotFound
 from data.registry import find_own
@@ -119,6 +119,7 @@ def _find_version(session: Session, owner_id: str | None, name: str) -> AdapterV
                 f"`{name}` is an alias; share the version that it stands for, `{found.name}`.",
                 param="fine_tuned_model_checkpoint",
             )
+        model_access.check(session, owner_id, found, name)
         return found
     if version is None or version.deleted_at is not None:
         raise ModelNotFound(name)

@@ -193,12 +193,11 @@ def list_service_accounts(
     database: Database, project_id: str, limit: int, after: str | None = None
 ) -> tuple[Sequence[ServiceAccount], bool]:
     """Return a page of an account's programs, oldest first, and whether more follow."""
-    query = select(ServiceAccount).where(
-        ServiceAccount.project_id == project_id, ServiceAccount.deleted_at.is_(None)
-    )
+    known = select(ServiceAccount).where(ServiceAccount.project_id == project_id)
+    query = known.where(ServiceAccount.deleted_at.is_(None))
     with database.read() as session:
         find(session, project_id)
-        return page_of(session, query, ServiceAccount, limit, after)
+        return page_of(session, query, ServiceAccount, limit, after, known)
 
 
 def delete_service_account(database: Database, project_id: str, service_account_id: str) -> None:
@@ -218,11 +217,12 @@ def list_keys(
     database: Database, project_id: str | None, limit: int, after: str | None = None
 ) -> tuple[Sequence[ApiKey], bool]:
     """Return a page of the working keys of an account, or of the operators for None."""
-    query = select(ApiKey).where(ApiKey.project_id == project_id, ApiKey.revoked_at.is_(None))
+    known = select(ApiKey).where(ApiKey.project_id == project_id)
+    query = known.where(ApiKey.revoked_at.is_(None))
     with database.read() as session:
         if project_id is not None:
             find(session, project_id)
-        return page_of(session, query, ApiKey, limit, after)
+        return page_of(session, query, ApiKey, limit, after, known)
 
 
 def find_key(database: Database, project_id: str | None, key_id: str) -> ApiKey:
@@ -238,15 +238,20 @@ def revoke_key(database: Database, project_id: str | None, key_id: str) -> None:
 
 
 def page_of(
-    session: Session, query: Any, kind: Any, limit: int, after: str | None
+    session: Session, query: Any, kind: Any, limit: int, after: str | None, known: Any = None
 ) -> tuple[Sequence[Any], bool]:
     """Return a page in the order of (created_at, id), and whether more follow.
 
+    Args:
+        known: What `after` may name, such as all of the account; None for all there are.
+
     Raises:
-        InvalidInput: `after` names nothing.
+        InvalidInput: `after` names nothing of it.
     """
     if after is not None:
-        mark = session.get(kind, after)
+        if known is None:
+            known = select(kind)
+        mark = session.scalar(known.where(kind.id == after))
         if mark is None:
             raise InvalidInput(f"Invalid 'after': there is no {after}", param="after")
         tied = (kind.created_at == mark.created_at) & (kind.id > mark.id)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from sqlalchemy import select, tuple_
 from sqlalchemy.orm import Session
 
-from data import audit, job_pause, projects, webhooks
+from data import audit, job_pause, jobs, projects, webhooks
 from data.db import Database
 from data.errors import InvalidInput, NotFound, StateConflict
 from data.files import LIVE_JOBS
@@ -77,11 +77,8 @@ def reinstate(database: Database, project_id: str) -> Project:
         case.closed_at = now()
         project.status, project.case_id = "active", None
         audit.record(session, "account.reinstated", project_id, project_id, case=case.id)
-    for job_id in case.paused_jobs:
-        try:
-            job_pause.resume(database, project_id, job_id)
-        except StateConflict:
-            continue  # it ended, or goes on already
+        for job_id in case.paused_jobs:  # one that ended stays so
+            job_pause.let_go_on(session, jobs.find(session, project_id, job_id))
     return project
 
 

@@ -13,6 +13,7 @@ import hmac
 import json
 import secrets
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
@@ -47,6 +48,7 @@ EVENT_TYPES = (
 MAX_ENDPOINTS = 20
 MAX_URL, MAX_NAME = 2048, 256
 ROTATION_S = 24 * 3600
+KEPT_S = 30 * 24 * 3600  # deliveries that are settled
 
 
 def create(
@@ -210,25 +212,67 @@ def headers_of(endpoint: WebhookEndpoint, event_id: str, body: str) -> dict[str,
 
 
 def claim_due(
-    database: Database, limit: int, lease_s: float
+    database: Database,
+    limit: int,
+    lease_s: float,
+    per_account: int,
+    under_way: Mapping[str, int],
 ) -> list[tuple[WebhookDelivery, WebhookEndpoint]]:
-    """Take deliveries that are due; nobody else gets them for `lease_s` seconds."""
-    due = (
-        select(WebhookDelivery, WebhookEndpoint)
-        .join(WebhookEndpoint, WebhookEndpoint.id == WebhookDelivery.endpoint_id)
-        .where(WebhookDelivery.status == "pending")
-        .order_by(WebhookDelivery.due_at)
-        .limit(limit)
+    """Take deliveries that are due, of each account the longest due first, in turns.
+
+    Nobody else gets them for `lease_s` seconds.
+
+    Args:
+        per_account: The most of one account at a time.
+        under_way: How many of each account the caller delivers already.
+    """
+    full = [account for account, count in under_way.items() if count >= per_account]
+    due = (WebhookDelivery.status == "pending", WebhookDelivery.due_at <= time.time())
+    place = func.row_number().over(
+        partition_by=WebhookEndpoint.project_id, order_by=WebhookDelivery.due_at
     )
+    ranked = (
+        select(
+            WebhookDelivery.id,
+            WebhookEndpoint.project_id,
+            WebhookDelivery.due_at,
+            place.label("place"),
+        )
+        .join(WebhookEndpoint, WebhookEndpoint.id == WebhookDelivery.endpoint_id)
+        .where(*due, WebhookEndpoint.project_id.not_in(full))
+        .subquery()
+    )
+    query = select(ranked.c.id, ranked.c.project_id).where(ranked.c.place <= per_account)
+    query = query.order_by(ranked.c.place, ranked.c.due_at)
+    held, chosen = Counter(under_way), list[str]()
     with database.read() as session:  # an idle server takes no write lock
-        if session.scalar(due.where(WebhookDelivery.due_at <= time.time())) is None:
-            return []
+        for delivery_id, account in session.execute(query.limit(limit + held.total())):
+            if held[account] < per_account and len(chosen) < limit:
+                held[account] += 1
+                chosen.append(delivery_id)
+    if not chosen:
+        return []
     with database.write() as session:
-        locked = due.where(WebhookDelivery.due_at <= time.time())
-        rows = session.execute(locked.with_for_update(skip_locked=True, of=WebhookDelivery)).all()
+        rows = session.execute(
+            select(WebhookDelivery, WebhookEndpoint)
+            .join(WebhookEndpoint, WebhookEndpoint.id == WebhookDelivery.endpoint_id)
+            .where(*due, WebhookDelivery.id.in_(chosen))
+            .with_for_update(skip_locked=True, of=WebhookDelivery)
+        ).all()
         for delivery, _ in rows:
             delivery.due_at = time.time() + lease_s
         return [(row[0], row[1]) for row in rows]
+
+
+def sweep(database: Database) -> None:
+    """Remove deliveries that arrived or were given up a month ago."""
+    with database.write() as session:
+        session.execute(
+            delete(WebhookDelivery).where(
+                WebhookDelivery.status != "pending",
+                WebhookDelivery.created_at < now() - KEPT_S,
+            )
+        )
 
 
 def settle(
@@ -310,6 +354,7 @@ def _checked_url(url: str, allow_private: bool) -> str:
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port
+        (host or "").encode("idna")  # as the look-up of the name does it
     except ValueError as error:
         raise InvalidInput(f"Invalid 'url': {error}.", param="url") from error
     schemes = ("https", "http") if allow_private else ("https",)

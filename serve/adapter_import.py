@@ -17,7 +17,7 @@ from data.errors import AdapterRefused, InvalidInput
 from data.job_spec import check_suffix
 from data.settings import Settings
 from data.tables import AdapterVersion
-from serve.engine.base import AdapterRef, Engine
+from serve.engine.base import AdapterRef, Engine, engine_key
 
 
 def publish_files(
@@ -60,7 +60,7 @@ def publish_files(
                 base,
                 suffix,
                 try_out=lambda digest: engine.load_adapter(
-                    AdapterRef(digest, str(folder), account_id)
+                    AdapterRef(engine_key(account_id, digest), str(folder), account_id)
                 ),
             )
         except AdapterRefused as error:  # of files that the caller has just given: tell the reason

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 from sqlalchemy import select
 
-from data import limits, organization_limits, webhooks
+from data import limits, organization_limits, registry, webhooks
 from data.db import Database
 from data.errors import QuotaExceeded
 from data.metering import Meter, Usage, month_of
@@ -144,6 +144,10 @@ class Gate:
         rates = self._rates_of(project_id, model)
         return self._limiter.take(rates, prompt_tokens, tokens), self._limiter.headers(rates)
 
+    def extend(self, project_id: str, model: str) -> Reservation:
+        """Count more tokens for a request that was admitted: later ones wait for them."""
+        return self._limiter.extend(self._rates_of(project_id, model))
+
     def headers(self, project_id: str, model: str) -> dict[str, str]:
         """Return the headers that tell what is left."""
         return self._limiter.headers(self._rates_of(project_id, model))
@@ -152,7 +156,7 @@ class Gate:
         own = self._rates.get(project_id, {})
         found = [own.get(self._base, self._default)]
         if model != self._base:
-            alias = model.rpartition(":")[0]
+            alias = registry.alias_of(model)
             found += [own[name] for name in (model, alias) if name in own]
         return [rate for record in found for rate in _rates(project_id, record)]
 

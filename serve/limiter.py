@@ -108,6 +108,14 @@ class Limiter:
                 bucket.level -= wanted
         return Reservation(self, [(r, n) for r, _, n in taken if r.kind == "tokens"])
 
+    def extend(self, rates: Sequence[Rate]) -> Reservation:
+        """Take nothing yet; what is used becomes a debt when the reservation is settled."""
+        counted = [rate for rate in rates if rate.kind == "tokens"]
+        with self._lock:
+            for rate in counted:
+                self._filled(rate)
+        return Reservation(self, [(rate, 0) for rate in counted])
+
     def give(self, amounts: Sequence[tuple[Rate, int]]) -> None:
         """Put tokens back; a negative amount takes more, even below nothing."""
         with self._lock:

@@ -16,7 +16,7 @@ from serve.runtime import Runtime
 
 RELOADABLE = {
     *("log_level", "log_format", "queue_size", "request_timeout_s", "adapter_cache_mb"),
-    *("max_adapters_per_account", "min_examples", "wandb_project", "limits", "prices"),
+    *("max_adapters_per_account", "limits", "prices"),
 }
 
 log = logging.getLogger("hone.settings")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
@@ -25,7 +26,8 @@ from data.tables_jobs import WebhookDelivery, WebhookEndpoint
 from data.web_address import resolve_public
 
 POLL_S = 1.0
-AT_ONCE = 8
+AT_ONCE = 32
+PER_ACCOUNT = 4  # so that the slow receivers of one hold up nobody else
 MAX_ATTEMPTS = 9  # the last comes 3280 times `webhook_retry_s` after the first: 4.5 hours
 LEASE_MARGIN_S = 30.0
 
@@ -59,16 +61,35 @@ class WebhookSender:
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def _run(self) -> None:
+        under_way: dict[asyncio.Task[None], str] = {}
+        async with asyncio.TaskGroup() as group:
+            while True:
+                due = await self._claim(AT_ONCE - len(under_way), Counter(under_way.values()))
+                for delivery, endpoint in due:
+                    task = group.create_task(self._deliver(delivery, endpoint))
+                    under_way[task] = endpoint.project_id
+                    task.add_done_callback(under_way.pop)
+                if due:
+                    continue
+                if under_way:
+                    await asyncio.wait(
+                        under_way, timeout=POLL_S, return_when=asyncio.FIRST_COMPLETED
+                    )
+                else:
+                    await asyncio.sleep(POLL_S)
+
+    async def _claim(
+        self, room: int, under_way: Counter[str]
+    ) -> list[tuple[WebhookDelivery, WebhookEndpoint]]:
+        if room == 0:
+            return []
         lease_s = self._settings.webhook_timeout_s + LEASE_MARGIN_S
-        while True:
-            try:
-                due = await run_in_threadpool(webhooks.claim_due, self._database, AT_ONCE, lease_s)
-                await asyncio.gather(*(self._deliver(*pair) for pair in due))
-            except Exception:
-                log.exception("webhooks could not be delivered; trying again")
-                due = []
-            if not due:
-                await asyncio.sleep(POLL_S)
+        given = (self._database, room, lease_s, PER_ACCOUNT, under_way)
+        try:
+            return await run_in_threadpool(webhooks.claim_due, *given)
+        except Exception:
+            log.exception("webhooks could not be read; trying again")
+            return []
 
     async def _deliver(self, delivery: WebhookDelivery, endpoint: WebhookEndpoint) -> None:
         outcome = await send(endpoint, delivery.event_id, delivery.body, self._settings)
@@ -79,14 +100,11 @@ class WebhookSender:
         if outcome.error is not None:
             then = "giving up" if retry_s is None else f"again in {retry_s:.0f} s"
             log.warning("%s to %s: %s; %s", delivery.id, endpoint.id, outcome.error, then)
-        await run_in_threadpool(
-            webhooks.settle,
-            self._database,
-            delivery.id,
-            outcome.status_code,
-            outcome.error,
-            retry_s,
-        )
+        told = (delivery.id, outcome.status_code, outcome.error, retry_s)
+        try:
+            await run_in_threadpool(webhooks.settle, self._database, *told)
+        except Exception:  # its lease runs out, and it is sent again
+            log.exception("%s could not be settled", delivery.id)
 
 
 async def send(endpoint: WebhookEndpoint, event_id: str, body: str, settings: Settings) -> Outcome:
@@ -98,7 +116,10 @@ async def send(endpoint: WebhookEndpoint, event_id: str, body: str, settings: Se
         return Outcome(None, f"no answer within {settings.webhook_timeout_s:g} s")
     except InvalidInput as error:
         return Outcome(None, error.message)
-    except (OSError, httpx.HTTPError, httpx.InvalidURL) as error:
+    except (OSError, UnicodeError, httpx.HTTPError, httpx.InvalidURL) as error:
+        return Outcome(None, f"{type(error).__name__}: {error}")
+    except Exception as error:
+        log.exception("an event could not be sent to %s", endpoint.id)
         return Outcome(None, f"{type(error).__name__}: {error}")
 
 

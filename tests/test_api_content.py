@@ -291,6 +291,12 @@ def test_the_filter_of_2021(server: Server) -> None:
 
     safe = ask("See you at dinner")
     assert safe.choices[0].text == "0"
+    server.runtime.meter.flush()
+    with server.runtime.database.read() as session:
+        row = session.scalars(select(UsageRecord).order_by(UsageRecord.seq.desc())).first()
+    assert row is not None
+    told = (safe.usage.prompt_tokens, safe.usage.completion_tokens)
+    assert (row.prompt_tokens, row.completion_tokens) == told
     top = safe.choices[0].logprobs.top_logprobs[0]
     assert set(top) == {"0", "1", "2"}
     assert sum(map(math.exp, top.values())) == pytest.approx(1, abs=1e-6)

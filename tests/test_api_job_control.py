@@ -17,7 +17,7 @@ from openai.types.fine_tuning import FineTuningJob
 from openai.types.fine_tuning.jobs import FineTuningJobCheckpoint
 from tiny_models import tiny_tokenizer
 
-from data import accounts, checkpoints, jobs, registry, safety
+from data import accounts, checkpoints, jobs, limits, registry, safety
 from data.files import RESULTS
 from data.render import render
 from data.rows import PromptCompletion
@@ -165,6 +165,19 @@ def test_streamed_events_end_with_the_right_to_them(
     assert last_of(key, lambda: safety.suspend(database, project.id, "test")) == (
         "account_suspended"
     )
+
+
+def test_an_estimate_that_tries_the_model_counts_as_a_request(server: Server) -> None:
+    project, key = server.new_account("asks")
+    runtime, base = server.runtime, server.runtime.models.base_model
+    given = (base, runtime.settings.limits, {"requests_per_day": 1})
+    limits.update_rate(runtime.database, project.id, f"rl-{base}", *given)
+    runtime.gate.refresh()
+    client, http = server.client(key), server.http(key)
+    file_id = client.files.create(file=("rows.jsonl", ROWS), purpose="fine-tune").id
+    body = {"model": MODEL, "training_file": file_id}
+    answers = [http.post("/v1/fine_tuning/estimate", json=body) for _ in range(2)]
+    assert [answer.status_code for answer in answers] == [200, 429]
 
 
 def test_an_estimate_counts_what_training_would_see(server: Server, client: openai.OpenAI) -> None:

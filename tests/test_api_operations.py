@@ -19,7 +19,7 @@ from api_server import MODEL, Server, running, tiny_settings
 from test_api_process import READY, key_of
 
 from data.errors import ConfigError
-from data.settings import Settings
+from data.settings import Limits, Settings
 from serve.logs import FIELDS, JsonLines
 from serve.reload import reload
 
@@ -83,6 +83,21 @@ def test_limits_change_while_the_server_runs(server: Server, settings: Settings)
     finally:
         assert reload(runtime, lambda: settings)
     assert server.http().post("/v1/completions", json=body).status_code == 200
+
+
+def test_a_changed_limit_holds_for_files(server: Server, settings: Settings) -> None:
+    changed = settings.model_copy(update={"limits": Limits(stored_mb=0)})
+    files = {"file": ("rows.jsonl", b'{"prompt": "a", "completion": "b"}\n')}
+
+    def upload() -> httpx.Response:
+        return server.http().post("/v1/files", files=files, data={"purpose": "fine-tune"})
+
+    try:
+        assert reload(server.runtime, lambda: changed)
+        assert upload().json()["error"]["code"] == "insufficient_quota"
+    finally:
+        assert reload(server.runtime, lambda: settings)
+    assert upload().status_code == 200
 
 
 def test_what_only_a_start_can_apply_changes_nothing(

@@ -17,7 +17,7 @@ from test_api_isolation import make_model
 from test_rlhf_reward import vowel_rows, words, write
 from tiny_models import EOS_ID, tiny_tokenizer
 
-from data import registry
+from data import limits, registry
 from data.render import render_prompt
 from data.rows import Message
 from data.tables_metering import UsageRecord
@@ -253,6 +253,28 @@ def test_reading_the_candidates_is_in_the_ledger(server: Server, judge: str) -> 
     expected = sum(len("say") + len(choice.token_ids) for choice in every)
     assert (record.model, record.prompt_tokens) == (judge, expected)
     assert kinds["completions"].completion_tokens == expected - 4 * len("say")
+
+
+def test_scoring_is_held_to_rates(server: Server, judge: str) -> None:
+    """Candidates are read by the request that was admitted; what they took, later ones wait for."""
+    project, key = server.project, server.key
+    runtime, base = server.runtime, server.runtime.models.base_model
+
+    def limit(**changes: int | None) -> None:
+        given = (base, runtime.settings.limits, changes)
+        limits.update_rate(runtime.database, project.id, f"rl-{base}", *given)
+        runtime.gate.refresh()
+
+    limit(tokens_per_minute=60)
+    create = server.client(key).completions.create
+    body = {"ignore_eos": True, "reward_model": judge}
+    told = create(model=MODEL, prompt="say", max_tokens=10, best_of=4, extra_body=body)
+    assert told.choices[0].reward is not None
+    with pytest.raises(openai.RateLimitError):
+        create(model=MODEL, prompt="say", max_tokens=1)
+    with pytest.raises(openai.RateLimitError):
+        grade(server, judge, {"prompt": "say"}, "a")
+    limit(tokens_per_minute=None)
 
 
 def test_grading_is_in_the_ledger(server: Server, judge: str) -> None:

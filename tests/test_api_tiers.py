@@ -19,6 +19,8 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from tiny_models import random_adapter, tiny_model, tiny_tokenizer
 
+from data import model_access, permissions
+
 PROMPT = "The cat sat on"
 FILES = {"config": "adapter_config.json", "weights": "adapter_model.safetensors"}
 
@@ -160,6 +162,51 @@ def test_of_another_account_nothing_is_known(server: Server, imported: dict[str,
         answer = http.post(path) if route else http.get(path)
         assert answer.status_code == 404
         assert answer.json()["error"]["code"] == "model_not_found"
+
+
+def test_the_same_adapter_of_two_accounts_is_two(
+    server: Server, imported: dict[str, Any], folder: Path
+) -> None:
+    complete(server, imported["id"])
+    _, key = server.new_account("twin")
+    http = server.http(key)
+    twin = send(http, folder, suffix="mine").json()
+    assert twin["digest"] == imported["digest"]
+    assert (twin["num_requests"], twin["last_used_at"], twin["num_loads"]) == (0, None, 1)
+    path = f"/v1/adapters/{quote(twin['id'], safe='')}"
+    act(server, imported["id"], "pin")
+    for verb in ("unpin", "unload"):
+        assert http.post(f"{path}/{verb}").status_code == 200
+    mine = server.http().get(f"/v1/adapters/{quote(imported['id'], safe='')}").json()
+    assert (mine["loaded"], mine["pinned"]) == (True, True)
+    act(server, imported["id"], "unpin")
+
+
+def test_a_shared_adapter_is_its_owners(server: Server, imported: dict[str, Any]) -> None:
+    project, key = server.new_account("friend")
+    database = server.runtime.database
+    permissions.grant(database, server.project.id, imported["id"], [project.id])
+    http, path = server.http(key), f"/v1/adapters/{quote(imported['id'], safe='')}"
+    told = http.get(path).json()
+    assert told["digest"] == imported["digest"]
+    assert {told[k] for k in ("tier", "loaded", "pinned", "num_requests", "num_loads")} == {None}
+    for verb in ("load", "unload", "pin", "unpin"):
+        assert http.post(f"{path}/{verb}").status_code == 404
+
+
+def test_a_denied_adapter_is_as_absent(server: Server, folder: Path) -> None:
+    project, key = server.new_account("denied")
+    http = server.http(key)
+    name = send(http, folder).json()["id"]
+    model_access.replace(server.runtime.database, project.id, "deny_list", [name])
+    quoted = quote(name, safe="")
+    assert http.get("/v1/adapters").json()["data"] == []
+    answers = [
+        http.get(f"/v1/adapters/{quoted}"),
+        http.delete(f"/v1/models/{quoted}"),
+        http.get(f"/v1/fine_tuning/checkpoints/{quoted}/permissions"),
+    ]
+    assert {answer.json()["error"]["code"] for answer in answers} == {"model_not_found"}
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,10 @@ import pytest
 from api_server import MODEL, Server, running, tiny_settings
 from openai import InvalidWebhookSignatureError
 
-from data import jobs, webhooks
+from data import accounts, jobs, webhooks
 from data.db import Database
 from data.tables import Job
-from data.tables_jobs import WebhookDelivery
+from data.tables_jobs import WebhookDelivery, WebhookEndpoint
 from data.web_address import is_public, resolve_public
 from serve import webhook_sender
 from serve.webhook_sender import WebhookSender
@@ -181,6 +181,8 @@ def test_endpoints(account: tuple[str, openai.OpenAI], server: Server) -> None:
         ({"url": "https://user:word@example.com"}, "url"),
         ({"url": "https://"}, "url"),
         ({"url": "https://example.com:99999"}, "url"),
+        ({"url": "https://a..b.com/"}, "url"),
+        ({"url": f"https://{'a' * 64}.com/"}, "url"),
         ({"name": " "}, "name"),
         ({"event_types": []}, "event_types"),
         ({"event_types": ["fine_tuning.job.succeeded", "batch.done"]}, "event_types[1]"),
@@ -262,6 +264,50 @@ def test_a_receiver_that_hangs_or_is_gone(
         assert said in shown["error"]
         assert (shown["attempts"], shown["next_attempt_at"]) == (2, None)
     receiver.wait(2)
+
+
+def test_whatever_goes_wrong_is_settled(
+    server: Server,
+    account: tuple[str, openai.OpenAI],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _, client = account
+    monkeypatch.setattr(webhook_sender, "MAX_ATTEMPTS", 1)
+    made = client.webhooks.create(name="n", url="http://localhost/", event_types=EVENTS)
+    with server.runtime.database.write() as session:
+        session.get_one(WebhookEndpoint, made.id).url = "http://a..b.com/"
+    with pytest.raises(openai.BadRequestError, match="could not be reached"):
+        client.webhooks.test(made.id, event_type=EVENTS[0])
+    end_job(server, client, "failed")
+    wait_for(lambda: deliveries(server, account, made.id)[0]["status"] == "failed")
+
+
+def test_accounts_take_turns_and_old_deliveries_go(tmp_path: Path) -> None:
+    database = Database(f"sqlite:///{tmp_path}/hone.db")
+    database.migrate()
+    busy, other = (accounts.create_account(database, name)[0].id for name in ("busy", "other"))
+    for owner in (busy, other):
+        webhooks.create(database, owner, "n", "https://example.com", EVENTS)
+    with database.write() as session:
+        for owner in (*[busy] * 9, other):
+            webhooks.enqueue(session, owner, EVENTS[0], 1, {"id": "x"})
+
+    def claim(**under_way: int) -> list[str]:
+        given = {busy: under_way.get("busy", 0)}
+        return [e.project_id for _, e in webhooks.claim_due(database, 4, 60, 2, given)]
+
+    assert sorted(claim()) == sorted([busy, busy, other])
+    assert claim(busy=2) == []
+    assert claim(busy=1) == [busy]
+    with database.write() as session:
+        kept = session.query(WebhookDelivery).all()
+        for delivery in kept[:2]:
+            delivery.created_at = 1
+        kept[0].status = "delivered"
+    webhooks.sweep(database)
+    with database.read() as session:
+        assert session.query(WebhookDelivery).count() == len(kept) - 1
+    database.close()
 
 
 def test_rotation_keeps_the_old_secret_for_a_day(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +14,14 @@ import openai
 import pytest
 from api_server import MODEL, Server, running, tiny_settings
 from openai.types import Batch
+from sqlalchemy import select
 
-from data import batches
+from data import accounts, batches, caps, limits, safety
+from data.db import Database
+from data.tables import new_id, now
+from data.tables_metering import UsageRecord
+from data.tables_surface import Batch as Record
+from serve import batch_runner
 
 COMPLETIONS = "/v1/completions"
 
@@ -240,8 +248,114 @@ def test_a_file_too_large_is_refused(
 
 
 def test_lines_are_read_whatever_they_hold() -> None:
-    content = [b"not json\n", b"[]\n", b"\n", json.dumps(row("ok")).encode()]
+    deep = b"[" * 100_000 + b"\n"
+    content = [b"not json\n", deep, b"\n", json.dumps(row("ok")).encode()]
     requests, errors = batches.read_requests(iter(content), COMPLETIONS)  # type: ignore[arg-type]
     assert [custom_id for custom_id, _ in requests] == ["ok"]
     assert [error["line"] for error in errors] == [1, 2]
     assert batches.read_requests(iter([]), COMPLETIONS)[1][0]["code"] == "empty_file"  # type: ignore[arg-type]
+
+
+def test_one_account_does_not_hold_up_another(server: Server, client: openai.OpenAI) -> None:
+    limited, key = server.new_account("slow")
+    told = server.runtime
+    base = told.models.base_model
+    given = (base, told.settings.limits, {"requests_per_day": 1})
+    limits.update_rate(told.database, limited.id, f"rl-{base}", *given)
+    told.gate.refresh()
+    slow = server.client(key)
+    stuck = start(slow, [row(f"r{n}") for n in range(6)])
+    deadline = time.monotonic() + 30
+    while not (slow.batches.retrieve(stuck.id).request_counts or stuck).completed:  # type: ignore[union-attr]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert wait(client, start(client, [row("one")])).status == "completed"
+    slow.batches.cancel(stuck.id)
+    done = wait(slow, stuck)
+    assert done.status == "cancelled"
+    assert len(lines(slow, done.output_file_id)) == 1
+
+
+def test_accounts_take_turns(tmp_path: Path) -> None:
+    database = Database(f"sqlite:///{tmp_path}/hone.db")
+    database.migrate()
+    projects = [accounts.create_account(database, name)[0].id for name in ("ant", "bee")]
+    with database.write() as session:
+        session.add_all(
+            Record(
+                id=new_id("batch_"),
+                project_id=project,
+                key_id="key_x",
+                endpoint=COMPLETIONS,
+                input_file_id="file-x",
+                completion_window="24h",
+                errors=[],
+                times={},
+                created_at=place,
+                expires_at=now() + 1000,
+            )
+            for place, project in enumerate((projects[0], projects[0], projects[1]))
+        )
+    first = batches.claim(database, "a", 60)
+    second = batches.claim(database, "a", 60)
+    assert first is not None
+    assert second is not None
+    assert [first.project_id, second.project_id] == projects
+    assert batches.claim(database, "b", 60) is None  # one batch an account
+    batches.release(database, first.id, "a")
+    third = batches.claim(database, "b", 60)
+    assert third is not None
+    assert third.id == first.id  # the oldest of the account
+    batches.release(database, second.id, "a")
+    assert batches.is_waiting(database)
+    database.close()
+
+
+def test_output_is_kept_whatever_the_account_may_store(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project, key = server.new_account("full")
+    client, runtime = server.client(key), server.runtime
+    kept, go_on = batch_runner.ENDPOINTS[COMPLETIONS], threading.Event()
+
+    async def answer(body: Any, *given: Any) -> Any:
+        if body.prompt == "a bug":
+            await asyncio.to_thread(go_on.wait, 30)
+            raise ValueError("not foreseen")
+        return await kept[1](body, *given)
+
+    monkeypatch.setitem(batch_runner.ENDPOINTS, COMPLETIONS, (kept[0], answer))
+    batch = start(client, [row("right"), row("wrong", prompt="a bug")])
+    with pytest.raises(openai.BadRequestError, match="used by the batch") as caught:
+        client.files.delete(batch.input_file_id)
+    assert caught.value.code == "invalid_state"
+    nothing = {"stored_bytes": 1}
+    caps.set_caps(runtime.database, project.id, runtime.settings.limits, nothing)
+    go_on.set()
+    done = wait(client, batch)
+    assert done.status == "completed"
+    assert list(lines(client, done.output_file_id)) == ["right"]
+    [fault] = lines(client, done.error_file_id).values()
+    assert (fault["status_code"], fault["body"]["error"]["code"]) == (500, "internal_error")
+    runtime.meter.flush()
+    with runtime.database.read() as session:
+        of_account = select(UsageRecord.batch).where(UsageRecord.project_id == project.id)
+        assert session.scalars(of_account).all() == [True]
+    client.files.delete(batch.input_file_id)
+
+
+def test_a_suspended_accounts_batch_rests(server: Server) -> None:
+    project, key = server.new_account("bad")
+    client, database = server.client(key), server.runtime.database
+    rows = [row(f"r{n}", "/v1/moderations", input="text " * 2000) for n in range(200)]
+    batch = start(client, rows, "/v1/moderations")
+    deadline = time.monotonic() + 30
+    while client.batches.retrieve(batch.id).status != "in_progress":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    safety.suspend(database, project.id, "For the test.")
+    while batches.get(database, project.id, batch.id).worker_id is not None:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    rests = batches.get(database, project.id, batch.id)
+    assert (rests.status, rests.completed < 200) == ("in_progress", True)

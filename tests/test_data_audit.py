@@ -89,6 +89,26 @@ def test_suspension_and_back(database: Database) -> None:
     assert safety.closed_accounts(database) == {}
 
 
+def test_an_account_is_reinstated_with_its_jobs_or_not_at_all(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project, _ = accounts.create_account(database, "acme")
+    store = FileStore(database, f"file://{tmp_path}/files")
+    job = make_job(database, project.id, store.create(project.id, [ROW], "x", "fine-tune").id)
+    safety.suspend(database, project.id, "Spam.")
+
+    def die(*_: object) -> None:
+        raise RuntimeError("the process died")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs, "tell_position", die)
+        with pytest.raises(RuntimeError):
+            safety.reinstate(database, project.id)
+    assert set(safety.closed_accounts(database)) == {project.id}
+    safety.reinstate(database, project.id)
+    assert jobs.get(database, project.id, job).status == "queued"
+
+
 def test_permissions_name_what_lies_below(database: Database) -> None:
     project = projects.create(database, "acme")
     base, alias, version = "tiny", "ft:tiny:acme:x", "ft:tiny:acme:x:12345678"

@@ -49,6 +49,7 @@ def test_an_adapter_has_its_own_limit_and_counts_for_the_base(database: Database
         session.add(RateLimit(project_id=project.id, model=ALIAS, requests_per_minute=3))
     both = gate(database, requests_per_minute=10)
     assert admitted(both, project.id, VERSION) == 3
+    assert admitted(both, project.id, f"{VERSION}:ckpt-step-20") == 0  # of the same alias
     assert admitted(both, project.id, BASE) == 7
     assert admitted(both, "proj_other", VERSION) == 10  # the limit is one account's
 

@@ -203,6 +203,10 @@ def test_the_playground_keeps_what_is_preferred(server: Server, account: str) ->
     with server.runtime.database.read() as session:
         (kept,) = session.scalars(select(Feedback).where(Feedback.project_id == account)).all()
     assert (kept.kind, kept.prompt, kept.completion_id) == ("preference", "The cat", pairs[0][0])
+    pair = {"better": pairs[0][0], "worse": pairs[0][1]}
+    stranger = person(server, server.new_account(f"other-{secrets.token_hex(4)}")[0].id, "admin")
+    for form in (pair, dict.fromkeys(pair, "cmpl-absent")):  # told alike
+        assert "no longer stored" in stranger.post("/web/playground/prefer", 400, **form)
     told = admin.post("/web/playground", 400, prompt="a", first="ft:none", second=MODEL)
     assert "does not exist" in told
 

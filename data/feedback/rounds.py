@@ -33,7 +33,7 @@ from data.feedback.round_rules import Rule, hold_out, wrong
 from data.files import FileStore
 from data.job_methods import REWARD_MODEL
 from data.job_spec import JobSpec
-from data.tables import AdapterVersion, Alias, Job, new_id, now
+from data.tables import AdapterVersion, Alias, Job, Project, new_id, now
 from data.tables_feedback import LabelRound
 
 METHODS = ("dpo", "ppo")
@@ -161,8 +161,11 @@ def improvable(database: Database, project_id: str) -> list[str]:
 
 
 def under_way(database: Database) -> list[LabelRound]:
-    """Return the rounds of all accounts that have not ended, oldest first."""
-    query = select(LabelRound).where(LabelRound.status.not_in(FINAL))
+    """Return the rounds that have not ended, oldest first; accounts that are closed wait."""
+    closed = select(Project.id).where(Project.status != "active")
+    query = select(LabelRound).where(
+        LabelRound.status.not_in(FINAL), LabelRound.project_id.not_in(closed)
+    )
     with database.read() as session:
         return list(session.scalars(query.order_by(LabelRound.created_at)))
 

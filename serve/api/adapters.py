@@ -24,7 +24,7 @@ from data.reward_head import RewardHead, load_head
 from data.tables import AdapterVersion
 from serve.api.schemas import SamplingFields
 from serve.api.token_text import TokenText
-from serve.engine.base import AdapterRef, Engine
+from serve.engine.base import AdapterRef, Engine, engine_key
 
 TOKENIZER_FILE = "tokenizer_config.json"
 
@@ -146,7 +146,7 @@ class ModelCatalog:
                 f"Invalid 'adapter_scale': the model '{served.name}' has no adapter to scale.",
                 param="adapter_scale",
             )
-        mark = _mark(self._engine.fingerprint, f"{served.adapter.digest}*{body.adapter_scale!r}")
+        mark = _mark(served.fingerprint, f"*{body.adapter_scale!r}")
         return replace(served, adapter_scale=body.adapter_scale, fingerprint=mark)
 
     async def resolve_reward(self, account_id: str, name: str) -> RewardModel:
@@ -182,8 +182,7 @@ class ModelCatalog:
         if version.lineage.get("kind") != REWARD_MODEL:
             return self._resolve_adapter(account_id, name)
         folder = self._usable(version)
-        ref = AdapterRef(version.digest, str(folder), version.project_id)
-        return RewardModel(version.name, ref, self._heads(folder))
+        return RewardModel(version.name, _ref(version, folder), self._heads(folder))
 
     def _find(self, account_id: str, name: str) -> AdapterVersion:
         version = registry.resolve(self._database, account_id, name)
@@ -213,7 +212,7 @@ class ModelCatalog:
                 eos_token_ids |= {tokens.tokenizer.eos_token_id}
         return ServedModel(
             version.name,
-            AdapterRef(version.digest, str(folder), version.project_id),
+            _ref(version, folder),
             tokens,
             eos_token_ids,
             _mark(self._engine.fingerprint, version.digest),
@@ -238,6 +237,11 @@ class ModelCatalog:
         if self._verified.get(version.id) != state or not state:
             registry.verify(version, self._adapters_dir)
             self._verified[version.id] = state
+
+
+def _ref(version: AdapterVersion, folder: Path) -> AdapterRef:
+    key = engine_key(version.project_id, version.digest)
+    return AdapterRef(key, str(folder), version.project_id)
 
 
 def _file_states(folder: Path) -> tuple[Any, ...]:

@@ -45,12 +45,11 @@ async def answer(
             f"The model '{MODEL}' answers each prompt once: leave out 'stream', 'n' and 'echo'.",
             param="model",
         )
-    await run_in_threadpool(meter, runtime, request, caller.id, texts)
+    counted = await run_in_threadpool(meter, runtime, request, caller.id, prompts, len(prompts))
     choices: list[dict[str, Any]] = []
     for prompt, text in zip(prompts, texts, strict=True):
         verdict = await run_in_threadpool(runtime.moderator.judge, text)
         choices.append(_choice(len(choices), body, len(prompt), verdict))
-    counted = sum(map(runtime.models.count_tokens, prompts))
     return json_response(
         {
             "id": new_id("cmpl-"),

@@ -55,6 +55,11 @@ Operator = Annotated[Principal, Depends(_operator)]  # an admin key
 AnyKey = Annotated[Principal, Depends(_any_key)]  # either
 
 
+def is_batch(request: Request) -> bool:
+    """Tell whether a request is a line of a batch, which the batch runner asks."""
+    return getattr(request.state, "batch", False)
+
+
 def json_response(body: Any) -> Response:
     """Send an object, or a list of them, as JSON."""
     return Response(orjson.dumps(body), media_type="application/json")

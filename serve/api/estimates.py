@@ -35,6 +35,7 @@ async def describe_estimate(spec: JobSpec, account: Account, runtime: Runtime) -
 
     Raises:
         InvalidInput: The job could not be made.
+        RateLimited: The model is to be tried, and the account calls too often.
     """
     bases = await runtime.models.bases(account.id)
     found = await run_in_threadpool(
@@ -50,7 +51,7 @@ async def describe_estimate(spec: JobSpec, account: Account, runtime: Runtime) -
     )
     speed, source = found.tokens_per_s, "jobs"
     if speed is None and found.sample and not found.faults:
-        speed, source = await _measure(found, runtime), "probe"
+        speed, source = await _measure(found, account, runtime), "probe"
     ok = not found.faults
     trained = found.trained_tokens
     seconds = trained / speed if ok and speed and trained is not None else None
@@ -75,8 +76,18 @@ async def describe_estimate(spec: JobSpec, account: Account, runtime: Runtime) -
     }
 
 
-async def _measure(found: Estimate, runtime: Runtime) -> float:
-    """Return the tokens a second that training would do, judged by reading a few rows."""
+async def _measure(found: Estimate, caller: Account, runtime: Runtime) -> float:
+    """Return the tokens a second that training would do, judged by reading a few rows.
+
+    It costs nothing, but counts as a request.
+
+    Raises:
+        RateLimited: The account calls too often.
+    """
+    runtime.generator.check(caller.id)
+    base = runtime.models.base_model
+    reservation, _ = runtime.gate.admit(caller.id, base, 0, 0, is_free=True)
+    reservation.settle(0)
     params = SamplingParams(max_tokens=0)
     account = new_id("estimate-")  # of its own, so that no cached prefix flatters the speed
     room = runtime.engine.max_context

@@ -16,11 +16,11 @@ from data.errors import EngineFailure, InvalidInput
 from data.grader_text import MissingVariable, SampleNotJson, fill
 from data.similarity import COSINE, MAX_CHARS, MEASURES, compare, cosine
 from data.tables import new_id
-from serve.api.adapters import RewardModel, ServedModel
+from serve.api.adapters import ServedModel
 from serve.api.grader_schemas import Multi, RunRequest, ScoreModel, StringCheck, TextSimilarity
 from serve.api.metered import metered
 from serve.api.prompts import read_messages, read_prompts, room_for
-from serve.api.rewards import Row, record_scoring, row_of, score_rows
+from serve.api.rewards import row_of, score_rows
 from serve.api.schemas import ChatMessage
 from serve.engine.base import GenerationRequest, SamplingParams
 from serve.runtime import Runtime
@@ -113,21 +113,10 @@ class _Run:
         check_reward_grader(grader)
         tokenizer = self.runtime.models.base_tokens.tokenizer
         row = await run_in_threadpool(row_of, tokenizer, self.item, self.sample)
-        [score] = await self._scored(model, row)
+        row = row[-self.runtime.engine.max_context :]
+        [score] = await score_rows(self.runtime, self.request, model, [row], self.account)
         self.tokens[grader.model] = self.tokens.get(grader.model, 0) + len(row)
         return score
-
-    async def _scored(self, model: RewardModel, row: Row) -> list[float]:
-        """Score a row within the account's limits, and tell the ledger what was read."""
-        reservation, _ = self.runtime.gate.admit(self.account, model.name, len(row), len(row))
-        read = 0
-        try:
-            scores = await score_rows(self.runtime, model, [row], self.account)
-            read = len(row)
-        finally:
-            reservation.settle(read)
-        record_scoring(self.runtime, self.request, self.account, model.name, read)
-        return scores
 
     async def _ask(self, grader: ScoreModel, served: ServedModel) -> float:
         if not grader.input:

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from starlette.requests import Request
 
 from data.accounts import Principal
 from data.errors import RateLimited
 from data.metering import Status, Usage
-from serve.api.adapters import ServedModel
+from serve.api.adapters import RewardModel, ServedModel
+from serve.api.deps import is_batch
 from serve.api.generation import Generation, Generator, Screen, Watcher
 from serve.api.prompts import Prompt
 from serve.api.sampling import usage
 from serve.engine.base import Delta, GenerationRequest
+from serve.limiter import Reservation
 from serve.runtime import Runtime
 
 
@@ -131,14 +134,32 @@ class Metered(Generator):
             raise
 
 
+@dataclass(frozen=True, slots=True)
+class Payer:
+    """Whose usage something is.
+
+    Attributes:
+        end_user: Whom the request names as its end user.
+        is_batch: It is a line of a batch.
+    """
+
+    account: str
+    request_id: str
+    key_id: str | None = None
+    end_user: str | None = None
+    is_batch: bool = False
+
+
 def metered(
     runtime: Runtime,
     request: Request,
     end_user: str | None,
-    served: ServedModel,
+    served: ServedModel | RewardModel,
     prompts: Sequence[Prompt],
     screen: Screen | None = None,
     kind: str = "completions",
+    *,
+    is_part: bool = False,
 ) -> Metered:
     """Return the engine for this request, whose usage goes to its account.
 
@@ -146,35 +167,72 @@ def metered(
         end_user: Whom the request names as its end user.
         screen: Decides what of the answer is told.
         kind: What the ledger calls it.
+        is_part: It belongs to a request that was admitted: not refused, only counted.
     """
     principal: Principal = request.state.principal
-    request_id: str = request.state.request_id
+    payer = Payer(
+        principal.project_id or "",
+        request.state.request_id,
+        principal.key_id,
+        end_user,
+        is_batch(request),
+    )
 
-    account = principal.project_id or ""
+    def tell(headers: dict[str, str]) -> None:
+        request.state.rate_headers = headers
 
-    def admit(requests: Sequence[GenerationRequest]) -> Tally:
+    return metered_for(
+        runtime, payer, served.name, prompts, screen, kind, tell=tell, is_part=is_part
+    )
+
+
+def metered_for(
+    runtime: Runtime,
+    payer: Payer,
+    model: str,
+    prompts: Sequence[Prompt],
+    screen: Screen | None = None,
+    kind: str = "completions",
+    *,
+    tell: Callable[[dict[str, str]], None] = lambda headers: None,
+    is_part: bool = False,
+) -> Metered:
+    """Return the engine for what an account is to pay; see `metered`.
+
+    Args:
+        tell: Called with the headers that tell what is left.
+    """
+
+    def reserve(requests: Sequence[GenerationRequest]) -> Reservation:
+        if is_part:
+            return runtime.gate.extend(payer.account, model)
         num_prompt = sum(len(prompt.ids) for prompt in prompts)
         most = num_prompt + sum(one.params.max_tokens for one in requests)
         try:
-            reservation, left = runtime.gate.admit(account, served.name, num_prompt, most)
+            reservation, left = runtime.gate.admit(payer.account, model, num_prompt, most)
         except RateLimited:
-            request.state.rate_headers = runtime.gate.headers(account, served.name)
+            tell(runtime.gate.headers(payer.account, model))
             raise
-        request.state.rate_headers = left
+        tell(left)
+        return reservation
+
+    def admit(requests: Sequence[GenerationRequest]) -> Tally:
+        reservation = reserve(requests)
 
         def settle(prompt: int, cached: int, completion: int, status: Status) -> None:
             reservation.settle(prompt + completion)
             used = Usage(
-                project_id=account,
-                key_id=principal.key_id,
-                model=served.name,
-                request_id=request_id,
+                project_id=payer.account,
+                key_id=payer.key_id,
+                model=model,
+                request_id=payer.request_id,
                 kind=kind,
                 prompt_tokens=prompt,
                 cached_tokens=cached,
                 completion_tokens=completion,
-                end_user=end_user,
+                end_user=payer.end_user,
                 status=status,
+                batch=payer.is_batch,
             )
             runtime.gate.record(used)
 

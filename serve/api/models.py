@@ -11,7 +11,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response, StreamingResponse
 
 from data import model_access, registry
-from data.errors import Forbidden, ModelNotFound
+from data.errors import Forbidden
 from data.tables import AdapterVersion
 from serve.api.deps import Account, Caller, Running, json_response
 from serve.runtime import Runtime
@@ -38,21 +38,14 @@ async def download_model(model: str, caller: Caller, runtime: Running) -> Respon
 @router.get("/models/{model:path}/bias_report")
 async def bias_report(model: str, caller: Caller, runtime: Running) -> Response:
     """Tell what was measured of a fine-tune's bias, beside its base's, when it was trained."""
-    version = await run_in_threadpool(_own, model, caller, runtime)
+    find = model_access.find_version
+    version = await run_in_threadpool(find, runtime.database, caller.id, model)
     found = await run_in_threadpool(registry.bias_report, version, runtime.settings.adapters_dir)
     return json_response(found)
 
 
-def _own(model: str, account: Account, runtime: Runtime) -> AdapterVersion:
-    with runtime.database.read() as session:
-        version = registry.find_own(session, account.id, model)
-    if not model_access.permits(runtime.database, account.id, version.name, version.base_model):
-        raise ModelNotFound(model)
-    return version
-
-
 def _zipped(model: str, account: Account, runtime: Runtime) -> Response:
-    version = _own(model, account, runtime)
+    version = model_access.find_version(runtime.database, account.id, model)
     stream = tempfile.TemporaryFile(dir=runtime.settings.adapters_dir)  # noqa: SIM115
     try:
         registry.write_zip(version, runtime.settings.adapters_dir, stream)
@@ -80,12 +73,9 @@ async def retrieve_model(model: str, caller: Caller, runtime: Running) -> Respon
     """Describe one model."""
     if model in await runtime.models.bases(caller.id):
         return json_response(_base(runtime))
-    version = await run_in_threadpool(registry.resolve, runtime.database, caller.id, model)
-    permitted = await run_in_threadpool(
-        model_access.permits, runtime.database, caller.id, version.name, version.base_model
+    version = await run_in_threadpool(
+        model_access.find_version, runtime.database, caller.id, model, own=False
     )
-    if not permitted:
-        raise ModelNotFound(model)
     return json_response(_describe(model, version))
 
 
@@ -94,6 +84,7 @@ async def delete_model(model: str, caller: Caller, runtime: Running) -> Response
     """Delete a fine-tune of the account; requests in flight finish on it."""
     if model == runtime.models.base_model:
         raise Forbidden("The base model cannot be deleted; only fine-tuned models can.")
+    await run_in_threadpool(model_access.find_version, runtime.database, caller.id, model)
     await run_in_threadpool(registry.delete, runtime.database, caller.id, model)
     return json_response({"id": model, "object": "model", "deleted": True})
 

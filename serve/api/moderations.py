@@ -3,6 +3,7 @@ it knows and how well."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -13,7 +14,7 @@ from data.accounts import Principal
 from data.errors import InvalidInput, RateLimited
 from data.metering import Usage
 from data.tables import new_id
-from serve.api.deps import Caller, Running, json_response
+from serve.api.deps import Caller, Running, is_batch, json_response
 from serve.api.json_route import StrictJsonRoute
 from serve.api.moderation_shapes import check_model, moderation_result
 from serve.api.schemas import RequestModel
@@ -50,12 +51,22 @@ async def create_moderation(
     )
 
 
-def meter(runtime: Runtime, request: Request, account: str, texts: list[str]) -> None:
+def meter(
+    runtime: Runtime, request: Request, account: str, texts: Sequence[str], num_labels: int = 0
+) -> int:
     """Count the call against the account's rates, and its tokens in the ledger; it costs nothing.
 
+    Args:
+        num_labels: Tokens of the answer.
+
+    Returns:
+        The tokens of the texts.
+
     Raises:
+        Forbidden: The account is closed.
         RateLimited: The account calls too often.
     """
+    runtime.generator.check(account)
     principal: Principal = request.state.principal
     base = runtime.models.base_model
     try:
@@ -74,8 +85,11 @@ def meter(runtime: Runtime, request: Request, account: str, texts: list[str]) ->
             request_id=request.state.request_id,
             kind="moderations",
             prompt_tokens=counted,
+            completion_tokens=num_labels,
+            batch=is_batch(request),
         )
     )
+    return counted
 
 
 def _read(value: Any) -> list[str]:

@@ -16,7 +16,6 @@ import msgspec
 from starlette.requests import Request
 
 from data.errors import EngineFailure, InvalidInput
-from data.metering import Usage
 from data.render import render_answer
 from data.reward_head import RewardHead
 from data.rows import Content, Message
@@ -24,6 +23,7 @@ from data.tables import new_id
 from serve.api.adapters import RewardModel, ServedModel
 from serve.api.generation import Answer
 from serve.api.logprobs import mean_logprob
+from serve.api.metered import metered
 from serve.api.prompts import Prompt
 from serve.api.schemas import SamplingFields
 from serve.engine.base import GenerationRequest, SamplingParams
@@ -34,19 +34,33 @@ Row = Sequence[int]
 
 
 async def score_rows(
-    runtime: Runtime, model: RewardModel, rows: Sequence[Row], account: str
+    runtime: Runtime,
+    request: Request,
+    model: RewardModel,
+    rows: Sequence[Row],
+    account: str,
+    *,
+    is_part: bool = False,
 ) -> list[float]:
     """Return the normalised score of each row; of one beyond the context, of its end.
 
+    Args:
+        request: Pays for what is read.
+        is_part: The request was admitted before: its rates do not refuse this.
+
     Raises:
         EngineFailure: A row could not be read.
+        RateLimited: The account has used up what it may use in this time.
+        QuotaExceeded: It has spent what it may.
     """
     room = runtime.engine.max_context
-    requests = [
-        GenerationRequest(new_id("score-"), tuple(row[-room:]), LAST, model.adapter, account)
-        for row in rows
+    prompts = [Prompt(tuple(row[-room:]), "") for row in rows]
+    generator = metered(runtime, request, None, model, prompts, kind="scoring", is_part=is_part)
+    asked = [
+        GenerationRequest(new_id("score-"), prompt.ids, LAST, model.adapter, account)
+        for prompt in prompts
     ]
-    answers = await runtime.generator.answer(requests)
+    answers = await generator.answer(asked)
     return [_score(model.head, answer) for answer in answers]
 
 
@@ -72,10 +86,9 @@ class Ranking:
             (*prompts[index // samples].ids, *self._tokens(answer))
             for index, answer in enumerate(answers)
         ]
-        scores = await score_rows(self.runtime, self.model, rows, self.account)
-        num_tokens = sum(map(len, rows))
-        record_scoring(self.runtime, self.request, self.account, self.model.name, num_tokens)
-        return scores
+        return await score_rows(
+            self.runtime, self.request, self.model, rows, self.account, is_part=True
+        )
 
     def _tokens(self, answer: Answer) -> Row:
         ids, ends = answer.token_ids, self.served.eos_token_ids
@@ -83,22 +96,6 @@ class Ranking:
             return ids
         plain = self.served.tokens.tokenizer.encode(answer.text, add_special_tokens=False)
         return [*plain, self.served.tokens.tokenizer.eos_token_id]
-
-
-def record_scoring(
-    runtime: Runtime, request: Request, account: str, model: str, num_tokens: int
-) -> None:
-    """Tell the ledger what a reward model read."""
-    runtime.gate.record(
-        Usage(
-            project_id=account,
-            key_id=request.state.principal.key_id,
-            model=model,
-            request_id=request.state.request_id,
-            kind="scoring",
-            prompt_tokens=num_tokens,
-        )
-    )
 
 
 def best(

@@ -9,7 +9,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, UploadFile
 from starlette.responses import Response
 
-from data import registry
+from data import model_access, registry
 from data.adapter_checks import CONFIG, WEIGHTS
 from data.errors import InvalidInput
 from data.tables import AdapterVersion
@@ -17,7 +17,7 @@ from serve.adapter_import import publish_files
 from serve.api.deps import Account, Caller, Running, json_response, page
 from serve.api.description import form_body
 from serve.api.errors import unknown_parameter
-from serve.engine.base import AdapterRef, AdapterState
+from serve.engine.base import AdapterRef, AdapterState, engine_key
 from serve.runtime import Runtime
 
 PARTS = {"config": CONFIG, "weights": WEIGHTS}
@@ -30,8 +30,10 @@ router = APIRouter(prefix="/v1/adapters")
 async def list_adapters(caller: Caller, runtime: Running) -> Response:
     """List the account's adapters, newest first, with where each one is."""
     versions = await run_in_threadpool(registry.list_versions, runtime.database, caller.id)
-    states = {state.digest: state for state in runtime.engine.adapters()}
-    return page([_describe(version, states.get(version.digest)) for version in versions], False)
+    rules = await run_in_threadpool(model_access.rules_of, runtime.database, caller.id)
+    permitted = [one for one in versions if rules.permits(one.name, one.base_model)]
+    states = await run_in_threadpool(_states, runtime)
+    return page([_describe(version, states, caller.id) for version in permitted], False)
 
 
 @router.post(
@@ -48,14 +50,16 @@ async def import_adapter(request: Request, caller: Caller, runtime: Running) -> 
             if name not in FORM_FIELDS:
                 raise unknown_parameter(name, FORM_FIELDS)
         version = await run_in_threadpool(_import, runtime, caller, form)
-    return await _answer(runtime, version)
+    return await _answer(runtime, version, caller)
 
 
 @router.get("/{name:path}")
 async def retrieve_adapter(name: str, caller: Caller, runtime: Running) -> Response:
-    """Describe one adapter."""
-    version = await run_in_threadpool(registry.resolve, runtime.database, caller.id, name)
-    return await _answer(runtime, version)
+    """Describe one adapter; of one that another account shares, not where it is and its use."""
+    version = await run_in_threadpool(
+        model_access.find_version, runtime.database, caller.id, name, own=False
+    )
+    return await _answer(runtime, version, caller)
 
 
 @router.post("/{name:path}/load")
@@ -63,7 +67,7 @@ async def load_adapter(name: str, caller: Caller, runtime: Running) -> Response:
     """Read and try an adapter now, so that its first request need not wait."""
     version, ref = await _find(runtime, caller.id, name)
     await run_in_threadpool(runtime.engine.load_adapter, ref)
-    return await _answer(runtime, version)
+    return await _answer(runtime, version, caller)
 
 
 @router.post("/{name:path}/unload")
@@ -71,7 +75,7 @@ async def unload_adapter(name: str, caller: Caller, runtime: Running) -> Respons
     """Drop an adapter from memory once its last request has ended; the next one loads it again."""
     version, ref = await _find(runtime, caller.id, name)
     await run_in_threadpool(runtime.engine.unload_adapter, ref.digest)
-    return await _answer(runtime, version)
+    return await _answer(runtime, version, caller)
 
 
 @router.post("/{name:path}/pin")
@@ -79,7 +83,7 @@ async def pin_adapter(name: str, caller: Caller, runtime: Running) -> Response:
     """Load an adapter and keep it in memory."""
     version, ref = await _find(runtime, caller.id, name)
     await run_in_threadpool(runtime.engine.pin_adapter, ref)
-    return await _answer(runtime, version)
+    return await _answer(runtime, version, caller)
 
 
 @router.post("/{name:path}/unpin")
@@ -87,26 +91,43 @@ async def unpin_adapter(name: str, caller: Caller, runtime: Running) -> Response
     """Let an adapter make room for others again."""
     version, ref = await _find(runtime, caller.id, name)
     await run_in_threadpool(runtime.engine.unpin_adapter, ref.digest)
-    return await _answer(runtime, version)
+    return await _answer(runtime, version, caller)
 
 
 async def _find(runtime: Runtime, account_id: str, name: str) -> tuple[AdapterVersion, AdapterRef]:
-    """Find an adapter whose files are what was published."""
-    version = await run_in_threadpool(registry.resolve, runtime.database, account_id, name)
+    """Find an adapter of the account whose files are what was published."""
+    version = await run_in_threadpool(model_access.find_version, runtime.database, account_id, name)
     served = await runtime.models.resolve(account_id, version.name)
     if served.adapter is None:
         raise InvalidInput(f"'{name}' is a base model, not an adapter.", param="name")
     return version, served.adapter
 
 
-async def _answer(runtime: Runtime, version: AdapterVersion) -> Response:
-    states = {state.digest: state for state in await run_in_threadpool(runtime.engine.adapters)}
-    return json_response(_describe(version, states.get(version.digest)))
+async def _answer(runtime: Runtime, version: AdapterVersion, caller: Account) -> Response:
+    states = await run_in_threadpool(_states, runtime)
+    return json_response(_describe(version, states, caller.id))
 
 
-def _describe(version: AdapterVersion, state: AdapterState | None) -> dict[str, Any]:
+def _states(runtime: Runtime) -> dict[str, AdapterState]:
+    return {state.digest: state for state in runtime.engine.adapters()}
+
+
+def _describe(
+    version: AdapterVersion, states: dict[str, AdapterState], account_id: str
+) -> dict[str, Any]:
+    state = states.get(engine_key(version.project_id, version.digest))
     tier = "disk" if state is None else state.tier
     last_used = None if state is None or state.last_used is None else int(state.last_used)
+    whereabouts = {
+        "loaded": tier != "disk",
+        "tier": tier,
+        "pinned": state is not None and state.pinned,
+        "last_used_at": last_used,
+        "num_requests": 0 if state is None else state.num_uses,
+        "num_loads": 0 if state is None else state.num_loads,
+    }
+    if version.project_id != account_id:  # its owner's affair
+        whereabouts = dict.fromkeys(whereabouts)
     return {
         "id": version.name,
         "object": "adapter",
@@ -116,12 +137,7 @@ def _describe(version: AdapterVersion, state: AdapterState | None) -> dict[str, 
         "bytes": version.bytes,
         "rank": version.rank,
         "target_modules": version.target_modules,
-        "loaded": tier != "disk",
-        "tier": tier,
-        "pinned": state is not None and state.pinned,
-        "last_used_at": last_used,
-        "num_requests": 0 if state is None else state.num_uses,
-        "num_loads": 0 if state is None else state.num_loads,
+        **whereabouts,
     }
 
 

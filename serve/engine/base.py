@@ -132,7 +132,8 @@ class AdapterRef:
     """One immutable adapter version.
 
     Attributes:
-        digest: Content digest; every cache is keyed by it, never by a name.
+        digest: Stands for the content, and here for whose it is; every cache is keyed by it, never
+            by a name.
         path: PEFT directory (adapter_config.json, adapter_model.safetensors).
         owner: Account whose share of the host memory it takes.
     """
@@ -140,6 +141,11 @@ class AdapterRef:
     digest: str
     path: str
     owner: str = ""
+
+
+def engine_key(owner: str, digest: str) -> str:
+    """Return what the engine knows an adapter by: two accounts' copies are two adapters."""
+    return f"{owner}/{digest}"
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -171,7 +171,10 @@ def prefer(visit: Visit) -> Response:
     """Keep which of two answers is better."""
     better, worse = visit.text("better"), visit.text("worse")
     with visit.runtime.database.read() as session:
-        query = select(StoredCompletion.id).where(StoredCompletion.id.in_([better, worse]))
+        query = select(StoredCompletion.id).where(
+            StoredCompletion.id.in_([better, worse]),
+            StoredCompletion.project_id == visit.account,
+        )
         if len(list(session.scalars(query))) != 2:
             raise InvalidInput("These answers are no longer stored; ask again.")
     said = Said(preferred_over=worse, end_user=visit.person.id)
