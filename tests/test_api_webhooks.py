@@ -282,8 +282,8 @@ def test_whatever_goes_wrong_is_settled(
     wait_for(lambda: deliveries(server, account, made.id)[0]["status"] == "failed")
 
 
-def test_accounts_take_turns_and_old_deliveries_go(tmp_path: Path) -> None:
-    database = Database(f"sqlite:///{tmp_path}/hone.db")
+def test_accounts_take_turns_and_old_deliveries_go(database_url: str) -> None:
+    database = Database(database_url)
     database.migrate()
     busy, other = (accounts.create_account(database, name)[0].id for name in ("busy", "other"))
     for owner in (busy, other):

@@ -276,8 +276,8 @@ def test_one_account_does_not_hold_up_another(server: Server, client: openai.Ope
     assert len(lines(slow, done.output_file_id)) == 1
 
 
-def test_accounts_take_turns(tmp_path: Path) -> None:
-    database = Database(f"sqlite:///{tmp_path}/hone.db")
+def test_accounts_take_turns(database_url: str) -> None:
+    database = Database(database_url)
     database.migrate()
     projects = [accounts.create_account(database, name)[0].id for name in ("ant", "bee")]
     with database.write() as session:
@@ -359,3 +359,20 @@ def test_a_suspended_accounts_batch_rests(server: Server) -> None:
         time.sleep(0.1)
     rests = batches.get(database, project.id, batch.id)
     assert (rests.status, rests.completed < 200) == ("in_progress", True)
+
+
+def test_a_batch_that_fails_keeps_its_answers(
+    server: Server, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when its file went while another server had begun with it."""
+    with monkeypatch.context() as patch:
+        patch.setattr(batches, "claim", lambda *_: None)
+        time.sleep(2 * batch_runner.POLL_S)
+        batch = start(client, [{"no": "request"}])
+        spool = server.runtime.settings.home / "batches" / f"{batch.id}.jsonl"
+        spool.parent.mkdir(exist_ok=True)
+        answered = {"custom_id": "a", "response": {"status_code": 200, "body": {}}}
+        spool.write_text(json.dumps(answered) + "\n")
+    done = wait(client, batch)
+    assert done.status == "failed"
+    assert list(lines(client, done.output_file_id)) == ["a"]
