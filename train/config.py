@@ -150,7 +150,9 @@ class SftConfig(RunConfig):
     max_auto_rank: int = Field(256, ge=1, description="The highest rank that lora.r=auto becomes.")
     early_stopping: EarlyStopping = EarlyStopping()
     classification: ClassSettings = ClassSettings()
-    n_evals: int | None = Field(None, ge=1, description="Evaluations in the run; default 4.")
+    n_evals: int | None = Field(
+        None, ge=1, description="Evaluations in the run, evenly; default 4."
+    )
     n_checkpoints: int | None = Field(
         None, ge=1, description="Checkpoints; default one an epoch, and at least 4."
     )
