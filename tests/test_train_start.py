@@ -18,7 +18,7 @@ from data.render import IGNORED, render
 from data.rows import PromptCompletion
 from train.callbacks import evals_without_gain
 from train.config import Plan, SftConfig
-from train.trainer import _published, checkpoint_steps
+from train.trainer import _published, checkpoint_steps, spread
 
 STILL = {"learning_rate": 1e-12, "num_epochs": 1}
 
@@ -158,6 +158,30 @@ def test_the_warm_up_puts_early_stopping_off(place: Workplace) -> None:
     assert status == 0
     # Evaluations are every 3 steps; 6 and 7 are the first that count.
     assert read_json(run / "result.json")["steps"] == 7 * 3
+
+
+def test_as_many_evaluations_as_were_asked_for(place: Workplace) -> None:
+    settings = {"validation_fraction": 0.5, "batch_size": 4, "num_epochs": 3}
+    status, run = place.run("evaluations", n_evals=8, n_checkpoints=8, **settings)
+    assert status == 0
+    lines = read_lines(run / "metrics.jsonl")
+    steps = [line["step"] for line in lines if "valid_loss" in line]
+    assert steps == [2, 3, 4, 5, 6, 7, 8, 9]  # of nine
+    told = [
+        line["step"]
+        for line in read_lines(run / "events.jsonl")
+        if "checkpoint" in (line["data"] or {})
+    ]
+    assert told == steps
+
+
+@pytest.mark.parametrize(("total", "count"), [(9, 8), (10, 4), (7, 7), (3, 20), (100, 1)])
+def test_steps_are_spread_evenly_to_the_end(total: int, count: int) -> None:
+    steps = sorted(spread(total, count))
+    assert len(steps) == min(total, count)
+    assert steps[-1] == total
+    gaps = {after - before for before, after in zip([0, *steps], steps, strict=False)}
+    assert max(gaps) - min(gaps) <= 1
 
 
 @pytest.mark.parametrize(

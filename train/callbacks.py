@@ -107,6 +107,19 @@ class SaveAt(TrainerCallback):
             control.should_save = True
 
 
+class EvaluateAt(TrainerCallback):
+    """Has the trainer evaluate at the steps of its own choice."""
+
+    def __init__(self, steps: Collection[int]):
+        self._steps = steps
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if state.global_step in self._steps:
+            control.should_evaluate = True
+
+
 class EarlyStop(TrainerCallback):
     """Ends a run whose validation loss no longer falls.
 

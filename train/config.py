@@ -34,7 +34,7 @@ class LoraSettings(StrictModel):
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="Of the adapter's input, in training.")
     target_modules: Literal["all-linear"] | list[str] = Field(
-        "all-linear", description="Names of the linear layers to adapt."
+        "all-linear", description="Names of linear layers of the base, such as q_proj."
     )
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r) (arXiv:2312.03732).")
 
@@ -150,7 +150,9 @@ class SftConfig(RunConfig):
     max_auto_rank: int = Field(256, ge=1, description="The highest rank that lora.r=auto becomes.")
     early_stopping: EarlyStopping = EarlyStopping()
     classification: ClassSettings = ClassSettings()
-    n_evals: int | None = Field(None, ge=1, description="Evaluations in the run; default 4.")
+    n_evals: int | None = Field(
+        None, ge=1, description="Evaluations, evenly over the steps; default 4."
+    )
     n_checkpoints: int | None = Field(
         None, ge=1, description="Checkpoints; default one an epoch, and at least 4."
     )

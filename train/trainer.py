@@ -20,7 +20,15 @@ from trl import SFTConfig, SFTTrainer
 
 from data.render import IGNORED
 from train.batches import LengthGroupedSampler, as_dataset
-from train.callbacks import EarlyStop, KeptTokenCount, ProgressBar, RunLog, SaveAt, Stopper
+from train.callbacks import (
+    EarlyStop,
+    EvaluateAt,
+    KeptTokenCount,
+    ProgressBar,
+    RunLog,
+    SaveAt,
+    Stopper,
+)
 from train.config import Plan, SftConfig
 from train.example_losses import write_losses
 from train.lora import lora_config
@@ -163,11 +171,18 @@ def _make_trainer(
     trainer.remove_callback(ProgressCallback)
     if seat is None and sys.stderr.isatty() and trainer.is_world_process_zero():
         trainer.add_callback(ProgressBar(Console(stderr=True)))
+    evaluated = spread(plan.total_steps, config.n_evals or DEFAULT_EVALS) if job.valid else set()
+    trainer.add_callback(EvaluateAt(evaluated))
     if config.early_stopping.enabled:
         trainer.add_callback(EarlyStop(config.early_stopping))
-    else:
-        trainer.add_callback(SaveAt(steps))
+    trainer.add_callback(SaveAt(evaluated if config.early_stopping.enabled else steps))
     return trainer
+
+
+def spread(total: int, count: int) -> set[int]:
+    """Return `count` of the steps 1 to `total`, evenly, the last among them; all if there are
+    fewer."""
+    return {-(-total * part // count) for part in range(1, count + 1)}
 
 
 def checkpoint_steps(config: SftConfig, plan: Plan) -> set[int]:
@@ -177,8 +192,7 @@ def checkpoint_steps(config: SftConfig, plan: Plan) -> set[int]:
     """
     total = plan.total_steps
     if config.n_checkpoints is not None:
-        every = math.ceil(total / config.n_checkpoints)
-        return {*range(every, total, every), total}
+        return spread(total, config.n_checkpoints)
     parts = math.ceil(FEWEST_CHECKPOINTS / plan.num_epochs)
     within = {
         epoch * plan.steps_per_epoch + plan.steps_per_epoch * part // parts
@@ -202,8 +216,6 @@ def _published(config: SftConfig, plan: Plan, steps: set[int]) -> Callable[[int]
 
 def _training_arguments(job: TrainingJob, run: RunFolder) -> SFTConfig:
     config, plan = job.config, job.plan
-    evals = config.n_evals or DEFAULT_EVALS
-    eval_steps = max(1, math.ceil(plan.total_steps / evals))
     keep_best = config.early_stopping.enabled
     if config.wandb.project:
         os.environ["WANDB_PROJECT"] = config.wandb.project
@@ -228,9 +240,9 @@ def _training_arguments(job: TrainingJob, run: RunFolder) -> SFTConfig:
         bf16=False,  # the base has its dtype; adapters are float32 over it
         use_cpu=job.base.model.device.type == "cpu",
         eval_strategy="steps" if job.valid else "no",
-        eval_steps=eval_steps if job.valid else None,
+        eval_steps=plan.total_steps if job.valid else None,  # and where EvaluateAt says
         save_strategy="steps",
-        save_steps=eval_steps if keep_best else plan.total_steps,  # and where SaveAt says
+        save_steps=plan.total_steps,  # and where SaveAt says
         save_total_limit=config.keep_checkpoints,
         load_best_model_at_end=keep_best,
         metric_for_best_model="eval_loss" if keep_best else None,
