@@ -12,6 +12,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from train.run import RunFolder, is_disk_full, write_json
 STOPPED, DISK_FULL = 143, 74
 FREE_TO_CHANGE = frozenset({"output_dir", "models_dir", "threads", "wandb", "keep_checkpoints"})
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets")
+STARTED = time.time()  # of this process
 Config = TypeVar("Config", bound=RunConfig)
 
 
@@ -92,6 +94,11 @@ def provenance(config: RunConfig, plan: StrictModel | None, **facts: Any) -> dic
     }
 
 
+def is_main_process() -> bool:
+    """Tell whether this is the only process of a run, or the first of several."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def as_yaml(value: Any) -> str:
     """Return a value as people read it."""
     import yaml
@@ -143,6 +150,9 @@ def _git_commit() -> str | None:
 def report_failure(module: str, error: Exception, run: RunFolder) -> int:
     """Tell what stopped a run, in its folder where possible and on stderr always.
 
+    Of several processes the one that fails first tells the folder: what the others meet then, a
+    lost connection, is only what came of it.
+
     Returns:
         The exit status.
     """
@@ -158,13 +168,20 @@ def report_failure(module: str, error: Exception, run: RunFolder) -> int:
         message = f"{type(error).__name__}: {error}"
         traceback.print_exception(error)
     print(f"{module}: {message}", file=sys.stderr)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if not _told_by_another(run):
         try:
             run.path.mkdir(parents=True, exist_ok=True)
             write_json(run.error, {"code": code, "message": message})
         except OSError as failure:
             print(f"{module}: {run.error} could not be written: {failure}", file=sys.stderr)
     return status
+
+
+def _told_by_another(run: RunFolder) -> bool:
+    """Tell whether another process of this run has said what stopped it."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return False
+    return run.error.exists() and run.error.stat().st_mtime >= STARTED
 
 
 def _existing(path: Path) -> Path:

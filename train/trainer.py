@@ -68,7 +68,7 @@ def train(
     seconds = time.monotonic() - started
     if stopper.asked.is_set():
         return None
-    if trainer.state.global_step < trainer.state.max_steps:
+    if trainer.is_world_process_zero() and trainer.state.global_step < trainer.state.max_steps:
         run.tell(
             f"Early stopping: no improvement in {job.config.early_stopping.patience} evaluations; "
             f"best step {_best_step(trainer)}",
