@@ -24,6 +24,7 @@ from train.command import (
     as_yaml,
     is_main_process,
     provenance,
+    refuse_other_data,
     refuse_other_settings,
     run_command,
 )
@@ -63,7 +64,7 @@ def _run(config: SftConfig, run: RunFolder, options: argparse.Namespace) -> int:
     resolved = provenance(config, job.plan, **job.facts)
     estimate = trainer.estimate(job)
     if is_main_process():
-        print(as_yaml({**resolved, "estimate": estimate}))
+        print(as_yaml({**resolved, "warnings": job.warnings, "estimate": estimate}))
     return 0
 
 
@@ -86,6 +87,7 @@ def run_one(
 
     refuse_other_settings(config, run)
     job = prepare.prepare(config, run.tokens, base)
+    refuse_other_data(config, run, job.facts)
     resolved = provenance(config, job.plan, **job.facts)
     checkpoint = run.newest_checkpoint()
     if is_main_process():
@@ -94,7 +96,9 @@ def run_one(
         write_json(run.resolved, resolved)
         for message in job.warnings if checkpoint is None else ():  # a resumed run has told them
             run.tell(message, level="warn")
+            print(f"{run.path}: warning: {message}", file=sys.stderr)
     started = time.monotonic()
+    earlier = run.seconds_of(checkpoint) if checkpoint else 0.0
     outcome = trainer.train(job, run, stopper, checkpoint, seat)
     if not is_main_process():  # the first still saves and checks the adapter
         return STOPPED if outcome is None else 0
@@ -106,7 +110,7 @@ def run_one(
         {
             "status": "succeeded",
             "hyperparameters": job.plan.model_dump(),
-            "seconds": round(time.monotonic() - started, 1),
+            "seconds": round(earlier + time.monotonic() - started, 1),
             **outcome,
         },
     )

@@ -93,6 +93,11 @@ class LoraTrainer(SFTTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return self._order
 
+    def _run_epoch(self, **kwargs: Any) -> None:
+        """Train an epoch, unless the run was over before it: early stopping may have ended it."""
+        if not self.control.should_training_stop:
+            super()._run_epoch(**kwargs)
+
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], Any]:
