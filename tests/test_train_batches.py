@@ -110,6 +110,19 @@ def test_held_out_rows_keep_their_lines() -> None:
     assert all(len(e) == line + 1 for e, line in zip(valid.examples, valid.lines, strict=True))
 
 
+def test_equal_rows_are_held_out_together() -> None:
+    lengths = [2, 3, 4, 5, 6] * 6 + list(range(7, 37)) + [40] * 40  # equal in length: equal rows
+    for seed in range(20):
+        train, valid = split(rendered(lengths), 0.2, seed)
+        kinds = [set(part.examples.lengths.tolist()) for part in (train, valid)]
+        assert not kinds[0] & kinds[1]
+        assert kinds[0] | kinds[1] == set(lengths)
+        assert 14 <= len(valid.examples) <= 20  # a group of 6 may not fit in
+        assert 40 in kinds[0]
+    with pytest.raises(DataError, match="all 12 examples are equal"):
+        split(rendered([5] * 12), 0.5, 0)
+
+
 def test_files_are_checked_before_they_are_rendered(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl")
     assert len(load_file(path, tiny_tokenizer(), 10).examples) == 24

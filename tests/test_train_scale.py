@@ -267,14 +267,74 @@ def test_zero_3_reaches_the_trainer() -> None:
 
 @pytest.mark.slow
 def test_two_processes_take_the_same_steps_as_one(place: Workplace) -> None:
-    """By `accelerate launch`, with gloo; the last batch of an epoch is whole for both."""
+    """By `accelerate launch`, with gloo; neither rows nor their parts divide evenly."""
+    names = ("train_loss", "train_mean_token_accuracy", "trained_tokens", "valid_loss")
     found = []
     for name, count in (("one-process", 1), ("two-processes", 2)):
-        words = place.words(name, num_epochs=3, lora__dropout=0.0, device="cpu")
+        words = place.words(
+            name,
+            train_file=write_rows(place.folder / "25.jsonl", 25),
+            validation_file=write_rows(place.folder / "71.jsonl", 71),
+            num_epochs=3,
+            n_evals=3,
+            prompt_loss_weight=0.3,
+            micro_batch_tokens=80,
+            device="cpu",
+        )
         assert launch("train.sft", words, count) == 0
         run = place.folder / name
-        losses = [r["train_loss"] for r in read_lines(run / "metrics.jsonl") if "train_loss" in r]
-        found.append((losses, load_weights(run / "adapter/adapter_model.safetensors")))
-    np.testing.assert_allclose(found[1][0], found[0][0], rtol=1e-4)
+        plan = read_json(run / "resolved_config.json")["plan"]
+        assert plan["micro_batch_size"] == 8 // count  # there were so many processes
+        records = read_lines(run / "metrics.jsonl")
+        told = {key: [record[key] for record in records if key in record] for key in names}
+        told["in the end"] = [read_json(run / "result.json")["valid_loss"]]
+        messages = [event["message"] for event in read_lines(run / "events.jsonl")]
+        assert len(messages) == len(set(messages))
+        found.append((told, load_weights(run / "adapter/adapter_model.safetensors")))
+    for key, values in found[0][0].items():
+        exact = key != "train_mean_token_accuracy"  # TRL's mean over the parts of a step
+        np.testing.assert_allclose(
+            found[1][0][key], values, rtol=1e-4 if exact else 0.5, err_msg=key
+        )
     for key, tensor in found[0][1].items():
         np.testing.assert_allclose(found[1][1][key], tensor, atol=2e-5, err_msg=key)
+
+
+BROKEN = {
+    "nan_in_the_second": """
+whole = LoraTrainer.compute_loss
+def compute_loss(self, *args, **kwargs):
+    nan = float("nan") if self.state.global_step == 1 and RANK == "1" else 1.0
+    return whole(self, *args, **kwargs) * nan
+LoraTrainer.compute_loss = compute_loss
+""",
+    "no_adapter_in_the_first": """
+def write_adapter(*args, **kwargs):
+    raise TrainingFailed("it would not serve", code="probe_mismatch")
+trainer.write_adapter = write_adapter
+""",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [("nan_in_the_second", "loss_not_finite"), ("no_adapter_in_the_first", "probe_mismatch")],
+)
+def test_what_fails_in_one_process_fails_the_run(place: Workplace, name: str, code: str) -> None:
+    module = f"""
+import os, sys
+from data.errors import TrainingFailed
+from train import sft, trainer
+from train.sft_trainer import LoraTrainer
+RANK = os.environ["RANK"]
+{BROKEN[name]}
+sys.exit(sft.main())
+"""
+    (place.folder / f"{name}.py").write_text(module)
+    words = place.words(name, num_epochs=1, device="cpu")
+    assert launch(name, words, 2, (place.folder,)) != 0
+    run = place.folder / name
+    assert read_json(run / "error.json")["code"] == code
+    assert not (run / "result.json").exists()
+    assert not (run / "adapter").exists()

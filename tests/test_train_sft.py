@@ -192,7 +192,8 @@ def test_long_rows_are_told_with_their_lines(place: Workplace) -> None:
     ]
     lines = [line for line, length in enumerate(lengths, 1) if length > 24]
     assert told["message"] == (
-        f"{len(lines)} examples truncated to 24 tokens: lines {', '.join(map(str, lines))}"
+        f"{len(lines)} examples of train.jsonl truncated to 24 tokens: "
+        f"lines {', '.join(map(str, lines))}"
     )
 
 

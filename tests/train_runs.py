@@ -85,9 +85,9 @@ def read_json(path: Path) -> dict[str, Any]:
 def launch(module: str, words: Sequence[str], processes: int, folders: Sequence[Path] = ()) -> int:
     """Run a trainer by `accelerate launch` on that many CPU processes; returns the exit status."""
     command = [
-        *(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1"),
-        *("--num_processes", str(processes), "--mixed_precision", "no", "--dynamo_backend", "no"),
-        *("--main_process_port", str(free_port()), "-m", module, *words),
+        *(sys.executable, "-m", "accelerate.commands.launch", "--config_file"),
+        *(str(ROOT / "configs/accelerate/two_cpu_processes.yaml"), "--num_processes"),
+        *(str(processes), "--main_process_port", str(free_port()), "-m", module, *words),
     ]
     path = ":".join(map(str, (ROOT, *folders)))
     done = subprocess.run(

@@ -169,11 +169,30 @@ def limit_length(rendered: Rendered, max_length: int, on_long: str) -> Rendered:
 
 
 def split(rendered: Rendered, fraction: float, seed: int) -> tuple[Rendered, Rendered]:
-    """Hold out a random share of the examples, at least one."""
+    """Hold out a random share of the examples, at least one; equal ones stay together.
+
+    Of equal rows the first stands for all, and they are held out only where all of them fit in.
+
+    Raises:
+        DataError: All rows are equal.
+    """
     count = len(rendered.examples)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).numpy()
-    is_held = np.zeros(count, bool)
-    is_held[order[: max(1, round(fraction * count))]] = True
+    _, first, which, sizes = np.unique(
+        rendered.examples.marks, return_index=True, return_inverse=True, return_counts=True
+    )
+    if len(first) == 1:
+        raise DataError(
+            f"{rendered.path}: all {count} examples are equal, so that none can be held out of "
+            "training; give other rows, or leave out validation_fraction",
+            code="invalid_training_file",
+        )
+    wanted = max(1, round(fraction * count), int(sizes.min()))
+    kinds = which[order[first[which[order]] == order]]  # in the order of the rows that stand first
+    kinds = kinds[sizes[kinds] <= wanted]
+    is_kind_held = np.zeros(len(first), bool)
+    is_kind_held[kinds[np.cumsum(sizes[kinds]) <= wanted]] = True
+    is_held = is_kind_held[which]
     train, held = (
         replace(rendered, examples=rendered.examples.select(np.flatnonzero(chosen)))
         for chosen in (~is_held, is_held)

@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints
 
 from train.config import EarlyStopping
 from train.run import RunFolder
@@ -123,11 +124,17 @@ class EvaluateAt(TrainerCallback):
 class EarlyStop(TrainerCallback):
     """Ends a run whose validation loss no longer falls.
 
-    It counts from the trainer's log, which a checkpoint carries, so a resumed run counts alike.
+    It counts from the trainer's log, which a checkpoint carries, so a resumed run counts alike. One
+    that was killed after its last step is at its end at once (`LoraTrainer` takes no step more).
     """
 
     def __init__(self, settings: EarlyStopping):
         self._settings = settings
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.on_evaluate(args, state, control)
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -157,12 +164,22 @@ class RunLog(TrainerCallback):
         published: Tells of a step whether its checkpoint becomes a model; others are only for
             resuming.
         origin: Which base the adapter belongs to, written beside it.
+        keep: How many checkpoints stay, beside the best, once a new one is marked whole; None where
+            the trainer's own limit removes them.
+        earlier: Seconds that earlier attempts trained for.
     """
 
     def __init__(
-        self, run: RunFolder, published: Callable[[int], bool], origin: Mapping[str, str]
+        self,
+        run: RunFolder,
+        published: Callable[[int], bool],
+        origin: Mapping[str, str],
+        keep: int | None = None,
+        earlier: float = 0.0,
     ) -> None:
         self._run = run
+        self._keep = keep
+        self._began = time.monotonic() - earlier
         self._published = published
         self._origin = origin
         self._training: dict[str, float] = {}
@@ -215,10 +232,12 @@ class RunLog(TrainerCallback):
             return
         step = state.global_step
         if self._published(step):
-            self._run.lay_out_model(
-                step, self._origin, max(MODELS_KEPT, args.save_total_limit or 0)
-            )
-        self._run.mark_complete(step)
+            limit = self._keep or args.save_total_limit or 0
+            self._run.lay_out_model(step, self._origin, max(MODELS_KEPT, limit))
+        self._run.mark_complete(step, time.monotonic() - self._began)
+        if self._keep is not None:
+            folder = str(self._run.checkpoints)
+            rotate_checkpoints(folder, self._keep, state.best_model_checkpoint)
         if self._published(step):
             metrics: dict[str, float] = {"step": step, **self._training}
             if self._evaluated_at == step:

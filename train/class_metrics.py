@@ -46,7 +46,7 @@ class Classes:
     betas: tuple[float, ...] = ()
 
     def scores(self, model: Any, batch: dict[str, torch.Tensor]) -> Found:
-        """Return class and scores of each row of a padded batch [B, T], for a causal LM."""
+        """Return class and scores of each labelled row of a batch [B, T], for a causal LM."""
         labels = batch["labels"]
         learned = labels.ne(IGNORED)
         first = learned.int().argmax(1)  # [B]
@@ -58,8 +58,8 @@ class Classes:
             softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
             logits = logits.float() if softcap is None else softcap * (logits / softcap).tanh()
         places = {token: place for place, token in enumerate(self.tokens)}
-        right = [places[token] for token in labels[rows, first].tolist()]
-        return list(zip(right, logits.softmax(-1).tolist(), strict=True))
+        firsts = zip(labels[rows, first].tolist(), logits.softmax(-1).tolist(), strict=True)
+        return [(places[token], scores) for token, scores in firsts if token != IGNORED]
 
     def metrics(self, found: Found) -> dict[str, float]:
         """Return the metrics of rows from every process, by the names that they had in 2021.

@@ -12,8 +12,9 @@ import os
 import platform
 import subprocess
 import sys
+import time
 import traceback
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,8 +25,15 @@ from train.devices import refuse_shards, with_one_gpu
 from train.run import RunFolder, is_disk_full, write_json
 
 STOPPED, DISK_FULL = 143, 74
-FREE_TO_CHANGE = frozenset({"output_dir", "models_dir", "threads", "wandb", "keep_checkpoints"})
+# Neither of them changes what a run learns, beyond rounding.
+FREE_TO_CHANGE = frozenset(
+    {
+        *("output_dir", "models_dir", "threads", "wandb", "keep_checkpoints"),
+        *("micro_batch_tokens", "gradient_checkpointing"),
+    }
+)
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets")
+STARTED = time.time()  # of this process
 Config = TypeVar("Config", bound=RunConfig)
 
 
@@ -56,8 +64,7 @@ def run_command(
     run = RunFolder(config.output_dir)
     try:
         if run.result.exists():
-            print(f"{run.path} holds a finished run; give another output_dir", file=sys.stderr)
-            return 0
+            return _tell_finished(module, config, run)
         return execute(config, run, options)
     except Exception as error:  # noqa: BLE001 - the one place that turns any failure into a status
         return report_failure(module, error, run)
@@ -72,15 +79,73 @@ def refuse_other_settings(
     """
     if run.newest_checkpoint() is None or not run.resolved.exists():
         return
-    began = json.loads(run.resolved.read_text("utf-8"))["config"]
     problems = [
-        f"{name} is {value!r}, but the unfinished run in {run.path} began with "
-        f"{began[name]!r}; keep it, or give another output_dir"
-        for name, value in config.model_dump(mode="json").items()
-        if name not in free and began.get(name, value) != value
+        f"{name} is {value!r}, but the unfinished run in {run.path} began with {old!r}; keep it, "
+        "or give another output_dir"
+        for name, value, old in _other_settings(config, run, free)
     ]
     if problems:
         raise ConfigError(problems)
+
+
+def refuse_other_data(config: RunConfig, run: RunFolder, facts: Mapping[str, Any]) -> None:
+    """Raise ConfigError if an unfinished run in the folder began with other rows or another base.
+
+    Args:
+        facts: `base`, with its fingerprint, and `train_data` and `validation_data`, with their
+            SHA-256, of what is there now; `provenance` keeps them for the next time.
+    """
+    if run.newest_checkpoint() is None or not run.resolved.exists():
+        return
+    began = json.loads(run.resolved.read_text("utf-8"))
+    compared = (
+        ("train_data", "sha256", "train_file"),
+        ("validation_data", "sha256", "validation_file"),
+        ("base", "fingerprint", "base_model"),
+    )
+    problems = []
+    for part, mark, setting in compared:
+        old, new = ((kept.get(part) or {}).get(mark) for kept in (began, facts))
+        if old is not None and new is not None and old != new:
+            # What is held out of the training file is part of that.
+            name = setting if getattr(config, setting) is not None else "train_file"
+            problems.append(
+                f"{name} {getattr(config, name)} has changed since the unfinished run in "
+                f"{run.path} began ({mark} was {old[:12]}..., is {new[:12]}...); put back what it "
+                "was, or give another output_dir"
+            )
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))
+
+
+def _tell_finished(module: str, config: RunConfig, run: RunFolder) -> int:
+    """Say that a folder holds a finished run, and whether it is the one that is asked for.
+
+    Returns:
+        The exit status; nothing is written into the folder.
+    """
+    others = list(_other_settings(config, run, FREE_TO_CHANGE))
+    for name, value, old in others:
+        print(
+            f"{module}: {name} is {value!r}, but the finished run in {run.path} had {old!r}; give "
+            "another output_dir, or what it had",
+            file=sys.stderr,
+        )
+    if not others:
+        print(f"{run.path} holds a finished run; give another output_dir", file=sys.stderr)
+    return 2 if others else 0
+
+
+def _other_settings(
+    config: RunConfig, run: RunFolder, free: Collection[str]
+) -> Iterator[tuple[str, Any, Any]]:
+    """Yield name, value now and value then of each setting that is not what the run began with."""
+    if not run.resolved.exists():
+        return
+    began = json.loads(run.resolved.read_text("utf-8"))["config"]
+    for name, value in config.model_dump(mode="json").items():
+        if name not in free and began.get(name, value) != value:
+            yield name, value, began[name]
 
 
 def provenance(config: RunConfig, plan: StrictModel | None, **facts: Any) -> dict[str, Any]:
@@ -93,6 +158,11 @@ def provenance(config: RunConfig, plan: StrictModel | None, **facts: Any) -> dic
         "python": platform.python_version(),
         "git_commit": _git_commit(),
     }
+
+
+def is_main_process() -> bool:
+    """Tell whether this is the only process of a run, or the first of several."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def as_yaml(value: Any) -> str:
@@ -146,6 +216,9 @@ def _git_commit() -> str | None:
 def report_failure(module: str, error: Exception, run: RunFolder) -> int:
     """Tell what stopped a run, in its folder where possible and on stderr always.
 
+    Of several processes the one that fails first tells the folder: what the others meet then, a
+    lost connection, is only what came of it.
+
     Returns:
         The exit status.
     """
@@ -161,13 +234,20 @@ def report_failure(module: str, error: Exception, run: RunFolder) -> int:
         message = f"{type(error).__name__}: {error}"
         traceback.print_exception(error)
     print(f"{module}: {message}", file=sys.stderr)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if not _told_by_another(run):
         try:
             run.path.mkdir(parents=True, exist_ok=True)
             write_json(run.error, {"code": code, "message": message})
         except OSError as failure:
             print(f"{module}: {run.error} could not be written: {failure}", file=sys.stderr)
     return status
+
+
+def _told_by_another(run: RunFolder) -> bool:
+    """Tell whether another process of this run has said what stopped it."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return False
+    return run.error.exists() and run.error.stat().st_mtime >= STARTED
 
 
 def _existing(path: Path) -> Path:

@@ -120,9 +120,11 @@ class SftConfig(RunConfig):
     )
     train_file: Path = Field(description="JSONL: prompt and completion, messages, or text.")
     validation_file: Path | None = Field(None, description="JSONL of the same kind.")
-    validation_fraction: float = Field(0.0, ge=0, le=0.5, description="Held out of train_file.")
+    validation_fraction: float = Field(
+        0.0, ge=0, le=0.5, description="Held out of train_file, equal rows together."
+    )
     min_examples: int = Field(10, ge=1, description="Fewer rows than this are refused.")
-    max_length: int | Auto = Field("auto", description="Tokens of the longest row.")
+    max_length: int | Auto = Field("auto", description="Tokens of a row; auto: of the longest.")
     on_long: Literal["truncate", "error", "drop"] = Field(
         "truncate", description="What becomes of longer rows: truncate, error or drop."
     )

@@ -16,6 +16,7 @@ TAIL_BYTES = 64 << 10
 TAIL_LINES = 15
 FULL_BELOW_BYTES = 4 << 20
 MEMORY_BYTES = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 # How `accelerate launch` tells of a signal: for one process, and for several.
 SIGNALS = re.compile(r"died with <Signals\.(SIG\w+): \d+>|Signal \d+ \((SIG\w+)\) received by PID")
 
@@ -63,13 +64,64 @@ def cause_of_exit(run: RunFolder, status: int, log_start: int) -> Cause:
 def _memory_hint(run: RunFolder) -> str:
     """Return the advice for a process that the system killed, with the run's numbers."""
     plan = (read_object(run.resolved) or {}).get("plan") or {}
-    names = {"batch_size": "batch_size", "max_length": "max_seq_length"}
-    now = [f"{ours} is {plan[name]}" for name, ours in names.items() if name in plan]
-    facts = [*now, f"the machine has {MEMORY_BYTES / 1e9:.1f} GB"]
+    length, at_once = plan.get("max_length"), plan.get("micro_batch_tokens")
+    if length is None or at_once is None:
+        advice = "shorter rows or a smaller base help"
+    elif length > at_once:
+        advice = (
+            f"max_seq_length is {length}, and a row goes through the model whole, so a smaller one "
+            "helps, or a smaller base"
+        )
+    else:
+        advice = (
+            f"a step goes through the model {at_once} tokens at a time, whatever its batch_size, "
+            "so what helps is a smaller base, or less beside the trainer"
+        )
     return (
-        ": most often the system does that when memory runs out, so a smaller batch_size or "
-        f"max_seq_length may help ({', '.join(facts)})"
+        f": most often the system does that when memory runs out ({describe_machine()}); {advice}"
     )
+
+
+def describe_machine() -> str:
+    """Return how much memory there is for this process, in words."""
+    limit = memory_limit()
+    if limit is not None and limit < MEMORY_BYTES:
+        return f"its cgroup may use {limit / 1e9:.1f} GB"
+    return f"the machine has {MEMORY_BYTES / 1e9:.1f} GB"
+
+
+def memory_limit(root: Path = CGROUPS, own: Path = OWN_CGROUPS) -> int | None:
+    """Return the least that this process's cgroup, or one around it, may use, bytes; None where
+    there is no limit.
+
+    Args:
+        root: Where cgroups are mounted: version 2, or version 1 with `memory` in it.
+        own: Names the cgroups of the process, as /proc does.
+    """
+    found = []
+    for line in own.read_text("utf-8").splitlines() if own.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":  # version 2
+            top, name = root, "memory.max"
+        elif "memory" in controllers.split(","):
+            top, name = root / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        here = top / path.lstrip("/")
+        for folder in (here, *here.parents):
+            text = _text_of(folder / name)
+            if text.isdecimal():  # else it is "max", or absent
+                found.append(int(text))
+            if folder == top:
+                break
+    return min(found, default=None)
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text("utf-8").strip()
+    except OSError:
+        return ""
 
 
 def _signal(status: int, log: str) -> str | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from train.exit_cause import MEMORY_BYTES
+from train.exit_cause import describe_machine
 
 CPU_ALLOCATOR = "DefaultCPUAllocator: "  # how torch tells of a refused allocation on a CPU
 
@@ -28,7 +28,7 @@ def describe_memory(device: torch.device) -> str:
         _, total = torch.cuda.mem_get_info(device)
         used = torch.cuda.max_memory_allocated(device)
         return f"{device} has {total / 1e9:.1f} GB, of which the run held up to {used / 1e9:.1f}"
-    return f"the machine has {MEMORY_BYTES / 1e9:.1f} GB"
+    return describe_machine()
 
 
 def give_back_freed() -> None:

@@ -71,7 +71,8 @@ def prepare(config: SftConfig, tokens: Path | None = None, base: Base | None = N
         valid = load_file(config.validation_file, tokenizer, 1, place, fingerprint)
     elif config.validation_fraction:
         train, valid = split(train, config.validation_fraction, config.seed)
-    max_length = resolve_length(config, train.longest, base.context_length)
+    longest = max(train.longest, valid.longest if valid else 0)
+    max_length = resolve_length(config, longest, base.context_length)
     train = limit_length(train, max_length, config.on_long)
     if valid is not None:
         valid = limit_length(valid, max_length, config.on_long)
@@ -156,7 +157,7 @@ def _warn_of_length(rendered: Rendered, max_length: int, on_long: str) -> list[s
             "whole ones; raise max_length, or shorten the prompts"
         ]
     what = "example" if len(rendered.long) == 1 else "examples"
-    what = f"{len(rendered.long)} {what}"
+    what = f"{len(rendered.long)} {what} of {rendered.path.name}"
     if on_long == "drop":
         return [f"{what} dropped, longer than {max_length} tokens: {name_lines(rendered.long)}"]
     return [f"{what} truncated to {max_length} tokens: {name_lines(rendered.long)}"]

@@ -80,14 +80,23 @@ class RunFolder:
         for old in sorted(self.models.glob("step-*"), key=step_of)[:-keep]:
             shutil.rmtree(old)
 
-    def mark_complete(self, step: int) -> None:
-        """Declare a checkpoint whole, once its files are on disk."""
+    def mark_complete(self, step: int, seconds: float = 0.0) -> None:
+        """Declare a checkpoint whole, once its files are on disk.
+
+        Args:
+            seconds: That all attempts together trained for to get there.
+        """
         folder = self.checkpoints / f"checkpoint-{step}"
         for path in folder.rglob("*"):
             if path.is_file():
                 _sync(path)
-        (folder / COMPLETE).touch()
+        write_json(folder / COMPLETE, {"seconds": round(seconds, 1)})
         _sync(folder)
+
+    def seconds_of(self, checkpoint: Path) -> float:
+        """Return how long a run trained up to a whole checkpoint; 0 where its mark is empty."""
+        mark = (checkpoint / COMPLETE).read_text("utf-8")
+        return float(json.loads(mark)["seconds"]) if mark else 0.0
 
     def newest_checkpoint(self) -> Path | None:
         """Return the whole checkpoint with the highest step."""
@@ -117,6 +126,11 @@ class RunFolder:
         """Append an event."""
         record = {"level": level, "message": message, "step": step, "data": data or None}
         self.append(self.events, record)
+
+    def has_told(self, message: str) -> bool:
+        """Tell whether an event with that message is there, of an earlier attempt, say."""
+        lines = self.events.read_text("utf-8").splitlines() if self.events.exists() else []
+        return any(json.loads(line)["message"] == message for line in lines)
 
 
 def step_of(folder: Path) -> int:

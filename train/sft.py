@@ -19,7 +19,15 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from train.command import STOPPED, as_yaml, provenance, refuse_other_settings, run_command
+from train.command import (
+    STOPPED,
+    as_yaml,
+    is_main_process,
+    provenance,
+    refuse_other_data,
+    refuse_other_settings,
+    run_command,
+)
 from train.config import SftConfig
 from train.run import RunFolder, step_of, write_json
 
@@ -54,7 +62,9 @@ def _run(config: SftConfig, run: RunFolder, options: argparse.Namespace) -> int:
         prepare.show_tokens(job, options.show_tokens)
         return 0
     resolved = provenance(config, job.plan, **job.facts)
-    print(as_yaml({**resolved, "estimate": trainer.estimate(job)}))
+    estimate = trainer.estimate(job)
+    if is_main_process():
+        print(as_yaml({**resolved, "warnings": job.warnings, "estimate": estimate}))
     return 0
 
 
@@ -67,6 +77,8 @@ def run_one(
 ) -> int:
     """Train from the start or the newest checkpoint to the end; returns the exit status.
 
+    Of several processes the first alone writes into the folder and tells.
+
     Args:
         base: The base model of the settings, where it is loaded already.
         seat: Where the run takes its turns with others on the same base, if it does.
@@ -75,16 +87,21 @@ def run_one(
 
     refuse_other_settings(config, run)
     job = prepare.prepare(config, run.tokens, base)
+    refuse_other_data(config, run, job.facts)
     resolved = provenance(config, job.plan, **job.facts)
-    run.prepare()
     checkpoint = run.newest_checkpoint()
-    run.trim_logs(step_of(checkpoint) if checkpoint else -1)
-    write_json(run.resolved, resolved)
-    if checkpoint is None:  # a resumed run has told them
-        for message in job.warnings:
+    if is_main_process():
+        run.prepare()
+        run.trim_logs(step_of(checkpoint) if checkpoint else -1)
+        write_json(run.resolved, resolved)
+        for message in job.warnings if checkpoint is None else ():  # a resumed run has told them
             run.tell(message, level="warn")
+            print(f"{run.path}: warning: {message}", file=sys.stderr)
     started = time.monotonic()
+    earlier = run.seconds_of(checkpoint) if checkpoint else 0.0
     outcome = trainer.train(job, run, stopper, checkpoint, seat)
+    if not is_main_process():  # the first still saves and checks the adapter
+        return STOPPED if outcome is None else 0
     if outcome is None:
         print(f"stopped; the same command resumes from {run.newest_checkpoint()}", file=sys.stderr)
         return STOPPED
@@ -93,7 +110,7 @@ def run_one(
         {
             "status": "succeeded",
             "hyperparameters": job.plan.model_dump(),
-            "seconds": round(time.monotonic() - started, 1),
+            "seconds": round(earlier + time.monotonic() - started, 1),
             **outcome,
         },
     )

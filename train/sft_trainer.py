@@ -2,8 +2,10 @@
 
 Rows come in an order of their own (`LengthGroupedSampler`), the head skips positions without loss
 (`loss_head`), a step's rows go through the model in parts that fit in memory, validation counts
-every token alike, and a loss that is not finite ends the run. The loss of a step is a mean over its
-learned tokens, so how it is cut into parts changes nothing but rounding.
+every token alike, and numbers that are not finite end the run. The loss of a step is a mean over
+its learned tokens, so how it is cut into parts changes nothing but rounding. Nor does it matter how
+many processes share the rows: what accelerate repeats to fill the last batch is left out, and all
+compute equally many parts, since they meet in each.
 """
 
 from __future__ import annotations
@@ -73,6 +75,7 @@ class LoraTrainer(SFTTrainer):
         self._prompt_loss_weight = prompt_loss_weight
         self._max_rows = max_rows
         self._max_tokens = max_tokens
+        self._total_train_tokens = 0  # TRL's count
         super().__init__(**kwargs)
         if not is_deepspeed_zero3_enabled():  # it gathers a weight for its own module's forward
             fuse_layers(self.model.get_base_model())
@@ -90,13 +93,50 @@ class LoraTrainer(SFTTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return self._order
 
+    def _run_epoch(self, **kwargs: Any) -> None:
+        """Train an epoch, unless the run was over before it: early stopping may have ended it."""
+        if not self.control.should_training_stop:
+            super()._run_epoch(**kwargs)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], Any]:
+        """Return what TRL's trainer does, without the rows that only fill the last batch."""
+        at = self._first_row()
+        size = self.args.per_device_train_batch_size
+        own = (self._own_rows(batch, at, size, len(self._order)) for batch in epoch_iterator)
+        return super().get_batch_samples(own, num_batches, device)
+
+    def _first_row(self) -> int:
+        """Return the place in the epoch's order of the first row of the step at hand."""
+        size = self.args.per_device_train_batch_size * self.accelerator.num_processes
+        return self.state.global_step * size % (math.ceil(len(self._order) / size) * size)
+
+    def _own_rows(self, batch: Batch, at: int, size: int, count: int) -> Batch:
+        """Return the rows [B, T] of this process that are no repetition, or an idle batch.
+
+        Args:
+            at: Place of the first row that the processes share, `size` each, of `count`.
+        """
+        left = count - at - self.accelerator.process_index * size
+        return {name: value[:left] for name, value in batch.items()} if left > 0 else _idle(batch)
+
+    def _parts(self, batch: Batch) -> list[Batch]:
+        """Cut a batch into parts that fit, as many in every process."""
+        parts = list(cut_batch(batch, self._max_rows, self._max_tokens))
+        if self.accelerator.num_processes == 1:
+            return parts
+        counts = self.accelerator.gather(torch.tensor([len(parts)], device=self.args.device))
+        return [_idle(batch)] * (int(counts.max()) - len(parts)) + parts
+
     def training_step(
         self, model: torch.nn.Module, inputs: Batch, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         """Accumulate the gradients of one step, part by part; returns the step's loss."""
         if self._prompt_loss_weight:
             num_items_in_batch = self._total_weight(inputs)
-        parts = list(cut_batch(inputs, self._max_rows, self._max_tokens))
+        tokens = self._total_train_tokens
+        parts = self._parts(inputs)
         losses = []
         for index, part in enumerate(parts):
             is_last = index == len(parts) - 1
@@ -107,15 +147,41 @@ class LoraTrainer(SFTTrainer):
                     if is_out_of_memory(error):
                         raise self._no_room(part, error) from error
                     raise
-        loss = torch.stack(losses).sum()
-        if not torch.isfinite(loss):
-            raise TrainingFailed(
-                f"The loss is {loss.item()} at step {self.state.global_step + 1}; the last whole "
-                f"checkpoint is kept. Lower learning_rate, or look for broken rows"
-                f"{self._suspects()}",
-                code="loss_not_finite",
-            )
+        loss = whole = torch.stack(losses).sum()
+        if self.accelerator.num_processes > 1:  # all have to see what one does
+            seen = inputs["attention_mask"].sum() * _learns(inputs)
+            totals = self.accelerator.reduce(torch.stack([loss.double(), seen.double()]))
+            whole = totals[0] / self.accelerator.num_processes
+            self._total_train_tokens = tokens + int(totals[1])  # without idle parts
+            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        self._require_finite("loss", whole)
         return loss
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        """Return the gradient's length, which has to be finite before a weight changes."""
+        found = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if found is not None:  # DeepSpeed may not know it yet
+            self._require_finite("length of the gradient", found)
+        return found
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Save the state, unless a weight is not finite."""
+        for name, weight in self.model.named_parameters():
+            if weight.requires_grad and weight.numel():
+                largest = weight.detach().abs().max()
+                self._require_finite(f"largest number of {name}", largest, after=True)
+        super()._save_checkpoint(model, trial)
+
+    def _require_finite(self, what: str, value: Any, *, after: bool = False) -> None:
+        """Raise TrainingFailed where a number is not finite; `after` the step is done."""
+        if math.isfinite(value):
+            return
+        step = self.state.global_step + (not after)
+        raise TrainingFailed(
+            f"The {what} is {float(value)} at step {step}; the last whole checkpoint is kept. "
+            f"Lower learning_rate, or look for broken rows{'' if after else self._suspects()}",
+            code="loss_not_finite",
+        )
 
     def _part(self, model: torch.nn.Module, part: Batch, num_items: Any) -> torch.Tensor:
         if self._seat is None:
@@ -125,7 +191,7 @@ class LoraTrainer(SFTTrainer):
 
     def compute_loss(self, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
         """Return TRL's loss, with prompts at their weight in training."""
-        if self._prompt_loss_weight and self.model.training:
+        if self._prompt_loss_weight and self.model.training and _learns(inputs):
             inputs = {**inputs, "prompt_loss_weight": self._prompt_loss_weight}  # type: ignore[dict-item]
         return super().compute_loss(model, inputs, *args, **kwargs)
 
@@ -163,33 +229,43 @@ class LoraTrainer(SFTTrainer):
     def _suspects(self) -> str:
         """Name the lines of the step at hand."""
         size = self.args.per_device_train_batch_size * self.accelerator.num_processes
-        at = self.state.global_step * size % (math.ceil(len(self._order) / size) * size)
-        rows = list(self._order)[at : at + size]
         if not len(self._lines):
             return ""
+        at = self._first_row()
+        rows = list(self._order)[at : at + size]
         return f"; the step's rows were {name_lines(sorted(self._lines[row] for row in rows))}"
 
     def _total_weight(self, inputs: Batch) -> torch.Tensor:
         """Return the sum of the weights of a step's tokens, over all processes: []."""
         labelled = inputs["labels"][:, 1:].ne(IGNORED).sum()
         others = inputs["attention_mask"][:, 1:].sum() - labelled
-        weight = (labelled + self._prompt_loss_weight * others).to(self.args.device)
+        weight = (labelled + self._prompt_loss_weight * others * _learns(inputs)).to(
+            self.args.device
+        )
         return self.accelerator.reduce(weight)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Validate token by token: each counts alike, however the rows fall into batches."""
+        """Validate token by token: each counts once, however the rows fall into batches.
+
+        Raises:
+            TrainingFailed: The loss is not finite.
+        """
         self.model.eval()
         totals = torch.zeros(3, dtype=torch.float64, device=self.args.device)
         classified: Found = []
-        for batch in self.get_eval_dataloader():
-            for part in cut_batch(batch, self._max_rows, self._max_tokens):
+        size = self.args.per_device_eval_batch_size
+        count = len(self.eval_dataset)
+        for index, batch in enumerate(self.get_eval_dataloader()):
+            at = index * size * self.accelerator.num_processes
+            for part in self._parts(self._own_rows(batch, at, size, count)):
                 inputs = self._prepare_inputs(part)
                 totals += self._sums(inputs)
                 if self._classes is not None:
                     with self.compute_loss_context_manager():
                         classified += self._classes.scores(self._bare_model(), inputs)
-        loss, correct, count = self.accelerator.reduce(totals).tolist()
-        metrics = {"eval_loss": loss / count, "eval_mean_token_accuracy": correct / count}
+        loss, correct, learned = self.accelerator.reduce(totals).tolist()
+        self._require_finite("validation loss", loss / learned, after=True)
+        metrics = {"eval_loss": loss / learned, "eval_mean_token_accuracy": correct / learned}
         if self._classes is not None:
             metrics |= self._classes.metrics(gathered(classified))
         self.log(metrics)
@@ -208,6 +284,17 @@ class LoraTrainer(SFTTrainer):
             scores = self.model(**inputs, fused_lm_head=True)
         parts = (-scores.log_probs.sum(), scores.is_top1.sum(), scores.label_mask.sum())
         return torch.stack([part.double() for part in parts])
+
+
+def _idle(batch: Batch) -> Batch:
+    """Return a batch [1, 2] without loss, for a process that others would wait for in vain."""
+    few = {name: value[:1, :2] for name, value in batch.items()}
+    return {**few, "labels": torch.full_like(few["labels"], IGNORED)}
+
+
+def _learns(batch: Batch) -> bool:
+    """Tell whether a batch has a label: an idle one has none."""
+    return bool(batch["labels"].ne(IGNORED).any())
 
 
 def cut_batch(batch: Batch, max_rows: int, max_tokens: int) -> Iterator[Batch]:

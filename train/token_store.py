@@ -96,8 +96,12 @@ class TokenRows(Sequence[Example]):
     @property
     def num_repeated(self) -> int:
         """Rows whose tokens, before any cut, are those of an earlier row."""
-        marks = self._column("mark")
-        return len(marks) - len(np.unique(marks))
+        return len(self) - len(np.unique(self.marks))
+
+    @property
+    def marks(self) -> NDArray[np.int64]:
+        """A hash of each row's tokens before any cut, the same for equal rows: [rows]."""
+        return self._column("mark")
 
     def select(self, chosen: NDArray[np.int64]) -> TokenRows:
         """Return some of these rows, by index and in this order."""

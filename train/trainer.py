@@ -70,26 +70,26 @@ def train(
     Raises:
         TrainingFailed: The loss is not finite, or the adapter does not serve as trained.
     """
-    trainer = _make_trainer(job, run, stopper, seat)
-    started = time.monotonic()
+    earlier = run.seconds_of(checkpoint) if checkpoint else 0.0
+    trainer = _make_trainer(job, run, stopper, seat, earlier)
+    started = time.monotonic() - earlier
     outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.monotonic() - started
     if stopper.asked.is_set():
         return None
-    if trainer.state.global_step < trainer.state.max_steps:
-        run.tell(
+    if trainer.is_world_process_zero() and trainer.state.global_step < trainer.state.max_steps:
+        message = (
             f"Early stopping: no improvement in {job.config.early_stopping.patience} evaluations; "
-            f"best step {_best_step(trainer)}",
-            level="warn",
-            step=trainer.state.global_step,
+            f"best step {_best_step(trainer)}"
         )
+        if not run.has_told(message):
+            run.tell(message, level="warn", step=trainer.state.global_step)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    valid_losses = [e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e]
     result = {
         "trained_tokens": round(job.train.num_tokens * (trainer.state.epoch or 0)),
         "steps": trainer.state.global_step,
         "train_loss": losses[-1] if losses else outcome.training_loss,
-        "valid_loss": min(valid_losses, default=None),
+        "valid_loss": _published_loss(trainer),
         "best_step": _best_step(trainer),
     }
     if trainer.is_world_process_zero():
@@ -138,7 +138,11 @@ def estimate(job: TrainingJob) -> dict[str, float]:
 
 
 def _make_trainer(
-    job: TrainingJob, run: RunFolder, stopper: Stopper, seat: Seat | None = None
+    job: TrainingJob,
+    run: RunFolder,
+    stopper: Stopper,
+    seat: Seat | None = None,
+    earlier: float = 0.0,
 ) -> LoraTrainer:
     config, plan, base = job.config, job.plan, job.base
     set_seed(config.seed)  # so that the adapter starts the same however the data were read
@@ -147,6 +151,8 @@ def _make_trainer(
     else:
         peft_config = read_shape(config.start_adapter, base, config.lora.dropout)
     steps = checkpoint_steps(config, plan)
+    published = _published(config, plan, steps)
+    log = RunLog(run, published, base.origin, config.keep_checkpoints, earlier)
     trainer = LoraTrainer(
         order=LengthGroupedSampler(job.train.examples.lengths, plan.batch_size, config.seed),
         max_rows=plan.micro_batch_size,
@@ -162,7 +168,7 @@ def _make_trainer(
         eval_dataset=as_dataset(job.valid.examples) if job.valid else None,
         processing_class=base.tokenizer,
         peft_config=peft_config,
-        callbacks=[stopper, RunLog(run, _published(config, plan, steps), base.origin)],
+        callbacks=[stopper, log],
     )
     trainer.add_callback(KeptTokenCount(trainer))
     if config.start_adapter is not None:
@@ -243,7 +249,7 @@ def _training_arguments(job: TrainingJob, run: RunFolder) -> SFTConfig:
         eval_steps=plan.total_steps if job.valid else None,  # and where EvaluateAt says
         save_strategy="steps",
         save_steps=plan.total_steps,  # and where SaveAt says
-        save_total_limit=config.keep_checkpoints,
+        save_total_limit=None,  # RunLog removes old ones, once the new one is marked whole
         load_best_model_at_end=keep_best,
         metric_for_best_model="eval_loss" if keep_best else None,
         logging_steps=max(1, plan.total_steps // LOG_RECORDS),
@@ -255,6 +261,15 @@ def _training_arguments(job: TrainingJob, run: RunFolder) -> SFTConfig:
         dataloader_pin_memory=job.base.model.device.type != "cpu",
         disable_tqdm=True,
     )
+
+
+def _published_loss(trainer: SFTTrainer) -> float | None:
+    """Return the validation loss of the adapter at hand: the best one's, or the last."""
+    state = trainer.state
+    if state.best_model_checkpoint is not None:
+        return state.best_metric
+    losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
+    return losses[-1] if losses else None
 
 
 def _best_step(trainer: SFTTrainer) -> int | None:
