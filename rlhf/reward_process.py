@@ -30,7 +30,7 @@ def find_function(name: str) -> Callable[..., Any]:
         raise ConfigError(
             [f"the reward function {name} is a {type(found).__name__}, which cannot be called"]
         )
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def serve_function(name: str, pipe: Connection) -> None:
