@@ -29,12 +29,13 @@ class Answers:
 
 
 def summarize(answers: Answers) -> dict[str, float]:
-    """Return mean reward, length in tokens and the share that ended by itself."""
+    """Return mean reward, if there is any, length in tokens and the share that ended by itself."""
     count = len(answers.samples)
     if not count:
         return {}
+    mean = answers.mean_score
     return {
-        "reward": answers.mean_score,
+        **({"reward": mean} if math.isfinite(mean) else {}),
         "length_mean": sum(len(sample.response) for sample in answers.samples) / count,
         "eos_rate": sum(sample.ended for sample in answers.samples) / count,
     }

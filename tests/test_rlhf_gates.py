@@ -97,6 +97,7 @@ def test_no_gate_opens_without_rewards_or_far_from_the_start():
     samples = [sample((1,), (2, 3))] * 2
     known, unknown = Answers(samples, [0.0, 1.0]), Answers(samples, [math.nan, math.nan])
     assert gate({}) is None
+    json.dumps(compare(known, unknown), allow_nan=False)
     found = gate({"comparison": compare(known, unknown)})
     assert found == {"promote": False, "reasons": ["no answer to the fixed prompts got a reward"]}
     better = {"comparison": compare(known, Answers(samples, [1.0, 2.0]))}
