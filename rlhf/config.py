@@ -59,7 +59,9 @@ class RewardConfig(RunConfig):
         None, description="PEFT folder to begin with, such as SFT's."
     )
     num_epochs: int = Field(1, ge=1, le=50, description="Passes; more than one tends to overfit.")
-    batch_size: int = Field(32, ge=1, le=4096, description="Comparisons a step, about.")
+    batch_size: int = Field(
+        32, ge=1, le=4096, description="Comparisons a step, about: whole prompts, in eights."
+    )
     micro_batch_tokens: int | Auto = Field("auto", description="Most tokens at once on a device.")
     learning_rate: float = Field(1e-4, gt=0, description="At its highest.")
     warmup_fraction: float = Field(0.05, ge=0, lt=1, description="Of the steps, with rising rate.")

@@ -15,13 +15,19 @@ Exit status: 0 done, 2 wrong input, 74 disk full, 143 stopped by a signal (resum
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Sequence
 
 from rlhf.config import RewardConfig
-from train.command import STOPPED, as_yaml, provenance, refuse_other_settings, run_command
+from train.command import (
+    STOPPED,
+    as_yaml,
+    is_main_process,
+    provenance,
+    refuse_other_settings,
+    run_command,
+)
 from train.run import RunFolder, step_of, write_json
 
 
@@ -54,7 +60,7 @@ def _run(config: RewardConfig, run: RunFolder, options: argparse.Namespace) -> i
     if options.dry_run:
         print(as_yaml(provenance(config, None, **facts)))
         return 0
-    is_main = int(os.environ.get("RANK", "0")) == 0
+    is_main = is_main_process()
     checkpoint = run.newest_checkpoint()
     if is_main:
         run.prepare()

@@ -95,8 +95,7 @@ def set_up(config: RewardConfig) -> RewardRun:
                     f"comparisons of more than {longest} tokens {did}: {name_lines(part.long)}"
                 )
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    mean = train.num_pairs / len(train.groups)
-    groups = max(1, round(config.batch_size / mean / size)) * size
+    groups = groups_a_step(config.batch_size, train.num_pairs / len(train.groups), size)
     by_device = CPU_MICRO_BATCH_TOKENS
     if base.model.device.type != "cpu":
         by_device = GPU_MICRO_BATCH_TOKENS
@@ -107,6 +106,18 @@ def set_up(config: RewardConfig) -> RewardRun:
         size,
         warnings,
     )
+
+
+def groups_a_step(batch_size: int, pairs_a_group: float, num_processes: int) -> int:
+    """Return how many prompts make a step of about `batch_size` comparisons.
+
+    They are eights, or pairs where they are few, so that one, two, four or eight processes share
+    the same steps; other numbers of processes round up to what they can share evenly.
+    """
+    groups = max(1, round(batch_size / pairs_a_group))
+    unit = next(unit for unit in (8, 2, 1) if groups >= unit)
+    groups = round(groups / unit) * unit
+    return math.ceil(groups / num_processes) * num_processes
 
 
 def train(

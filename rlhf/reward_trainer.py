@@ -8,6 +8,7 @@ the head on the last token by its index; nothing is inferred from padding, so EO
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -110,18 +111,22 @@ class PairTrainer(RewardTrainer):
     ) -> Tensor:
         """Accumulate the gradients of one step, part by part; returns the step's mean loss."""
         model.train()
-        groups = [as_group(row) for row in inputs]
+        groups = [as_group(row) for row in inputs][: self._num_own()]
         count = torch.tensor(float(sum(len(group.pairs) for group in groups)))
         total = self._summed(count.to(self.args.device)) / self.accelerator.num_processes
         parts = batches_of(groups, self._max_tokens)
+        idle = not parts  # others wait for this process's gradient all the same
+        parts = parts or [[as_group(inputs[0])]]
         loss = torch.zeros((), device=self.args.device)
         for index, part in enumerate(parts):
             is_last = index == len(parts) - 1
             with nullcontext() if is_last else self.accelerator.no_sync(model):
                 summed, scores = self._sums(model, part)
+                summed = summed * 0 if idle else summed
                 self.accelerator.backward(summed / total)
             loss += summed.detach() / total
-            self._note(part, scores.detach())
+            if not idle:
+                self._note(part, scores.detach())
         if not torch.isfinite(loss):
             raise TrainingFailed(
                 f"The loss is {loss.item()} at step {self.state.global_step + 1}; the last whole "
@@ -131,6 +136,13 @@ class PairTrainer(RewardTrainer):
         self._total_train_tokens += sum(group.num_tokens for group in groups)
         self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         return loss
+
+    def _num_own(self) -> int:
+        """Return how many of this process's groups are no repetition that fills the last batch."""
+        own, count = self.args.per_device_train_batch_size, len(self.train_dataset)
+        size = own * self.accelerator.num_processes
+        at = self.state.global_step * size % (math.ceil(count / size) * size)
+        return max(0, count - at - self.accelerator.process_index * own)
 
     def _sums(self, model: nn.Module, groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
         """Return the summed loss of the pairs of some groups, and the answers' scores."""
@@ -182,6 +194,8 @@ class PairTrainer(RewardTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
+        if not self.args.should_save:  # the first process alone
+            return
         folder = Path(output_dir or str(self.args.output_dir))
         save_file({"score.weight": self._scored.head.weight.detach().cpu()}, folder / HEAD)
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from typing import Any
 
-from train.command import STOPPED, as_yaml, provenance, refuse_other_settings
+from train.command import STOPPED, as_yaml, is_main_process, provenance, refuse_other_settings
 from train.run import RunFolder, step_of, write_json
 
 
@@ -25,7 +24,7 @@ def execute(module: Any, config: Any, run: RunFolder, options: argparse.Namespac
     stopper = Stopper()
     stopper.install()
     job = module.set_up(config)
-    is_main = int(os.environ.get("RANK", "0")) == 0
+    is_main = is_main_process()
     try:
         base = job.base
         facts = {

@@ -23,6 +23,7 @@ from data.errors import DataError
 from data.rows import Ranking
 from rlhf import ppo, report_card, reward
 from rlhf.comparisons import agreement, load_comparisons, noise_ceiling, split_prompts
+from rlhf.reward_run import groups_a_step
 from rlhf.reward_trainer import pair_loss
 from rlhf.rewards import by_length
 from serve.engine import base_model
@@ -272,6 +273,13 @@ def test_two_processes_take_the_same_steps_as_one(place):
             load_file(place / out / "adapter" / name) for out in ("one-process", "two-processes")
         )
         assert max(float((one[key] - two[key]).abs().max()) for key in one) < 1e-5
+
+
+def test_a_step_is_the_same_prompts_for_one_two_four_or_eight_processes():
+    for batch_size, pairs, wanted in ((32, 1.0, 32), (32, 3.0, 8), (32, 1.2, 24)):
+        assert {groups_a_step(batch_size, pairs, size) for size in (1, 2, 4, 8)} == {wanted}
+    assert [groups_a_step(8, 2.7, size) for size in (1, 2, 3)] == [4, 4, 6]
+    assert groups_a_step(1, 5.0, 1) == 1
 
 
 @pytest.mark.parametrize(
