@@ -227,7 +227,9 @@ class Evaluations(TrainerCallback):
         self.last = answers if is_last else None
         numbers = {f"eval_{name}": value for name, value in summarize(answers).items()}
         finite = {name: round(v, 6) for name, v in numbers.items() if math.isfinite(v)}
+        due = control.should_log
         Trainer.log(self._trainer, finite)  # TRL's own adds its training's numbers
+        control.should_log = due  # the step's own numbers are still to be logged, by all processes
 
 
 class Alarms(TrainerCallback):

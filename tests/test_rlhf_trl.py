@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from test_rlhf_reward import vowel_rows, write
 from tiny_models import save_tiny_base
+from train_runs import launch
 
 from rlhf import dpo, grpo, kto, rloo
 from rlhf.comparisons import load_comparisons
@@ -138,6 +139,8 @@ def test_evaluations_answer_the_prompts_of_their_file_and_change_nothing(place, 
 
     found = {r["step"]: r for r in records(place / "evaluated") if "eval/reward" in r}
     assert list(found) == [2, 4, 5]
+    steps = [r["step"] for r in records(place / "evaluated") if "reward" in r]
+    assert steps == [1, 2, 3, 4, 5]  # an evaluation hides no step
     path = place / "evaluated" / "completions.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     for step, kind in ((2, "eval"), (4, "eval"), (5, "final")):
@@ -151,6 +154,20 @@ def test_evaluations_answer_the_prompts_of_their_file_and_change_nothing(place, 
         place / out / "adapter/adapter_model.safetensors" for out in ("evaluated", "unevaluated")
     ]
     assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+@pytest.mark.parametrize("method", ["dpo", "grpo"])
+def test_two_processes_end_with_one_adapter(place, method):
+    given = {"train_file": place / "pairs.jsonl", "num_epochs": 1}
+    if method == "grpo":
+        given = {"prompts_file": place / "prompts.jsonl", "total_episodes": 24, "eval_prompts": 3}
+        given |= {"reward.function": "rules_of_trl:vowels", "max_new_tokens": 6}
+    out = f"two-{method}"
+    assert launch(f"rlhf.{method}", words(place, out, **given), 2, [place]) == 0
+    assert json.loads((place / out / "result.json").read_text())["status"] == "succeeded"
+    steps = [record["step"] for record in records(place / out) if "train_loss" in record]
+    assert steps == sorted(set(steps))  # one process writes
+    assert (place / out / "adapter/adapter_model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(
