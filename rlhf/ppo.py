@@ -20,7 +20,15 @@ import time
 from collections.abc import Sequence
 
 from rlhf.config import PpoConfig
-from train.command import STOPPED, as_yaml, provenance, refuse_other_settings, run_command
+from train.command import (
+    STOPPED,
+    as_yaml,
+    data_facts,
+    provenance,
+    refuse_other_data,
+    refuse_other_settings,
+    run_command,
+)
 from train.run import RunFolder, step_of, write_json
 
 
@@ -52,6 +60,8 @@ def _run(config: PpoConfig, run: RunFolder, options: argparse.Namespace) -> int:
             "updates": config.num_updates,
             "processes": job.team.size,
         }
+        facts |= data_facts(config)
+        refuse_other_data(config, run, facts)
         if options.dry_run:
             print(as_yaml(provenance(config, None, **facts)))
             return 0

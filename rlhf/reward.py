@@ -23,8 +23,10 @@ from rlhf.config import RewardConfig
 from train.command import (
     STOPPED,
     as_yaml,
+    data_facts,
     is_main_process,
     provenance,
+    refuse_other_data,
     refuse_other_settings,
     run_command,
 )
@@ -57,6 +59,8 @@ def _run(config: RewardConfig, run: RunFolder, options: argparse.Namespace) -> i
         "prompts_a_step": job.batch_groups,
         "steps": job.steps,
     }
+    facts |= data_facts(config)
+    refuse_other_data(config, run, facts)
     if options.dry_run:
         print(as_yaml(provenance(config, None, **facts)))
         return 0

@@ -7,7 +7,15 @@ import sys
 import time
 from typing import Any
 
-from train.command import STOPPED, as_yaml, is_main_process, provenance, refuse_other_settings
+from train.command import (
+    STOPPED,
+    as_yaml,
+    data_facts,
+    is_main_process,
+    provenance,
+    refuse_other_data,
+    refuse_other_settings,
+)
 from train.run import RunFolder, step_of, write_json
 
 
@@ -37,6 +45,8 @@ def execute(module: Any, config: Any, run: RunFolder, options: argparse.Namespac
             "rows_at_once": job.steps.micro_rows,
             "rows": len(job.train) if hasattr(job, "train") else len(job.prompts),
         }
+        facts |= data_facts(config)
+        refuse_other_data(config, run, facts)
         resolved = provenance(config, None, **facts)
         if options.dry_run:
             print(as_yaml(resolved))

@@ -309,6 +309,17 @@ def test_after_a_failing_function_the_run_goes_on_where_it_was(place, monkeypatc
     assert len(lines(place / "moody" / "metrics.jsonl")) == 4
 
 
+def test_an_unfinished_run_is_not_resumed_on_other_prompts(place, monkeypatch):
+    monkeypatch.setenv("HONE_TEST_MOOD", str(place / "changing"))
+    prompts = place / "changing.jsonl"
+    prompts.write_bytes((place / "prompts.jsonl").read_bytes())
+    values = {"reward.function": "my_rewards:moody", "eval_prompts": 0, "prompts_file": prompts}
+    assert run(place, "changed", **values, save_every=1) == 1
+    prompts.write_text(prompts.read_text() + json.dumps({"prompt": "more", "letter": "a"}) + "\n")
+    assert run(place, "changed", **values, save_every=1) == 2
+    assert "changing.jsonl has changed since the unfinished run" in error_of(place, "changed")
+
+
 def test_some_prompts_over_the_context_are_dropped_and_counted(place):
     rows = [{"prompt": "x" * (4000 if i < 3 else 5 + i)} for i in range(12)]
     path = place / "some-long.jsonl"

@@ -6,6 +6,7 @@ Exit status: 0 done, 2 wrong input, 74 disk full, 143 stopped by a signal (resum
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -32,6 +33,12 @@ FREE_TO_CHANGE = frozenset(
         *("micro_batch_tokens", "gradient_checkpointing"),
     }
 )
+DATA = {  # parts of a run's provenance, and the settings that name their files
+    "train_data": "train_file",
+    "validation_data": "validation_file",
+    "prompts_data": "prompts_file",
+    "eval_prompts_data": "eval_prompts_file",
+}
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets")
 STARTED = time.time()  # of this process
 Config = TypeVar("Config", bound=RunConfig)
@@ -92,17 +99,14 @@ def refuse_other_data(config: RunConfig, run: RunFolder, facts: Mapping[str, Any
     """Raise ConfigError if an unfinished run in the folder began with other rows or another base.
 
     Args:
-        facts: `base`, with its fingerprint, and `train_data` and `validation_data`, with their
-            SHA-256, of what is there now; `provenance` keeps them for the next time.
+        facts: `base`, with its fingerprint, and the parts of DATA, with their SHA-256, of what is
+            there now; `provenance` keeps them for the next time.
     """
     if run.newest_checkpoint() is None or not run.resolved.exists():
         return
     began = json.loads(run.resolved.read_text("utf-8"))
-    compared = (
-        ("train_data", "sha256", "train_file"),
-        ("validation_data", "sha256", "validation_file"),
-        ("base", "fingerprint", "base_model"),
-    )
+    compared = [(part, "sha256", setting) for part, setting in DATA.items()]
+    compared.append(("base", "fingerprint", "base_model"))
     problems = []
     for part, mark, setting in compared:
         old, new = ((kept.get(part) or {}).get(mark) for kept in (began, facts))
@@ -116,6 +120,18 @@ def refuse_other_data(config: RunConfig, run: RunFolder, facts: Mapping[str, Any
             )
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
+
+
+def data_facts(config: RunConfig) -> dict[str, dict[str, str]]:
+    """Return path and SHA-256 of each data file that a configuration names, by its part of DATA."""
+    found = {}
+    for part, setting in DATA.items():
+        path: Path | None = getattr(config, setting, None)
+        if path is not None:
+            with path.open("rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            found[part] = {"path": str(path), "sha256": digest}
+    return found
 
 
 def _tell_finished(module: str, config: RunConfig, run: RunFolder) -> int:
