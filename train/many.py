@@ -31,6 +31,7 @@ from data.errors import ConfigError, ToolkitError
 from data.settings import read_config
 from train.command import STOPPED, report_failure
 from train.config import CPU_MICRO_BATCH_TOKENS, GPU_MICRO_BATCH_TOKENS, SftConfig
+from train.devices import with_one_gpu
 from train.run import RunFolder
 from train.sft import run_one
 
@@ -115,6 +116,8 @@ def run_many(configs: Sequence[SftConfig], max_tokens: int | None = None) -> lis
     statuses = [0] * len(runs)
     if not todo:
         return statuses
+    device = with_one_gpu(configs[0]).device
+    configs = [config.model_copy(update={"device": device}) for config in configs]
     from train.base_model import load_base
     from train.together import Seat, Together
     from train.trainer import take_signals
