@@ -82,10 +82,6 @@ class FileStore:
         self.parts = PartStore(self._blobs, self._root)
         self.limits = limits or Limits()
 
-    def set_limits(self, limits: Limits) -> None:
-        """Take other limits for accounts that have none of their own."""
-        self._limits = limits
-
     def create(
         self,
         project_id: str,

@@ -79,7 +79,7 @@ class Runtime:
         """Take over settings that may change while requests run."""
         self.settings = settings
         self.gate.set_defaults(settings.limits)
-        self.files.set_limits(settings.limits)
+        self.files.limits = settings.limits
         self.meter.set_prices(settings.prices)
         self.engine.set_limits(
             queue_size=settings.queue_size,

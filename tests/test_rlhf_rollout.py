@@ -36,7 +36,7 @@ def base(request, tmp_path: Path) -> Base:
 
 
 def policy_on(base: Base) -> ActorCritic:
-    model = with_policy(base.model, lora_config(LoraSettings(r=4)))
+    model = with_policy(base.model, lora_config(LoraSettings(r=4), base.model))
     torch.manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -28,7 +28,6 @@ from data.files import FileStore
 from data.settings import Settings, load_settings
 from data.tables import Job, new_id
 from data.uploads import UploadStore
-from serve.logs import QUIET
 from train.job_training import fail_job, train_job
 from train.job_validation import validate_job
 from train.lease import Lease
@@ -44,6 +43,7 @@ STAGES: dict[str, tuple[tuple[str, ...], Handler]] = {
     "train": (("queued", "running"), train_job),
 }
 
+QUIET = ("httpx", "httpcore")  # they tell URLs, which may hold secrets
 log = logging.getLogger("hone.worker")
 
 

@@ -292,7 +292,7 @@ def score_by_model(
     base = load_base(config)
     folder = given.out / f"reward-{seed}/adapter"
     head = read_head(folder, base.fingerprint)
-    model = with_policy(base.model, lora_config(LoraSettings(r=1)))
+    model = with_policy(base.model, lora_config(LoraSettings(r=1), base.model))
     load_role(model, folder, REWARD)
     roles = ActorCritic(model, TEMPERATURE)
     roles.add_head(REWARD, head.weight)
