@@ -156,6 +156,7 @@ def test_evaluations_answer_the_prompts_of_their_file_and_change_nothing(place, 
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["dpo", "grpo"])
 def test_two_processes_end_with_one_adapter(place, method):
     given = {"train_file": place / "pairs.jsonl", "num_epochs": 1}
