@@ -255,7 +255,8 @@ class PpoTrainer:
         job, config = self._job, self._config
         policy = under_another_name(self._roles.policy_adapter(), "eval")
         prompts: Sequence[Any] = job.eval_prompts
-        seeds = [seed_of(config.seed, -1 - update, index) for index in range(len(prompts))]
+        # The same at every evaluation: what changes is the policy's doing.
+        seeds = [seed_of(config.seed, -1, index) for index in range(len(prompts))]
         samples: list[Sample] = []
         with job.sampler.awake():
             for at in range(0, len(prompts), config.batch_size):
