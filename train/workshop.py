@@ -120,9 +120,10 @@ class Workshop:
         """
         if job.start_version_id is None:
             return None
-        folder = self.run_of(job).path / INPUTS / "start_adapter"
         with self.database.read() as session:
             version = session.get(AdapterVersion, job.start_version_id)
+        name = "gone" if version is None else version.name.replace("/", "_")
+        folder = self.run_of(job).path / INPUTS / "start_adapter" / name  # as reports tell it
         if folder.exists():
             return folder
         if version is None or version.deleted_at is not None:
