@@ -174,6 +174,9 @@ def checkpoint_exists(home: Path, job_id: str) -> bool:
 def find(kind: str, home: Path) -> int:
     """Return the id of a process of this home's server, worker or trainer."""
     marks = {"server": "serve.cli", "worker": "train.worker", "trainer": "train.sft"}
+    if kind == "worker":  # its settings are not on its command line
+        children = psutil.Process(find("server", home)).children()
+        return next(p.pid for p in children if marks[kind] in p.cmdline())
     for process in psutil.process_iter(["cmdline", "environ"]):
         line = " ".join(process.info["cmdline"] or ())
         mine = str(home) in line or str(home) in str(process.info["environ"])
