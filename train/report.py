@@ -35,11 +35,11 @@ def write_report(
     run: RunFolder, job: TrainingJob, outcome: Mapping[str, Any], regression: Regression | None
 ) -> None:
     """Write `report.html` into a run's folder."""
-    records = _lines(run, "metrics")
+    records = run.read(run.metrics)
     resolved = json.loads(run.resolved.read_text("utf-8")) if run.resolved.exists() else {}
     parts = [
         table("Outcome", _outcome(outcome)),
-        _warnings(job, _lines(run, "events")),
+        _warnings(job, run.read(run.events)),
         "<h2>Curves</h2>",
         *(_curve(records, names, label) for names, label in CURVES),
         table("Training data", _facts(job.train)),
@@ -122,7 +122,7 @@ def _won_and_lost(job: TrainingJob, regression: Regression) -> list[str]:
 
 def _suspicious(run: RunFolder, job: TrainingJob) -> list[str]:
     """Show the training rows that the finished model still finds least likely."""
-    scored = _lines(run, "losses")
+    scored = run.read(run.losses)
     if not scored:
         return []
     order = sorted(range(len(scored)), key=lambda index: -scored[index]["loss"])[:SHOWN]
@@ -187,10 +187,3 @@ def _lineage(job: TrainingJob, resolved: Mapping[str, Any]) -> dict[str, Any]:
         "hone": resolved.get("git_commit") or "unknown",
         **{f"version of {name}": text for name, text in resolved.get("versions", {}).items()},
     }
-
-
-def _lines(run: RunFolder, name: str) -> list[dict[str, Any]]:
-    path = getattr(run, name)
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
