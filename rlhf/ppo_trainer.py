@@ -19,7 +19,7 @@ import torch
 from rlhf import ppo_state
 from rlhf.evaluate import MOST_KL, Answers, compare, gate, summarize
 from rlhf.experience import Experience, gather, response_kl
-from rlhf.ppo_math import AdaptiveKL
+from rlhf.ppo_math import AdaptiveKL, sequence_kl
 from rlhf.ppo_setup import PpoRun
 from rlhf.ppo_state import Best, Progress
 from rlhf.prompts import PromptStream
@@ -128,9 +128,10 @@ class PpoTrainer:
             record |= self._judge(experience.samples)
         if self._team.is_main:
             self._run.append(self._run.metrics, record)
+            kl = sequence_kl(experience.log_probs, experience.ref_log_probs, experience.mask)
             for index, sample in enumerate(experience.samples[:SHOWN_ROLLOUTS]):
-                score = float(experience.raw[index])
-                row = describe(sample, score=score, step=progress.update, kind="rollout")
+                told = {"score": float(experience.raw[index]), "kl": round(float(kl[index]), 6)}
+                row = describe(sample, **told, step=progress.update, kind="rollout")
                 self._run.append(self._run.completions, row)
         self._watch.look(record)
         return record

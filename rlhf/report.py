@@ -84,11 +84,13 @@ def _completions(rows: Sequence[Mapping[str, Any]]) -> str:
     body = "".join(
         f"<tr><td>{row['step']}</td><td>{html.escape(row['kind'])}</td>"
         f"<td><pre>{html.escape(row['prompt'])}</pre></td>"
-        f"<td><pre>{html.escape(row['response'])}</pre></td><td>{_score(row['score'])}</td></tr>"
+        f"<td><pre>{html.escape(row['response'])}</pre></td><td>{_score(row['score'])}</td>"
+        f"<td>{_score(row['kl']) if 'kl' in row else ''}</td></tr>"
         for row in rows[::step]
     )
-    head = "<tr><th>update</th><th>kind</th><th>prompt</th><th>response</th><th>score</th></tr>"
-    return f"<table>{head}{body}</table>"
+    names = ("update", "kind", "prompt", "response", "score", "KL")
+    head = "".join(f"<th>{name}</th>" for name in names)
+    return f"<table><tr>{head}</tr>{body}</table>"
 
 
 def _score(value: float | None) -> str:

@@ -77,6 +77,9 @@ def test_the_outcome_tells_the_kl_of_the_policy_that_is_saved(place, monkeypatch
     wanted = [exact_kl(tuned, start, s.prompt.ids, s.response) for s in seen]
     result = json.loads((place / "one-update/result.json").read_text())
     assert lines(place / "one-update/metrics.jsonl")[0]["objective/kl"] == 0
+    rows = [r for r in lines(place / "one-update/completions.jsonl") if r["kind"] == "rollout"]
+    assert [row["kl"] for row in rows] == [0, 0]
+    assert "<th>KL</th>" in (place / "one-update/report.html").read_text()
     assert result["kl"] == pytest.approx(sum(wanted) / len(wanted), rel=1e-3)
     assert result["kl"] > 0.01
 
