@@ -15,7 +15,7 @@ from data.errors import DataError
 from data.files import FileStore
 from data.job_methods import METHODS, unusable_rows
 from data.job_spec import AUTO, JobSpec, auto_epochs
-from data.job_start import check_file, find_start
+from data.job_start import check_file, find_start, pin_grader, pin_reward_model
 from data.prompt_format import prompt_format
 from data.report import Report
 from data.tables import Job
@@ -72,10 +72,13 @@ def estimate(
     given = {"training_file": spec.training_file, "validation_file": spec.validation_file}
     with database.read() as session:
         start = find_start(session, project_id, spec, base_models)
+        base_model = start.base_model if start else spec.model
+        pin_grader(session, project_id, spec, base_model)
+        pin_reward_model(session, project_id, spec, base_model)
         for param, file_id in given.items():
             if file_id is not None:
                 check_file(session, project_id, param, file_id)
-    found = Estimate(start.base_model if start else spec.model)
+    found = Estimate(base_model)
     rules = METHODS[spec.method_type]
     markers = special_tokens(tokenizer)
     for param, file_id in given.items():

@@ -28,6 +28,7 @@ _PROMPTS = (
     *(Format.PREFERENCE, Format.RANKING, Format.UNPAIRED),
 )
 _DATA_OPTIONS = {"lora", "from_checkpoint", "keep_checkpoints", "max_seq_length", "on_long"}
+_JUDGED_OPTIONS = _DATA_OPTIONS | {"n_evals", "reward_model", "max_completion_tokens"}
 _SAMPLING_OPTIONS = {"lora", "from_checkpoint", "keep_checkpoints", "max_completion_tokens"}
 REWARD_MODEL = "reward_model"
 
@@ -68,7 +69,7 @@ METHODS: dict[str, MethodRules] = {
         "rlhf.dpo",
         _PAIRS,
         _COMMON | {"beta": (float, None, 2)},
-        frozenset(_DATA_OPTIONS | {"n_evals"}),
+        frozenset(_JUDGED_OPTIONS),
         {"n_epochs": 1, "batch_size": 16, "learning_rate_multiplier": 1.0, "beta": 0.1},
         5e-5,
     ),
@@ -76,7 +77,7 @@ METHODS: dict[str, MethodRules] = {
         "rlhf.kto",
         (Format.UNPAIRED, *_PAIRS),
         _COMMON | {"batch_size": (int, 2, 256), "beta": (float, None, 2)},
-        frozenset(_DATA_OPTIONS | {"n_evals"}),
+        frozenset(_JUDGED_OPTIONS),
         {"n_epochs": 1, "batch_size": 16, "learning_rate_multiplier": 1.0, "beta": 0.1},
         5e-5,
     ),

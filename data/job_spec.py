@@ -29,7 +29,7 @@ OPTIONS: dict[str, Rule] = {
     "keep_checkpoints": (int, 1, 100),
     "prompt_loss_weight": (float, 0, 1),
 }
-TEXTS = ("from_checkpoint",)
+TEXTS = ("from_checkpoint", "reward_model")
 
 
 def auto_epochs(num_rows: int) -> int:

@@ -80,20 +80,7 @@ def pin_grader(session: Session, project_id: str, spec: JobSpec, base_model: str
     param = f"method.{spec.method_type}.grader"
     names = set()
     for part in score_models(grader):
-        version = _find(session, project_id, part["model"])
-        if version is None or version.lineage.get("kind") != REWARD_MODEL:
-            raise InvalidInput(
-                f"Invalid '{param}.model': `{part['model']}` is no reward model of yours; train "
-                f"one by a job of the method '{REWARD_MODEL}'.",
-                param=f"{param}.model",
-                code="model_not_available",
-            )
-        if version.base_model != base_model:
-            raise InvalidInput(
-                f"Invalid '{param}.model': `{part['model']}` was trained on "
-                f"`{version.base_model}`, the job is for `{base_model}`.",
-                param=f"{param}.model",
-            )
+        name = _pin(session, project_id, part["model"], f"{param}.model", base_model)
         given = [name for name in OF_JUDGES if part.get(name) is not None]
         if given:
             raise InvalidInput(
@@ -102,13 +89,45 @@ def pin_grader(session: Session, project_id: str, spec: JobSpec, base_model: str
                 param=f"{param}.{given[0]}",
                 code="unsupported_parameter",
             )
-        part["model"] = version.name
-        names.add(version.name)
+        part["model"] = name
+        names.add(name)
     if len(names) > 1:
         raise InvalidInput(
             f"Invalid '{param}': it names {len(names)} reward models; a job uses one.", param=param
         )
     return {"grader": grader}
+
+
+def pin_reward_model(
+    session: Session, project_id: str, spec: JobSpec, base_model: str
+) -> dict[str, Any]:
+    """Return a job's option `reward_model` as the name of a version; {} where it has none.
+
+    Raises:
+        InvalidInput: It is no reward model of this account and base.
+    """
+    given = spec.options.get("reward_model")
+    if given is None:
+        return {}
+    return {"reward_model": _pin(session, project_id, given, "reward_model", base_model)}
+
+
+def _pin(session: Session, project_id: str, name: str, param: str, base_model: str) -> str:
+    version = _find(session, project_id, name)
+    if version is None or version.lineage.get("kind") != REWARD_MODEL:
+        raise InvalidInput(
+            f"Invalid '{param}': `{name}` is no reward model of yours; train one by a job of the "
+            f"method '{REWARD_MODEL}'.",
+            param=param,
+            code="model_not_available",
+        )
+    if version.base_model != base_model:
+        raise InvalidInput(
+            f"Invalid '{param}': `{name}` was trained on `{version.base_model}`, the job is for "
+            f"`{base_model}`.",
+            param=param,
+        )
+    return version.name
 
 
 def check_rank(options: Mapping[str, Any], largest: int) -> None:

@@ -25,7 +25,7 @@ from data.errors import InvalidInput, NotFound, StateConflict
 from data.files import LIVE_JOBS
 from data.job_log import words
 from data.job_spec import JobSpec
-from data.job_start import check_file, find_start, pin_grader
+from data.job_start import check_file, find_start, pin_grader, pin_reward_model
 from data.settings import Limits
 from data.tables import AdapterVersion, Checkpoint, Job, JobEvent, Project, new_id, now
 
@@ -78,19 +78,21 @@ def create(
             if file_id is not None:
                 check_file(session, project_id, name, file_id)
         start = find_start(session, project_id, spec, base_models)
-        grading = pin_grader(session, project_id, spec, start.base_model if start else spec.model)
+        base_model = start.base_model if start else spec.model
+        grading = pin_grader(session, project_id, spec, base_model)
+        judging = pin_reward_model(session, project_id, spec, base_model)
         job = Job(
             id=new_id("ftjob-"),
             project_id=project_id,
             model=spec.model,
-            base_model=start.base_model if start else spec.model,
+            base_model=base_model,
             start_version_id=start.id if start else None,
             method={
                 "type": spec.method_type,
                 spec.method_type: {"hyperparameters": hyperparameters, **grading},
             },
             hyperparameters=hyperparameters,
-            options={**spec.options, **({"upgrade": dict(upgrade)} if upgrade else {})},
+            options={**spec.options, **judging, **({"upgrade": dict(upgrade)} if upgrade else {})},
             training_file=spec.training_file,
             validation_file=spec.validation_file,
             suffix=spec.suffix,

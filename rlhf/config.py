@@ -388,10 +388,26 @@ class OfflineConfig(TrlConfig):
     num_epochs: int = Field(1, ge=1, le=50, description="Passes over the rows.")
     n_evals: int = Field(4, ge=1, description="Evaluations, and checkpoints, in the run.")
     beta: float = Field(0.1, gt=0, le=2, description="How dear it is to leave the reference.")
+    eval_prompts: int = Field(
+        32, ge=0, description="Held-out prompts that start and end answer; their answers compared."
+    )
+    max_new_tokens: int = Field(64, ge=1, description="Of such an answer.")
+    reward_model: Path | None = Field(
+        None, description="Folder of a reward model of the same base that compares those answers."
+    )
 
     @model_validator(mode="after")
     def _check_validation(self) -> Self:
         _check_held_out(self)
+        if self.reward_model is None:
+            return self
+        if self.validation_file is None and not self.validation_fraction:
+            raise ValueError(
+                "reward_model compares answers to held-out prompts, but validation_fraction is 0; "
+                "raise it, give a validation_file, or leave reward_model out"
+            )
+        if not self.eval_prompts:
+            raise ValueError("reward_model compares answers, but eval_prompts is 0; raise it")
         return self
 
 

@@ -64,33 +64,45 @@ def compare(start: Answers, end: Answers) -> dict[str, object]:
 def gate(outcome: Mapping[str, Any], kl_limit: float = MOST_KL) -> dict[str, Any] | None:
     """Decide whether a policy may take the place of the one it started from, and say why.
 
-    It may when its reward rose, it wins at least as often as it loses, it still ends its answers,
-    they did not double in length, and its KL is within the limit. None where nothing was asked.
+    It may when it orders held-out answers better than chance, its reward rose, it wins at least as
+    often as it loses, it still ends its answers, they did not double in length, and its KL is
+    within the limit; of these what was measured counts. None where nothing was.
 
     Args:
-        outcome: `comparison`, of `compare`, and `kl`, of a response of the policy, in nats.
+        outcome: `held_out`, of `rlhf.held_out.order`; `comparison`, of `compare`, or of
+            `summarize` alone where nothing scores answers; and `kl`, of a response of the policy,
+            in nats.
         kl_limit: Most nats a response that the policy may differ from the start by.
     """
-    found = outcome.get("comparison")
-    if not found:
+    held, found, kl = (outcome.get(name) for name in ("held_out", "comparison", "kl"))
+    if not held and not found:
         return None
-    if found["win_rate"] is None:
-        return {"promote": False, "reasons": ["no answer to the fixed prompts got a reward"]}
-    start, end, kl = found["start"], found["end"], outcome.get("kl")
-    won = f"wins {found['win_rate']:.0%} of {found['prompts']} prompts"
-    rules = [
-        (end["reward"] > start["reward"], f"reward {start['reward']:.3f} to {end['reward']:.3f}"),
-        (found["win_rate"] >= 0.5, won),
-        (
-            end["eos_rate"] >= start["eos_rate"] - EOS_LOSS,
-            f"answers that end {start['eos_rate']:.0%} to {end['eos_rate']:.0%}",
-        ),
-        (
-            end["length_mean"] <= MOST_GROWTH * max(start["length_mean"], 1.0),
-            f"length {start['length_mean']:.0f} to {end['length_mean']:.0f} tokens",
-        ),
-    ]
+    rules: list[tuple[bool, str]] = []
+    if held:
+        told = f"orders {held['accuracy']:.1%} of {held['pairs']} held-out pairs as people did"
+        rules.append((held["accuracy"] > 0.5, told))
+    if found:
+        if "win_rate" in found and found["win_rate"] is None:
+            return {"promote": False, "reasons": ["no answer to the fixed prompts got a reward"]}
+        rules += _answer_rules(found)
     if kl is not None:
         rules.append((kl <= kl_limit, f"KL {kl:.2f} of at most {kl_limit:g}"))
     failed = [reason for passed, reason in rules if not passed]
     return {"promote": not failed, "reasons": failed or [reason for _, reason in rules]}
+
+
+def _answer_rules(found: Mapping[str, Any]) -> list[tuple[bool, str]]:
+    start, end = found["start"], found["end"]
+    rules = []
+    if "win_rate" in found:
+        rose = f"reward {start['reward']:.3f} to {end['reward']:.3f}"
+        won = f"wins {found['win_rate']:.0%} of {found['prompts']} prompts"
+        rules += [(end["reward"] > start["reward"], rose), (found["win_rate"] >= 0.5, won)]
+    ends = f"answers that end {start['eos_rate']:.0%} to {end['eos_rate']:.0%}"
+    length = f"length {start['length_mean']:.0f} to {end['length_mean']:.0f} tokens"
+    most = MOST_GROWTH * max(start["length_mean"], 1.0)
+    return [
+        *rules,
+        (end["eos_rate"] >= start["eos_rate"] - EOS_LOSS, ends),
+        (end["length_mean"] <= most, length),
+    ]

@@ -57,7 +57,7 @@ def read_head(folder: Path, fingerprint: str) -> RewardHead:
     if missing:
         raise ConfigError(
             [
-                f"reward.model {folder} is no reward model: it has no {', '.join(missing)}; give "
+                f"{folder} is no reward model: it has no {', '.join(missing)}; give "
                 "the adapter folder of a run of rlhf.reward"
             ]
         )
@@ -73,6 +73,6 @@ def read_head(folder: Path, fingerprint: str) -> RewardHead:
     try:
         head = load_head(folder)
     except InvalidInput as error:
-        raise ConfigError([f"reward.model: {error.message}"]) from error
+        raise ConfigError([f"the reward model {folder}: {error.message}"]) from error
     normalizer = Normalizer(head.mean, head.std, head.samples)
     return RewardHead(torch.from_numpy(head.weight), normalizer)

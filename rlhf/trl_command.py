@@ -25,6 +25,7 @@ def execute(module: Any, config: Any, run: RunFolder, options: argparse.Namespac
     Args:
         module: `rlhf.offline_run` or `rlhf.group_run`: its `set_up` and `train`.
     """
+    from rlhf.report import write_report
     from train.callbacks import Stopper
 
     if not options.dry_run:
@@ -65,6 +66,7 @@ def execute(module: Any, config: Any, run: RunFolder, options: argparse.Namespac
             print(f"stopped; the same command resumes from {newest}", file=sys.stderr)
             return STOPPED
         if is_main:
+            write_report(run, config, outcome)
             seconds = round(time.monotonic() - started, 1)
             write_json(run.result, {"status": "succeeded", "seconds": seconds, **outcome})
             print(f"the adapter is {run.adapter}", file=sys.stderr)

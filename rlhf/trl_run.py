@@ -33,6 +33,7 @@ from train.publish import write_adapter
 from train.run import RunFolder
 from train.start import read_shape, set_weights
 
+NESTED = ("held_out", "comparison", "gate")  # of an outcome; the model card leaves them out
 MICRO_TOKENS = {"cpu": 1024, "cuda": 8192}  # at once on a device
 
 
@@ -227,7 +228,7 @@ def train_policy(
 
         summary = {
             "method": method,
-            **{k: v for k, v in result.items() if k not in ("comparison", "gate")},
+            **{name: value for name, value in result.items() if name not in NESTED},
         }
         write_adapter(run, model, base, config, rows, summary, save=save, curves=curves)
     return result

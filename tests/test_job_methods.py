@@ -43,11 +43,24 @@ def test_from_comparisons_to_a_policy(client: openai.OpenAI, tmp_path: Path) -> 
     pairs = upload(client, vowel_rows(60))
     hyper = {"n_epochs": 2, "batch_size": 8, "learning_rate_multiplier": 20}
 
+    reward = run(
+        client,
+        training_file=pairs,
+        method={"type": "reward_model", "reward_model": {"hyperparameters": hyper}},
+        suffix="judge",
+        extra_body=LORA,
+    )
+    assert reward.status == "succeeded", reward.error
+    names = {client.files.retrieve(file_id).filename for file_id in reward.result_files}
+    assert {"step_metrics.csv", "report_card.json", "report.html"} <= names
+    with pytest.raises(openai.BadRequestError, match="is a reward model"):
+        client.completions.create(model=reward.fine_tuned_model, prompt="a", max_tokens=1)
+
     dpo = run(
         client,
         training_file=pairs,
         method={"type": "dpo", "dpo": {"hyperparameters": hyper | {"beta": 0.2}}},
-        extra_body=LORA,
+        extra_body=LORA | {"reward_model": reward.fine_tuned_model, "max_completion_tokens": 6},
     )
     assert dpo.status == "succeeded", dpo.error
     assert dpo.method.dpo.hyperparameters.beta == 0.2
@@ -58,6 +71,16 @@ def test_from_comparisons_to_a_policy(client: openai.OpenAI, tmp_path: Path) -> 
         if event.type == "metrics"
     ]
     assert any("rewards/margins" in data for data in metrics)
+    [verdict] = [m for m in told(client, dpo.id) if m.startswith(("Promoted: ", "Not promoted: "))]
+    assert any(word in verdict for word in ("held-out pairs", "reward", "wins"))
+    files = {client.files.retrieve(i).filename: i for i in dpo.result_files}
+    assert {"report.html", "completions.jsonl"} <= files.keys()
+    rows = [
+        json.loads(line)
+        for line in client.files.content(files["completions.jsonl"]).text.splitlines()
+    ]
+    assert {row["kind"] for row in rows} == {"start", "final"}
+    assert all(isinstance(row["score"], float) for row in rows)  # of the reward model
     answer = client.completions.create(model=dpo.fine_tuned_model, prompt="say: ", max_tokens=4)
     assert answer.choices[0].text is not None
 
@@ -75,19 +98,6 @@ def test_from_comparisons_to_a_policy(client: openai.OpenAI, tmp_path: Path) -> 
         method={"type": "kto", "kto": {"hyperparameters": hyper}},
     )
     assert kto.status == "succeeded", kto.error
-
-    reward = run(
-        client,
-        training_file=pairs,
-        method={"type": "reward_model", "reward_model": {"hyperparameters": hyper}},
-        suffix="judge",
-        extra_body=LORA,
-    )
-    assert reward.status == "succeeded", reward.error
-    names = {client.files.retrieve(file_id).filename for file_id in reward.result_files}
-    assert {"step_metrics.csv", "report_card.json", "report.html"} <= names
-    with pytest.raises(openai.BadRequestError, match="is a reward model"):
-        client.completions.create(model=reward.fine_tuned_model, prompt="a", max_tokens=1)
 
     prompts = upload(client, [{"prompt": f"say {i}: "} for i in range(64)])
     grader = {"type": "score_model", "name": "judge", "model": reward.fine_tuned_model}
@@ -173,6 +183,19 @@ def test_what_a_method_cannot_use_is_refused(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="is no reward model of yours"):
         client.fine_tuning.jobs.create(
             model=MODEL, training_file=pairs, method={"type": "ppo", "ppo": {"grader": grader}}
+        )
+    for extra in ({"dry_run": True}, {}):
+        with pytest.raises(openai.BadRequestError, match="is no reward model of yours") as caught:
+            client.fine_tuning.jobs.create(
+                model=MODEL,
+                training_file=pairs,
+                method={"type": "dpo"},
+                extra_body={"reward_model": MODEL} | extra,
+            )
+        assert caught.value.param == "reward_model"
+    with pytest.raises(openai.BadRequestError, match="is not used by the method 'supervised'"):
+        client.fine_tuning.jobs.create(
+            model=MODEL, training_file=pairs, extra_body={"reward_model": MODEL}
         )
     texts = upload(client, [{"text": f"row {i}"} for i in range(12)])
     with pytest.raises(openai.BadRequestError, match="the method dpo takes pref") as caught:

@@ -13,7 +13,7 @@ from tiny_models import save_tiny_base, tiny_tokenizer
 from data.errors import DataError
 from rlhf import reward_run
 from rlhf.config import DpoConfig, GrpoConfig, KtoConfig, PpoConfig, RewardConfig
-from rlhf.offline_run import read_judged, read_pairs
+from rlhf.judged_rows import read_judged, read_pairs
 from rlhf.ppo_setup import read_prompts
 
 BASE: Any = SimpleNamespace(tokenizer=tiny_tokenizer(), name="tiny", context_length=64)

@@ -19,7 +19,10 @@ from train.run import RunFolder, replace_text, write_json
 
 VALUE_LEARNING_RATE = 1e-4  # of PPO's value model, as rlhf.config has it
 GROUP = 4  # responses to a prompt, times compute_multiplier
-SHARED = {"max_seq_length": "max_length", "on_long": "on_long", "n_evals": "n_evals"}
+SHARED = {
+    **{"max_seq_length": "max_length", "on_long": "on_long", "n_evals": "n_evals"},
+    "max_completion_tokens": "max_new_tokens",
+}
 
 
 def write_method_config(
@@ -34,7 +37,7 @@ def write_method_config(
     """Write the configuration of a job's run; one that is there already is kept.
 
     Args:
-        reward_model: Folder of the reward model that the job's grader names.
+        reward_model: Folder of the reward model that the job or its grader names.
     """
     path = run.path / "config.yaml"
     if path.exists():
@@ -60,6 +63,8 @@ def write_method_config(
             values["eval_prompts_file"] = str(validation_file.resolve())
     else:
         values |= _offline(job, settings, numbers, train_file, validation_file)
+        if reward_model is not None:
+            values["reward_model"] = str(reward_model.resolve())
     if kind == "ppo":
         rate = VALUE_LEARNING_RATE * numbers["learning_rate_multiplier"]
         values["value"] = {"learning_rate": rate}

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +141,11 @@ def step_of(folder: Path) -> int:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file so that it is either absent, old or whole."""
     replace_text(path, json.dumps(value, indent=2, default=str) + "\n")
+
+
+def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write `completions`, say, as a whole."""
+    replace_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def replace_text(path: Path, text: str) -> None:

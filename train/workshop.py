@@ -75,7 +75,7 @@ class Workshop:
         return [*TRAINER[:-1], METHODS[job.method["type"]].module]
 
     def place_reward(self, job: Job) -> Path | None:
-        """Put the reward model that a job's grader names into its run folder, if it names one.
+        """Put the reward model that a job or its grader names into its run folder, if any is.
 
         Raises:
             NotFound: It was deleted since the job was made.
@@ -83,17 +83,19 @@ class Workshop:
         """
         grader = job.method[job.method["type"]].get("grader") or {}
         folder = self.run_of(job).path / INPUTS / "reward_model"
-        for part in score_models(grader):
-            if not folder.exists():
-                try:
-                    version = registry.resolve(self.database, job.project_id, part["model"])
-                except ModelNotFound as error:
-                    raise NotFound(
-                        f"The reward model {part['model']} was deleted.", code="model_gone"
-                    ) from error
-                registry.export(version, self.settings.adapters_dir, folder)
-            return folder
-        return None
+        named = [part["model"] for part in score_models(grader)]
+        name = next(iter(named), job.options.get("reward_model"))
+        if name is None:
+            return None
+        if not folder.exists():
+            try:
+                version = registry.resolve(self.database, job.project_id, name)
+            except ModelNotFound as error:
+                raise NotFound(
+                    f"The reward model {name} was deleted.", code="model_gone"
+                ) from error
+            registry.export(version, self.settings.adapters_dir, folder)
+        return folder
 
     def fingerprint_of(self, job: Job) -> str:
         """Return the fingerprint of the base that a job's adapter is made for."""

@@ -27,6 +27,7 @@ OPTIONS = (
     "n_evals",
     "on_long",
     "prompt_loss_weight",
+    "reward_model",
 )
 
 
@@ -97,6 +98,7 @@ class JobRequest(RequestModel):
     n_evals: int | None = None
     on_long: str | None = None
     prompt_loss_weight: float | None = None
+    reward_model: str | None = None  # compares what DPO and KTO make of the held-out prompts
 
     dry_run: bool = False
 
