@@ -11,8 +11,9 @@ from torch import Tensor
 
 from rlhf import ppo_math
 from rlhf.actor_critic import POLICY, REFERENCE, ActorCritic, Micro, make_micro
-from rlhf.config import PpoConfig, PpoRewardSettings
+from rlhf.ppo_config import PpoConfig
 from rlhf.ppo_math import Reduce
+from rlhf.reward_settings import PpoRewardSettings
 from rlhf.rewards import by_length
 from rlhf.rollout import Sample
 

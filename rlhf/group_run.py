@@ -17,7 +17,6 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from rlhf.actor_critic import POLICY, REFERENCE, REWARD, ActorCritic, copy_adapter, load_role
-from rlhf.config import GrpoConfig, RlooConfig
 from rlhf.evaluate import Answers, compare, gate, summarize
 from rlhf.experience import response_kl, shape_scores
 from rlhf.ppo_setup import prompt_room, read_prompts
@@ -25,6 +24,7 @@ from rlhf.prompts import Prompt
 from rlhf.reward_model import read_head
 from rlhf.rewards import BATCH_TOKENS, RewardSource, make_source, without_numbers
 from rlhf.rollout import GREEDY_ENOUGH, Sample, Sampler, describe, seed_of, under_another_name
+from rlhf.trl_config import GrpoConfig, RlooConfig
 from rlhf.trl_run import (
     Steps,
     arguments,

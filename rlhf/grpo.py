@@ -4,7 +4,7 @@ Usable with no server and no database:
 
     accelerate launch -m rlhf.grpo --config configs/grpo/rule.yaml output_dir=runs/grpo
 
-Reads YAML and `key=value` words (`rlhf.config.GrpoConfig`), writes a run folder (`train.run`):
+Reads YAML and `key=value` words (`rlhf.trl_config.GrpoConfig`), writes a run folder (`train.run`):
 `adapter/` is a plain PEFT folder. The same command on the same folder resumes an unfinished run
 from its newest whole checkpoint. TRL's GRPOTrainer with PEFT does the training.
 
@@ -17,7 +17,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from rlhf.config import GrpoConfig
+from rlhf.trl_config import GrpoConfig
 from train.command import run_command
 from train.run import RunFolder
 

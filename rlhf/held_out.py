@@ -17,7 +17,6 @@ import torch
 from peft import PeftModel
 
 from rlhf.actor_critic import POLICY, REFERENCE, REWARD, ActorCritic, load_role, make_micro
-from rlhf.config import OfflineConfig
 from rlhf.evaluate import Answers, compare, gate, summarize
 from rlhf.experience import response_kl
 from rlhf.judged_rows import Row, Rows
@@ -26,6 +25,7 @@ from rlhf.report_card import Judged, accuracy, bootstrap
 from rlhf.reward_model import read_head
 from rlhf.rewards import BATCH_TOKENS, ModelReward, by_length
 from rlhf.rollout import GREEDY_ENOUGH, Sample, Sampler, describe, seed_of
+from rlhf.trl_config import OfflineConfig
 from serve.engine.adapter_files import memory_adapter
 from serve.engine.base import MemoryAdapter
 from train.base_model import Base

@@ -19,8 +19,9 @@ from data.render import IGNORED, render_answer
 from data.rows import Format, Unpaired
 from data.validate import validate
 from rlhf.comparisons import Comparisons, Group, limit_length, load_comparisons, split_prompts
-from rlhf.config import DpoConfig, KtoConfig, OfflineConfig, resolve_length
+from rlhf.config import resolve_length
 from rlhf.shared_prompts import Asked, of_groups, warn_of_shared
+from rlhf.trl_config import DpoConfig, KtoConfig, OfflineConfig
 from train.base_model import Base
 from train.batches import name_lines
 

@@ -13,9 +13,9 @@ from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
 from data.errors import ConfigError
 from rlhf import held_out
-from rlhf.config import DpoConfig, KtoConfig
 from rlhf.judged_rows import Rows, mean_tokens, read_judged, read_pairs
 from rlhf.reward_model import read_head
+from rlhf.trl_config import DpoConfig, KtoConfig
 from rlhf.trl_run import Steps, arguments, callbacks, plan_steps, start_policy, train_policy
 from train.base_model import Base, load_base
 from train.callbacks import KeptTokenCount, Stopper

@@ -4,7 +4,7 @@ Usable with no server and no database:
 
     accelerate launch -m rlhf.ppo --config configs/ppo/helpful.yaml output_dir=runs/ppo
 
-Reads YAML and `key=value` words (`rlhf.config.PpoConfig`), writes a run folder (`train.run`):
+Reads YAML and `key=value` words (`rlhf.ppo_config.PpoConfig`), writes a run folder (`train.run`):
 `adapter/` is a plain PEFT folder of the policy. Policy, reference, value and reward are adapters of
 one frozen base. The same command on the same folder resumes an unfinished run from its newest whole
 checkpoint and gives the same adapter, bit for bit (CPU, float32).
@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from rlhf.config import PpoConfig
+from rlhf.ppo_config import PpoConfig
 from train.command import (
     STOPPED,
     as_yaml,

@@ -24,13 +24,14 @@ from rlhf.actor_critic import (
     load_role,
     with_policy,
 )
-from rlhf.config import GroupConfig, PpoConfig
+from rlhf.ppo_config import PpoConfig
 from rlhf.ppo_math import Reduce
 from rlhf.prompts import Prompt, load_prompts
 from rlhf.reward_model import RewardHead, read_head
 from rlhf.rewards import RewardSource, make_source
 from rlhf.rollout import Sampler, twin
 from rlhf.shared_prompts import of_prompts, warn_of_shared
+from rlhf.trl_config import GroupConfig
 from train.base_model import Base, load_base
 from train.batches import name_lines
 from train.config import GPU_MICRO_BATCH_TOKENS

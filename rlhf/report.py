@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf.config import DpoConfig, GrpoConfig, KtoConfig, PpoConfig, RlooConfig
+from rlhf.ppo_config import PpoConfig
+from rlhf.trl_config import DpoConfig, GrpoConfig, KtoConfig, RlooConfig
 from train.config import RunConfig
 from train.pages import draw, flat, page, table
 from train.run import RunFolder, replace_text

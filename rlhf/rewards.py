@@ -18,9 +18,9 @@ import torch
 
 from data.errors import ConfigError, TrainingFailed
 from rlhf.actor_critic import ActorCritic
-from rlhf.config import PpoRewardSettings
 from rlhf.reward_model import Normalizer
 from rlhf.reward_process import serve_function
+from rlhf.reward_settings import PpoRewardSettings
 from rlhf.rollout import Sample
 from train.base_model import Base
 from train.batches import name_lines

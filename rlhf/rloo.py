@@ -4,7 +4,7 @@ Usable with no server and no database:
 
     accelerate launch -m rlhf.rloo --config configs/rloo/helpful.yaml output_dir=runs/rloo
 
-Reads YAML and `key=value` words (`rlhf.config.RlooConfig`), writes a run folder (`train.run`):
+Reads YAML and `key=value` words (`rlhf.trl_config.RlooConfig`), writes a run folder (`train.run`):
 `adapter/` is a plain PEFT folder. The same command on the same folder resumes an unfinished run
 from its newest whole checkpoint. TRL's RLOOTrainer with PEFT does the training.
 
@@ -17,7 +17,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from rlhf.config import RlooConfig
+from rlhf.trl_config import RlooConfig
 from train.command import run_command
 from train.run import RunFolder
 

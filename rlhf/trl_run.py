@@ -25,7 +25,7 @@ from transformers.trainer_callback import ProgressCallback
 
 from data.errors import ConfigError, TrainingFailed
 from rlhf.actor_critic import POLICY, with_policy
-from rlhf.config import GroupConfig, OfflineConfig, TrlConfig
+from rlhf.trl_config import GroupConfig, OfflineConfig, TrlConfig
 from train.base_model import Base
 from train.callbacks import ProgressBar, RunLog, SaveAt, Stopper
 from train.lora import lora_config

@@ -18,8 +18,8 @@ from torch.nn.utils import clip_grad_norm_
 from data.errors import TrainingFailed
 from rlhf import ppo_math
 from rlhf.actor_critic import POLICY, VALUE, ActorCritic
-from rlhf.config import PpoConfig
 from rlhf.experience import Experience
+from rlhf.ppo_config import PpoConfig
 from rlhf.ppo_math import Reduce
 
 SUMS = (

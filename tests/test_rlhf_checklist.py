@@ -18,11 +18,11 @@ from torch import nn
 from data.render import render_answer, render_prompt
 from data.rows import Message
 from rlhf.actor_critic import POLICY, VALUE, ActorCritic, make_micro, with_policy
-from rlhf.config import PpoRewardSettings
 from rlhf.experience import shape_scores
 from rlhf.ppo_setup import build_roles
 from rlhf.prompts import Prompt
 from rlhf.reward_model import Normalizer, RewardHead
+from rlhf.reward_settings import PpoRewardSettings
 from rlhf.rollout import Sampler
 from rlhf.token_scores import CHUNK_BYTES, chosen_scores
 

@@ -10,16 +10,11 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
 from data.settings import Settings, read_config
-from rlhf.config import (
-    DpoConfig,
-    GrpoConfig,
-    KtoConfig,
-    PpoConfig,
-    PpoRewardSettings,
-    RewardConfig,
-    RlooConfig,
-)
+from rlhf.config import RewardConfig
+from rlhf.ppo_config import PpoConfig
 from rlhf.ppo_math import AdaptiveKL
+from rlhf.reward_settings import PpoRewardSettings
+from rlhf.trl_config import DpoConfig, GrpoConfig, KtoConfig, RlooConfig
 from train.job_method_config import write_method_config
 from train.run import RunFolder
 

@@ -17,14 +17,16 @@ from test_rlhf_trl import words
 
 from rlhf import dpo, grpo, report_card
 from rlhf.actor_critic import POLICY, REFERENCE, make_micro
-from rlhf.config import DpoConfig, PpoRewardSettings, RewardConfig
+from rlhf.config import RewardConfig
 from rlhf.evaluate import Answers, compare, gate
 from rlhf.experience import response_kl
 from rlhf.ppo_trainer import PpoTrainer
 from rlhf.prompts import Prompt
 from rlhf.reward_model import Normalizer
+from rlhf.reward_settings import PpoRewardSettings
 from rlhf.rewards import make_source
 from rlhf.rollout import Sample
+from rlhf.trl_config import DpoConfig
 from serve.engine import base_model
 
 __all__ = ["place"]  # a fixture

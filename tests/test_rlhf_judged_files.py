@@ -12,9 +12,11 @@ from tiny_models import save_tiny_base, tiny_tokenizer
 
 from data.errors import DataError
 from rlhf import reward_run
-from rlhf.config import DpoConfig, GrpoConfig, KtoConfig, PpoConfig, RewardConfig
+from rlhf.config import RewardConfig
 from rlhf.judged_rows import read_judged, read_pairs
+from rlhf.ppo_config import PpoConfig
 from rlhf.ppo_setup import read_prompts
+from rlhf.trl_config import DpoConfig, GrpoConfig, KtoConfig
 
 BASE: Any = SimpleNamespace(tokenizer=tiny_tokenizer(), name="tiny", context_length=64)
 TOLD = "2 rows of {} have a prompt that the training file has too"

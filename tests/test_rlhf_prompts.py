@@ -11,9 +11,10 @@ import pytest
 from tiny_models import tiny_tokenizer
 
 from data.errors import ConfigError, DataError
-from rlhf.config import GrpoConfig, PpoConfig, RlooConfig
+from rlhf.ppo_config import PpoConfig
 from rlhf.ppo_setup import prompt_room, read_prompts
 from rlhf.prompts import load_prompts
+from rlhf.trl_config import GrpoConfig, RlooConfig
 
 ASKED = [{"role": "user", "content": "say a"}]
 SAID = [{"role": "assistant", "content": "a"}]

@@ -9,15 +9,10 @@ from pydantic import ValidationError
 
 from data.errors import ConfigError
 from data.settings import read_config
-from rlhf.config import (
-    DpoConfig,
-    GrpoConfig,
-    KtoConfig,
-    PpoConfig,
-    PpoRewardSettings,
-    RewardConfig,
-    RlooConfig,
-)
+from rlhf.config import RewardConfig
+from rlhf.ppo_config import PpoConfig
+from rlhf.reward_settings import PpoRewardSettings
+from rlhf.trl_config import DpoConfig, GrpoConfig, KtoConfig, RlooConfig
 
 FUNCTION = {"reward.function": "m:f"}
 JUDGED = {"reward.model": "runs/reward/adapter"}

@@ -14,8 +14,8 @@ from pydantic import ValidationError
 
 from data.errors import ConfigError, TrainingFailed
 from rlhf import rewards
-from rlhf.config import PpoRewardSettings
 from rlhf.prompts import Prompt
+from rlhf.reward_settings import PpoRewardSettings
 from rlhf.rewards import FunctionReward, UrlReward
 from rlhf.rollout import Sample
 

@@ -23,8 +23,8 @@ from rlhf.actor_critic import (
     make_micro,
     with_policy,
 )
-from rlhf.config import PpoConfig
 from rlhf.experience import gather
+from rlhf.ppo_config import PpoConfig
 from rlhf.ppo_setup import Team
 from rlhf.prompts import Prompt
 from rlhf.rollout import Sample

@@ -17,7 +17,7 @@ from data.tables import Job
 from train.job_config import base_of, wandb_of
 from train.run import RunFolder, replace_text, write_json
 
-VALUE_LEARNING_RATE = 1e-4  # of PPO's value model, as rlhf.config has it
+VALUE_LEARNING_RATE = 1e-4  # of PPO's value model, as rlhf.ppo_config has it
 GROUP = 4  # responses to a prompt, times compute_multiplier
 SHARED = {
     **{"max_seq_length": "max_length", "on_long": "on_long", "n_evals": "n_evals"},

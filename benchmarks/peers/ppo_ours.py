@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model
 
-from rlhf.config import PpoConfig
+from rlhf.ppo_config import PpoConfig
 from rlhf.ppo_setup import set_up
 from rlhf.ppo_trainer import PpoTrainer
 from rlhf.prompts import Prompt
