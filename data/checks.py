@@ -29,6 +29,7 @@ from data.check_parts import (
 from data.rows import (
     PREFERENCE_ALIASES,
     ROLES,
+    TAGS,
     Format,
     Message,
     split_common_prompt,
@@ -40,12 +41,12 @@ KNOWN_KEYS: dict[Format, frozenset[str]] = {
     Format.PROMPT_COMPLETION: frozenset({"prompt", "completion"}),
     Format.CHAT: frozenset({"messages", "tools", "parallel_tool_calls"}),
     Format.PREFERENCE: frozenset(
-        {"prompt", "chosen", "rejected", "tools", "input", "label_prob", "margin"}
+        {"prompt", "chosen", "rejected", "tools", "input", "label_prob", "margin", *TAGS}
         | PREFERENCE_ALIASES.keys()
     ),
     Format.UNPAIRED: frozenset({"prompt", "completion", "label", "labeler"}),
     Format.TEXT: frozenset({"text"}),
-    Format.RANKING: frozenset({"prompt", "completions", "ranks", "tools"}),
+    Format.RANKING: frozenset({"prompt", "completions", "ranks", "tools", *TAGS}),
 }
 MAX_RANKED = 9  # answers of one ranking
 MESSAGE_KEYS = frozenset(Message.__struct_fields__)
@@ -113,6 +114,7 @@ def _check_preference(row: Object) -> Iterator[Finding]:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if value is not None and not (number and low <= value <= high):
             yield wrong_type(value, (number_key,), f"a number from {low:g} to {high:g}")
+    yield from _check_tags(row)
     row = split_common_prompt(dict(row)) if "input" not in row else row
     given = {name: (alias,) for alias, name in PREFERENCE_ALIASES.items() if alias in row}
     paths: dict[str, Path] = {"prompt": ("prompt",), "chosen": ("chosen",)}
@@ -154,7 +156,17 @@ def _check_preference(row: Object) -> Iterator[Finding]:
         )
 
 
+def _check_tags(row: Object) -> Iterator[Finding]:
+    for name in TAGS:
+        value = row.get(name)
+        if value is not None and (
+            isinstance(value, bool) or not isinstance(value, str | float | int)
+        ):
+            yield wrong_type(value, (name,), "a string or a number")
+
+
 def _check_ranking(row: Object) -> Iterator[Finding]:
+    yield from _check_tags(row)
     prompt, answers, ranks = row.get("prompt"), row.get("completions"), row.get("ranks")
     for key in ("prompt", "completions", "ranks"):
         if row.get(key) is None:

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 
 from data.check_parts import is_blank
-from data.rows import ROW_TYPES, Format, Messages, Row
+from data.rows import ROW_TYPES, TAGS, Format, Messages, Row
 
 Line = bytes | bytearray
 T = TypeVar("T")
@@ -32,7 +32,7 @@ class FastReader:
         fields = msgspec.structs.fields(ROW_TYPES[format])
         keys = {field.name: f'"{field.name}"'.encode() for field in fields}
         self._required = [keys[field.name] for field in fields if field.required]
-        seen = ("labeler", "label_prob", "margin")  # tools are not read here
+        seen = ("label_prob", "margin", *TAGS)  # tools are not read here
         self._optional = [keys[name] for name in seen if name in keys]
         self._keys = self._required + self._optional
 

@@ -58,6 +58,8 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False)
 
 Messages = tuple[Message, ...]
 Content = str | Messages
+Tag = str | int | float
+TAGS = ("labeler", "batch", "confidence")  # of comparisons
 
 
 class _Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
@@ -82,7 +84,8 @@ class Preference(_Row, frozen=True):
     """Two answers to one prompt, the better one first.
 
     `label_prob` is how probable it is that `chosen` is the better one: 0.5 is a tie, None is 1.
-    `margin` is how much better it should score at least.
+    `margin` is how much better it should score at least. Whose judgement it is, of which batch, and
+    how sure, divides a reward model's report card.
     """
 
     prompt: Content
@@ -91,6 +94,9 @@ class Preference(_Row, frozen=True):
     tools: list[dict[str, Any]] | None = None
     label_prob: float | None = None
     margin: float | None = None
+    labeler: Tag | None = None
+    batch: Tag | None = None
+    confidence: Tag | None = None
 
 
 class Ranking(_Row, frozen=True):
@@ -100,6 +106,9 @@ class Ranking(_Row, frozen=True):
     completions: tuple[Content, ...]
     ranks: tuple[int, ...]
     tools: list[dict[str, Any]] | None = None
+    labeler: Tag | None = None
+    batch: Tag | None = None
+    confidence: Tag | None = None
 
     def pairs(self) -> list[Preference]:
         """Return every two answers as a preference; tied ones with `label_prob` 0.5."""
@@ -109,7 +118,8 @@ class Ranking(_Row, frozen=True):
             tied = self.ranks[better] == self.ranks[worse]
             chosen, rejected = self.completions[better], self.completions[worse]
             prob = 0.5 if tied else None
-            found.append(Preference(self.prompt, chosen, rejected, self.tools, prob))
+            tags = {name: getattr(self, name) for name in TAGS}
+            found.append(Preference(self.prompt, chosen, rejected, self.tools, prob, **tags))
         return found
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,16 @@ import torch
 from data.errors import DataError, ToolkitError
 from data.jsonl import read_numbered_rows
 from data.render import IGNORED, render_answer
-from data.rows import Content, Format, Preference, Ranking, Row
+from data.rows import TAGS, Content, Format, Preference, Ranking, Row
 from data.validate import validate
+
+
+@dataclass(frozen=True)
+class Vote:
+    """One judgement of a pair: how probable it is that `better` is better, and the row's tags."""
+
+    prob: float
+    tags: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -30,6 +38,7 @@ class Pair:
     Attributes:
         margin: By how much it should score higher at least.
         judgements: How often the two were compared.
+        votes: Each of the judgements, where rows tell whose they are, of which batch or how sure.
     """
 
     better: int
@@ -38,6 +47,7 @@ class Pair:
     margin: float
     line: int
     judgements: int = 1
+    votes: tuple[Vote, ...] = ()
 
 
 @dataclass
@@ -183,10 +193,12 @@ def agreement(groups: Iterable[Group]) -> tuple[float | None, str | None]:
     return agreeing / chances, None
 
 
+_Judgement = tuple[float, float, int, dict[str, str]]  # probability, margin, line, tags
+
+
 def _group(tokenizer: Any, rows: Iterable[tuple[int, Row]]) -> list[Group]:
     groups: dict[tuple[int, ...], Group] = {}
-    judged: dict[tuple[tuple[int, ...], int, int], list[tuple[float, float, int]]] = {}
-    judged = defaultdict(list)
+    judged: dict[tuple[tuple[int, ...], int, int], list[_Judgement]] = defaultdict(list)
     for line, row in rows:
         pairs = row.pairs() if isinstance(row, Ranking) else [row]
         for pair in pairs:
@@ -200,13 +212,17 @@ def _group(tokenizer: Any, rows: Iterable[tuple[int, Row]]) -> list[Group]:
             first, second = places
             if first > second:  # the order in which they were first seen
                 first, second, prob = second, first, 1 - prob
-            judged[prompt, first, second].append((prob, pair.margin or 0.0, line))
+            tags = {name: str(tag) for name in TAGS if (tag := getattr(pair, name)) is not None}
+            judged[prompt, first, second].append((prob, pair.margin or 0.0, line, tags))
     for (prompt, first, second), votes in judged.items():
         prob = sum(vote[0] for vote in votes) / len(votes)
         margin = sum(vote[1] for vote in votes) / len(votes)
         better, worse = (first, second) if prob >= 0.5 else (second, first)
+        told: tuple[Vote, ...] = ()
+        if any(vote[3] for vote in votes):
+            told = tuple(Vote(v[0] if prob >= 0.5 else 1 - v[0], v[3]) for v in votes)
         groups[prompt].pairs.append(
-            Pair(better, worse, max(prob, 1 - prob), margin, votes[0][2], len(votes))
+            Pair(better, worse, max(prob, 1 - prob), margin, votes[0][2], len(votes), told)
         )
     return list(groups.values())
 

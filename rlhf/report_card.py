@@ -6,6 +6,7 @@ Intervals are bootstrapped over prompts, as pairs of one prompt are not independ
 
 from __future__ import annotations
 
+import html
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -14,11 +15,13 @@ from typing import Any
 
 import numpy as np
 
+from data.rows import TAGS
 from rlhf.comparisons import Group, agreement, noise_ceiling
 from train.pages import draw, flat, page, table
 
 BINS = 10
 RESAMPLES = 1000
+SHOWN_TAGS = 20  # labelers, say, of whom the card tells
 NEAR = 0.1  # lengths within this share of one another
 
 
@@ -102,9 +105,51 @@ def report_card(groups: Sequence[Group], scores: Sequence[Sequence[float]]) -> d
         "ece": expected_calibration_error(bins, len(decided)),
         "temperature": temperature,
         "reliability": bins,
+        "by": by_tag(groups, scores),
         "score_length_correlation": pearson(every, lengths),
         "score_mean": float(np.mean(every)) if every else None,
         "score_std": float(np.std(every)) if every else None,
+    }
+
+
+def by_tag(
+    groups: Sequence[Group], scores: Sequence[Sequence[float]]
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return what the judgements are worth of each labeler, batch and confidence that rows tell.
+
+    Of each of the SHOWN_TAGS most frequent: decided judgements, the share of them that the scores
+    agree with, and the share of other judgements of the same pairs that agree with them (None where
+    there are none).
+    """
+    found: dict[str, dict[str, list[tuple[float, float | None]]]] = {}
+    for group, marks in zip(groups, scores, strict=True):
+        for pair in group.pairs:
+            difference = marks[pair.better] - marks[pair.worse]
+            for index, vote in enumerate(pair.votes):
+                if vote.prob == 0.5:
+                    continue
+                others = [v.prob for i, v in enumerate(pair.votes) if i != index and v.prob != 0.5]
+                agreed = [vote.prob * p + (1 - vote.prob) * (1 - p) for p in others]
+                share = sum(agreed) / len(agreed) if agreed else None
+                for name, value in vote.tags.items():
+                    values = found.setdefault(name, {}).setdefault(value, [])
+                    values.append((_credit(difference, vote.prob), share))
+    return {
+        name: {
+            value: _summary(found[name][value])
+            for value in sorted(found[name], key=lambda v: (-len(found[name][v]), v))[:SHOWN_TAGS]
+        }
+        for name in TAGS
+        if name in found
+    }
+
+
+def _summary(votes: Sequence[tuple[float, float | None]]) -> dict[str, Any]:
+    agreed = [share for _, share in votes if share is not None]
+    return {
+        "judgements": len(votes),
+        "accuracy": sum(credit for credit, _ in votes) / len(votes),
+        "agreement": sum(agreed) / len(agreed) if agreed else None,
     }
 
 
@@ -203,7 +248,8 @@ def pearson(first: Sequence[float], second: Sequence[float]) -> float | None:
 def card_page(card: dict[str, Any], title: str) -> str:
     """Return the report card as a page with pictures."""
     bins = card["reliability"]
-    shown = {name: value for name, value in flat(card).items() if name != "reliability"}
+    plain = {name: value for name, value in card.items() if name not in ("reliability", "by")}
+    shown = flat(plain)
     line = [(0.5, 0.5), (1.0, 1.0)]
     points = [(b["confidence"], b["accuracy"]) for b in bins]
     counts = [((b["low"] + b["high"]) / 2, float(b["count"])) for b in bins]
@@ -211,11 +257,29 @@ def card_page(card: dict[str, Any], title: str) -> str:
         title,
         [
             table("Held-out comparisons", shown),
+            *(_tag_table(name, values) for name, values in card["by"].items()),
             "<h2>Calibration</h2>",
             draw([(line, "perfect", "--"), (points, "model", "o-")], "confidence", "accuracy"),
             draw([(counts, "pairs", "o-")], "confidence", "pairs"),
         ],
     )
+
+
+def _tag_table(name: str, values: Mapping[str, Mapping[str, Any]]) -> str:
+    cells = [(value, *facts.values()) for value, facts in values.items()]
+    rows = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(_cell(cell))}</td>" for cell in row) + "</tr>"
+        for row in cells
+    )
+    names = (name, "judgements", "the model agrees with", "others agree with")
+    head = "".join(f"<th>{text}</th>" for text in names)
+    return f"<h2>By {name}</h2><table><tr>{head}</tr>{rows}</table>"
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "not known"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def _longer_wins(pairs: Sequence[Judged]) -> float | None:

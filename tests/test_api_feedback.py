@@ -235,11 +235,19 @@ def test_labeling_from_project_to_training_file(server: Server, account: tuple[s
     rows = rows_of(owner, made)
     assert len(rows) == 6
     assert {row.get("label_prob") for row in rows} == {None, 0.5}
+    assert not any("labeler" in row for row in rows)
+    each = rows_of(owner, post(owner, f"{path}/export", kind="preference", votes="each"))
+    names = [row["labeler"] for row in each]
+    assert sorted(names.count(name) for name in set(names)) == [6, 6]
+    (other,) = {row["labeler"] for row in each if row["chosen"].startswith("bad")}
+    assert other in names
     post(owner, f"/v1/label_tasks/{open_task['id']}/settle", choice="B")
     rows = rows_of(owner, post(owner, f"{path}/export", kind="preference"))
     assert {(r["prompt"], r["chosen"]) for r in rows} == {
         (f"question {i}", f"{'bad' if i == 3 else 'good'} {i}") for i in range(6)
     }
+    each = rows_of(owner, post(owner, f"{path}/export", kind="preference", votes="each"))
+    assert [row["prompt"] for row in each if "labeler" not in row] == ["question 3"]  # settled
     assert owner.get(f"/v1/files/{made['id']}/report").json()["format"] == "preference"
 
 

@@ -68,6 +68,7 @@ GOOD: dict[Format, list[Any]] = {
             "non_preferred_completion": [ASSISTANT],
         },
         {"prompt": "a", "chosen": "b", "rejected": "c", "label_prob": 0.5, "margin": 2},
+        {"prompt": "a", "chosen": "b", "rejected": "c", "labeler": "kim", "confidence": 7},
         {"chosen": [USER, USER, OTHER], "rejected": [USER, USER, ASSISTANT]},
         {
             "chosen": "\n\nHuman: hi\n\nAssistant: hello",
@@ -182,6 +183,20 @@ BAD: list[tuple[Format, Any, str, str, str]] = [
         "invalid_type",
         "a number from 0 to 1",
         "1.5}",
+    ),
+    (
+        Format.PREFERENCE,
+        {"prompt": "a", "chosen": "b", "rejected": "c", "batch": True},
+        "invalid_type",
+        "a string or a number",
+        "true}",
+    ),
+    (
+        Format.RANKING,
+        {"prompt": "a", "completions": ["b", "c"], "ranks": [1, 2], "labeler": ["kim"]},
+        "invalid_type",
+        "a string or a number",
+        '["kim"]}',
     ),
     (
         Format.PREFERENCE,

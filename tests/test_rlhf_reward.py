@@ -349,6 +349,38 @@ def test_judgements_of_the_same_pair_become_its_probability(tmp_path):
     assert agreed == pytest.approx(3 / 6)  # of the six pairs of judgements, three agree
 
 
+def test_the_card_tells_whose_judgements_the_model_agrees_with(tmp_path):
+    """Counted by hand: three answers of one prompt, scored a > b > c."""
+    kim, lee = {"labeler": "kim", "confidence": 9}, {"labeler": "lee", "confidence": 1}
+    pair = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    turned = {"prompt": "p", "chosen": "b", "rejected": "a"}
+    rows = [
+        *(pair | kim, pair | kim, turned | lee),
+        {"prompt": "p", "chosen": "c", "rejected": "b"} | lee,
+        {"prompt": "p", "chosen": "a", "rejected": "c", "label_prob": 0.5} | kim,  # a tie
+        {"prompt": "p", "completions": ["b", "a"], "ranks": [1, 2], "labeler": "ann"},
+    ]
+    path = write(tmp_path / "d.jsonl", [row for row in rows if "ranks" not in row])
+    ranked = write(tmp_path / "r.jsonl", [row for row in rows if "ranks" in row])
+    tokenizer = tiny_tokenizer()
+    [group] = load_comparisons(path, tokenizer, 1).groups
+    names = [tokenizer.decode(ids[len(group.prompt) :]).strip()[0] for ids in group.answers]
+    scores = [{"a": 3.0, "b": 2.0, "c": 1.0}[name] for name in names]
+    found = report_card.by_tag([group], [scores])
+    agree = {"kim": 0.5, "lee": 0.0}  # kim's two: the other kim, not lee; lee's: neither kim
+    assert found["labeler"] == {
+        "kim": {"judgements": 2, "accuracy": 1.0, "agreement": agree["kim"]},
+        "lee": {"judgements": 2, "accuracy": 0.0, "agreement": agree["lee"]},
+    }
+    assert list(found["confidence"]) == ["1", "9"]
+    assert "batch" not in found
+    [group] = load_comparisons(ranked, tokenizer, 1).groups
+    assert list(report_card.by_tag([group], [[0.0, 0.0]])["labeler"]) == ["ann"]
+    page = report_card.card_page(report_card.report_card([group], [[0.0, 0.0]]), "<b>")
+    assert "<h2>By labeler</h2>" in page
+    assert "<td>ann</td><td>1</td><td>0.500</td><td>not known</td>" in page
+
+
 def test_prompts_never_straddle_a_split(tmp_path):
     rows = [row | {"prompt": f"p{i % 7}"} for i, row in enumerate(vowel_rows(60))]
     found = load_comparisons(write(tmp_path / "s.jsonl", rows), tiny_tokenizer(), 1)

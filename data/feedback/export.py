@@ -57,6 +57,7 @@ class _Judged:
     candidates: list[Candidate]
     votes: list[Judgement]
     answers: list[dict[str, Any]]  # of the votes, or the one that a reviewer settled on
+    labelers: list[str | None]  # whose answers they are; None: the reviewer's
 
 
 def rows(
@@ -169,9 +170,10 @@ def _judged(session: Session, project: LabelProject) -> Iterator[_Judged]:
     for task in tasks:
         counted = [v for v in votes[task.id] if v.counts and v.kind == "answer"]
         answers = [judgement.answer for judgement in counted]
+        labelers: list[str | None] = [judgement.labeler for judgement in counted]
         if task.settled is not None:
-            answers = [task.settled["answer"]]
-        yield _Judged(task, candidates[task.id], votes[task.id], answers)
+            answers, labelers = [task.settled["answer"]], [None]
+        yield _Judged(task, candidates[task.id], votes[task.id], answers, labelers)
 
 
 def _preferences(project: LabelProject, entry: _Judged, votes: str, left: Counter[str]) -> Rows:
@@ -181,15 +183,21 @@ def _preferences(project: LabelProject, entry: _Judged, votes: str, left: Counte
         return [_pair(entry, text, original) for text in changed]
     if project.kind == "ranking":
         return [row for answer in entry.answers if (row := _ranking(entry, answer, left))]
-    choices = [answer for answer in entry.answers if answer["choice"] != "both_bad"]
+    judged = [
+        (answer, {} if labeler is None else {"labeler": labeler})
+        for answer, labeler in zip(entry.answers, entry.labelers, strict=True)
+        if answer["choice"] != "both_bad"
+    ]
+    choices = [answer for answer, _ in judged]
     left["both bad"] += len(entry.answers) - len(choices)
     if votes == "each":
         made = []
-        for answer in choices:
+        for answer, whose in judged:
             if answer["choice"] == "tie":
-                made.append(_pair(entry, *_texts(entry, 0)) | {"label_prob": 0.5})
+                made.append(_pair(entry, *_texts(entry, 0)) | {"label_prob": 0.5} | whose)
             else:
-                made.append(_pair(entry, *_texts(entry, answer["choice"])) | _margin([answer]))
+                pair = _pair(entry, *_texts(entry, answer["choice"]))
+                made.append(pair | _margin([answer]) | whose)
         return made
     if not choices:
         return []
