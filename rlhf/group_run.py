@@ -6,7 +6,10 @@ The responses come from the engine, the rewards from the same sources as PPO's.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,7 +104,7 @@ def train(
     config = job.config
     start = _answer(job, run, None, 0)
     trainer = _make_trainer(job, run, stopper)
-    evaluations = Evaluations(job, run, trainer)
+    evaluations = Evaluations(job, run, trainer, trainer.episodes.clock)
     trainer.add_callback(evaluations)
 
     def judge() -> dict[str, Any]:
@@ -119,7 +122,7 @@ def train(
     )
 
 
-def _make_trainer(job: GroupRun, run: RunFolder, stopper: Stopper) -> RLOOTrainer | GRPOTrainer:
+def _make_trainer(job: GroupRun, run: RunFolder, stopper: Stopper) -> EngineRloo | EngineGrpo:
     config, steps = job.config, job.steps
     episodes = _Episodes(job, run)
     common = arguments(config, job.base, run, steps, evaluates=False) | {
@@ -147,11 +150,36 @@ def _make_trainer(job: GroupRun, run: RunFolder, stopper: Stopper) -> RLOOTraine
     return EngineGrpo(episodes, args=GRPOConfig(scale_rewards=scale, **common), **parts)
 
 
+class _Clock:
+    """Where the time of the steps since the last record went; evaluations are left out."""
+
+    def __init__(self) -> None:
+        self._spent: dict[str, float] = defaultdict(float)
+        self._since = time.monotonic()
+
+    @contextmanager
+    def timing(self, name: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self._spent[name] += time.monotonic() - started
+
+    def take(self) -> dict[str, float]:
+        """Return seconds as a record has them, and begin again."""
+        now = time.monotonic()
+        whole = now - self._since - self._spent["eval"]
+        rollout, score = self._spent["rollout"], self._spent["score"]
+        self._spent.clear()
+        self._since = now
+        split = {"rollout": rollout, "score": score, "train": whole - rollout - score}
+        return {f"time/{name}": round(value, 3) for name, value in split.items()}
+
+
 class _Episodes:
     """Samples and scores for TRL's trainers; a prompt travels through them as its index."""
 
     def __init__(self, job: GroupRun, run: RunFolder):
         self._job, self._run = job, run
+        self.clock = _Clock()
         self._made: dict[tuple[str, tuple[int, ...]], Sample] = {}
         self.step = 0
         self.rank = 0
@@ -166,13 +194,14 @@ class _Episodes:
             seed_of(job.config.seed, self.step, self.rank * 1_000_003 + place)
             for place in range(len(indices))
         ]
-        samples = job.sampler.sample(
-            job.roles.policy_adapter(),
-            [job.prompts[int(index)] for index in indices],
-            seeds,
-            job.config.max_new_tokens,
-            job.config.temperature,
-        )
+        with self.clock.timing("rollout"):
+            samples = job.sampler.sample(
+                job.roles.policy_adapter(),
+                [job.prompts[int(index)] for index in indices],
+                seeds,
+                job.config.max_new_tokens,
+                job.config.temperature,
+            )
         self._made = {
             (index, sample.response): sample for index, sample in zip(indices, samples, strict=True)
         }
@@ -186,7 +215,8 @@ class _Episodes:
             self._made[index, tuple(ids)]
             for index, ids in zip(prompts, completion_ids, strict=True)
         ]
-        raw = self._job.source.score(samples)
+        with self.clock.timing("score"):
+            raw = self._job.source.score(samples)
         known = [score for score in raw if not math.isnan(score)]
         if not known:
             raise without_numbers(self._job.config.reward, samples)
@@ -207,12 +237,16 @@ class _Episodes:
 class Evaluations(TrainerCallback):
     """Answers the fixed prompts every so many steps and after the last; the numbers are logged.
 
+    Args:
+        clock: Of the run's steps, which the answers are no part of.
+
     Attributes:
         last: The answers after the last step; None before, as in a run that had ended already.
     """
 
-    def __init__(self, job: GroupRun, run: RunFolder, trainer: Trainer):
+    def __init__(self, job: GroupRun, run: RunFolder, trainer: Trainer, clock: _Clock):
         self._job, self._run, self._trainer = job, run, trainer
+        self._clock = clock
         self.last: Answers | None = None
 
     def on_step_end(
@@ -223,7 +257,8 @@ class Evaluations(TrainerCallback):
         is_due = is_last or step % job.config.eval_every == 0
         if not (is_due and job.eval_prompts and state.is_world_process_zero):
             return
-        answers = _answer(job, self._run, "final" if is_last else "eval", step)
+        with self._clock.timing("eval"):
+            answers = _answer(job, self._run, "final" if is_last else "eval", step)
         self.last = answers if is_last else None
         numbers = {f"eval_{name}": value for name, value in summarize(answers).items()}
         finite = {name: round(v, 6) for name, v in numbers.items() if math.isfinite(v)}
@@ -273,6 +308,11 @@ class _Sampling:
     def _tokenize_prompts(self, prompts: list[str]) -> tuple[Any, ...]:
         self.indices = prompts
         return self.episodes.prompt_ids(prompts), None, {}
+
+    def log(self, logs: dict[str, float], *given: Any) -> None:
+        """Log TRL's numbers, those of a step with where its time went."""
+        trainer: Any = super()
+        trainer.log(logs | self.episodes.clock.take() if "loss" in logs else logs, *given)
 
     def _sample(self) -> list[list[int]]:
         state: Any = getattr(self, "state")  # noqa: B009 - of the trainer beside

@@ -105,12 +105,11 @@ def implicit_rewards(roles: ActorCritic, texts: Sequence[Text], beta: float) -> 
 def prompts_of(rows: Rows, count: int, max_new_tokens: int, base: Base) -> list[Prompt]:
     """Return the first different prompts of held-out rows that leave room for an answer."""
     room = base.context_length - max_new_tokens
-    lines = {ids: row["line"] for row in reversed(rows) if len(ids := _prompt(row)) <= room}
-    return [
-        Prompt(lines[ids], ids, base.tokenizer.decode(list(ids)))
-        for ids in list(dict.fromkeys(map(_prompt, rows)))
-        if ids in lines
-    ][:count]
+    lines: dict[tuple[int, ...], int] = {}
+    for row in rows:
+        lines.setdefault(_prompt(row), row["line"])
+    fitting = [(ids, line) for ids, line in lines.items() if len(ids) <= room][:count]
+    return [Prompt(line, ids, base.tokenizer.decode(list(ids))) for ids, line in fitting]
 
 
 def _roles(config: OfflineConfig, model: PeftModel) -> ActorCritic:

@@ -121,6 +121,15 @@ def test_a_rule_as_reward_rises(place, method, monkeypatch):
     result = json.loads((place / method / "result.json").read_text())
     assert set(result["gate"]) == {"promote", "reasons"}
     assert result["comparison"]["prompts"] == 5
+    split = [f"time/{name}" for name in ("rollout", "score", "train")]
+    steps = [record for record in records(place / method) if "reward" in record]
+    assert all(0 <= step[name] <= result["seconds"] for step in steps for name in split)
+    spent = sum(step[name] for step in steps for name in split)
+    assert spent <= result["seconds"] + 0.1
+    page = (place / method / "report.html").read_text()
+    assert f"<h1>{method.upper()} run</h1>" in page
+    assert page.count("<svg") == 8
+    assert "Where the time went" in page
 
 
 def test_evaluations_answer_the_prompts_of_their_file_and_change_nothing(place, monkeypatch):
