@@ -12,8 +12,9 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from data.adapter_folders import StagedAdapter
 from data.files import LIVE_JOBS
-from data.registry import StagedAdapter, record
+from data.registry import record
 from data.tables import AdapterVersion, Alias, Checkpoint, Job, Project, new_id, now
 from data.tables_jobs import CheckpointPermission
 

@@ -1,9 +1,7 @@
 """The registry of adapters: versions that never change, and aliases that move between them.
 
-A version is published by staging its folder, checking and hashing it, renaming it into the adapters
-folder, and inserting its row. A crash in between leaves a folder without a row, which `sweep`
-removes; a row without its folder cannot happen. Promoting moves the account's alias, and every move
-is kept, which is what rollback reads.
+A version is published by staging its folder (`adapter_folders`) and inserting its row. Promoting
+moves the account's alias, and every move is kept, which is what rollback reads.
 
 Names: a version is `ft:BASE:ACCOUNT:SUFFIX:8chars`, its alias the same without the last part. A
 checkpoint of a job has its job's name and `:ckpt-step-N`. A version that another account shared is
@@ -13,77 +11,30 @@ found by its full name; only its owner can move, delete or train on it.
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import tempfile
-import time
-import zipfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from data import audit, bias
-from data.adapter_checks import CONFIG, ORIGIN, AdapterFacts, check_adapter, digest_of, files_of
+from data import adapter_folders, audit
+from data.adapter_checks import CONFIG, ORIGIN, check_adapter
 from data.db import Database
-from data.errors import AdapterRefused, InvalidInput, ModelNotFound, NotFound, StateConflict
-from data.files import sync_folder
+from data.errors import AdapterRefused, ModelNotFound, StateConflict
 from data.tables import AdapterVersion, Alias, AliasMove, Project, new_id, now
 from data.tables_jobs import CheckpointPermission
 
-STAGING = ".staging-"
-VERSION = "advr_"
 DEFAULT_SUFFIX = "default"
 SCORES = "SEQ_CLS"  # what PEFT calls a model with a score head
-ORPHAN_AGE_S = 3600.0
-GRACE_S = 300  # for requests that were admitted before a version was deleted
 CHECKPOINT = re.compile(r":ckpt-step-\d+$")
-
-
-@dataclass(frozen=True, slots=True)
-class StagedAdapter:
-    """A checked folder that lies in its final place and waits for its row."""
-
-    id: str
-    path: str  # below the adapters folder
-    facts: AdapterFacts
-
-
-def stage(adapters_dir: Path, source: Path, base_fingerprint: str | None) -> StagedAdapter:
-    """Copy an adapter folder into the registry's, check and hash it, and rename it into place.
-
-    Raises:
-        AdapterRefused: It failed a check; nothing is left behind.
-    """
-    if not source.is_dir():
-        raise AdapterRefused(f"There is no adapter folder {source}", code="adapter_incomplete")
-    version_id = new_id(VERSION)
-    staging = adapters_dir / f"{STAGING}{version_id}"
-    adapters_dir.mkdir(parents=True, exist_ok=True)
-    try:
-        shutil.copytree(source, staging)
-        os.utime(staging)  # the copy took the source's time, which `sweep` could find old
-        facts = check_adapter(staging, base_fingerprint)
-        for path in files_of(staging):
-            with path.open("rb") as stream:
-                os.fsync(stream.fileno())
-        sync_folder(staging)
-        os.rename(staging, adapters_dir / version_id)
-        sync_folder(adapters_dir)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-    return StagedAdapter(version_id, version_id, facts)
 
 
 def record(
     session: Session,
     project: Project,
-    staged: StagedAdapter,
+    staged: adapter_folders.StagedAdapter,
     base_model: str,
     base_fingerprint: str,
     *,
@@ -121,11 +72,6 @@ def record(
     return version
 
 
-def discard(adapters_dir: Path, staged: StagedAdapter) -> None:
-    """Remove a staged adapter that will not get its row."""
-    shutil.rmtree(adapters_dir / staged.path)
-
-
 def publish(
     database: Database,
     adapters_dir: Path,
@@ -143,7 +89,7 @@ def publish(
     Raises:
         AdapterRefused: It failed a check.
     """
-    staged = stage(adapters_dir, source, base_fingerprint)
+    staged = adapter_folders.stage(adapters_dir, source, base_fingerprint)
     with database.write() as session:
         version = record(
             session, project, staged, base_model, base_fingerprint, suffix=suffix, lineage=lineage
@@ -352,87 +298,6 @@ def _in_use(session: Session, alias: Alias) -> list[AdapterVersion]:
     return [version for version in found if version.deleted_at is None]
 
 
-def verify(version: AdapterVersion, adapters_dir: Path) -> None:
-    """Check that a version's files are what was published.
-
-    Raises:
-        AdapterRefused: `adapter_missing` or `adapter_tampered`.
-    """
-    folder = adapters_dir / version.path
-    if not folder.is_dir():
-        raise AdapterRefused(
-            f"The files of {version.name} are gone from {folder}; restore them from a backup or "
-            "train again",
-            code="adapter_missing",
-        )
-    found = digest_of(folder)
-    if found != version.digest:
-        raise AdapterRefused(
-            f"The files of {version.name} in {folder} are not what was published: their digest is "
-            f"{found[:12]}…, the registry has {version.digest[:12]}…",
-            code="adapter_tampered",
-        )
-
-
-def export(version: AdapterVersion, adapters_dir: Path, destination: Path) -> Path:
-    """Copy a version to a new folder that `PeftModel.from_pretrained` loads.
-
-    Raises:
-        InvalidInput: The destination exists.
-        AdapterRefused: The version's files are damaged.
-    """
-    if destination.exists():
-        raise InvalidInput(
-            f"{destination} exists; name a folder that does not", param="destination"
-        )
-    verify(version, adapters_dir)
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
-    try:
-        shutil.copytree(adapters_dir / version.path, partial, dirs_exist_ok=True)
-        os.rename(partial, destination)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return destination
-
-
-def write_zip(version: AdapterVersion, adapters_dir: Path, stream: BinaryIO) -> None:
-    """Write a version's folder as a zip archive, with its lineage as `lineage.json`.
-
-    Raises:
-        AdapterRefused: The version's files are damaged.
-    """
-    verify(version, adapters_dir)
-    folder = adapters_dir / version.path
-    lineage = {"name": version.name, "base_model": version.base_model, **version.lineage}
-    with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
-        for path in sorted(folder.rglob("*")):
-            if path.is_file():
-                archive.write(path, path.relative_to(folder))
-        archive.writestr("lineage.json", json.dumps(lineage, indent=2) + "\n")
-
-
-def bias_report(version: AdapterVersion, adapters_dir: Path) -> dict[str, Any]:
-    """Return what was measured of a version's bias when it was trained.
-
-    Raises:
-        NotFound: Nothing was: it was imported, or trained where `bias_reports` was off.
-    """
-    path = adapters_dir / version.path / bias.FILE
-    try:
-        found: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise NotFound(
-            f"There is no bias report of `{version.name}`: it was imported, or trained with "
-            "`bias_reports` off. `python -m train.bias --adapter FOLDER` measures what "
-            "`GET /v1/models/MODEL/download` hands out.",
-            param="model",
-            code="bias_report_not_found",
-        ) from None
-    return {"model": version.name, **found}
-
-
 def delete(database: Database, project_id: str, name: str) -> AdapterVersion:
     """Take a version out of use; an alias that points at it falls away.
 
@@ -447,37 +312,6 @@ def delete(database: Database, project_id: str, name: str) -> AdapterVersion:
             session.delete(alias)
         audit.record(session, "model.deleted", version.name, project_id)
     return version
-
-
-def sweep(database: Database, adapters_dir: Path, min_age_s: float = ORPHAN_AGE_S) -> Sequence[str]:
-    """Remove folders that no version names, and those of deleted versions; returns their names.
-
-    Args:
-        min_age_s: Younger folders may belong to a publication under way.
-    """
-    with database.read() as session:
-        query = select(AdapterVersion.path).where(AdapterVersion.deleted_at.is_(None))
-        known = set(session.scalars(query))
-    removed = []
-    for folder in adapters_dir.iterdir() if adapters_dir.is_dir() else ():
-        if not folder.name.startswith((VERSION, STAGING)):
-            continue  # not the registry's
-        if folder.name not in known and time.time() - folder.stat().st_mtime >= min_age_s:
-            shutil.rmtree(folder)
-            removed.append(folder.name)
-    return removed
-
-
-def sweep_job(database: Database, adapters_dir: Path, job_id: str) -> None:
-    """Remove the folders of a job's versions that were deleted GRACE_S ago, which `sweep` would
-    leave lying for longer: a job of many checkpoints fills a disk soon."""
-    query = select(AdapterVersion.path).where(
-        AdapterVersion.job_id == job_id, AdapterVersion.deleted_at <= now() - GRACE_S
-    )
-    with database.read() as session:
-        paths = list(session.scalars(query))
-    for path in paths:
-        shutil.rmtree(adapters_dir / path, ignore_errors=True)
 
 
 def find_own(session: Session, project_id: str, name: str) -> AdapterVersion:

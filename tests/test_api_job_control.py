@@ -17,7 +17,7 @@ from openai.types.fine_tuning import FineTuningJob
 from openai.types.fine_tuning.jobs import FineTuningJobCheckpoint
 from tiny_models import tiny_tokenizer
 
-from data import accounts, checkpoints, jobs, limits, registry, safety
+from data import accounts, adapter_folders, checkpoints, jobs, limits, registry, safety
 from data.files import RESULTS
 from data.render import render
 from data.rows import PromptCompletion
@@ -299,7 +299,7 @@ def test_checkpoints_are_models_and_starting_points(
     names = []
     write_adapter(tmp_path / "adapter")
     for step in (2, 4, 6):
-        staged = registry.stage(runtime.settings.adapters_dir, tmp_path / "adapter", None)
+        staged = adapter_folders.stage(runtime.settings.adapters_dir, tmp_path / "adapter", None)
         with runtime.database.write() as session:
             record = session.get_one(Job, job.id)
             metrics = {"step": step, "full_valid_loss": 1.5}

@@ -25,7 +25,7 @@ from test_api_graders import CHECK, ITEM
 from test_api_isolation import EVENT, ROWS, make_case, make_model
 from test_api_webhooks import Receiver, receiver
 
-from data import accounts, checkpoints, registry
+from data import accounts, adapter_folders, checkpoints
 from data.tables import Job
 
 # type: fields that it does not declare; docs/api.md tells each.
@@ -233,7 +233,7 @@ def test_jobs(call: Caller, server: Server, tmp_path: Path) -> None:
 
 def add_checkpoint(server: Server, job_id: str, folder: Path) -> None:
     write_adapter(folder / "adapter")
-    staged = registry.stage(server.runtime.settings.adapters_dir, folder / "adapter", None)
+    staged = adapter_folders.stage(server.runtime.settings.adapters_dir, folder / "adapter", None)
     metrics = {"step": 2, "train_loss": 1.0, "full_valid_loss": 1.5}
     with server.runtime.database.write() as session:
         record = session.get_one(Job, job_id)

@@ -19,7 +19,7 @@ from fake_trainer import FINGERPRINT, write_adapter
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from data import accounts, registry
+from data import accounts, adapter_folders, registry
 from data.adapter_checks import WEIGHTS, check_adapter, digest_of, read_header
 from data.db import Database
 from data.errors import AdapterRefused, InvalidInput, ModelNotFound, StateConflict
@@ -154,7 +154,7 @@ def test_a_sweep_leaves_what_is_not_the_registrys(
     publish(database, adapters, project, source)
     (adapters / "lost+found").mkdir()
     (adapters / "advr_orphan").mkdir()
-    assert registry.sweep(database, adapters, min_age_s=0) == ["advr_orphan"]
+    assert adapter_folders.sweep(database, adapters, min_age_s=0) == ["advr_orphan"]
     assert (adapters / "lost+found").is_dir()
 
 
@@ -168,7 +168,7 @@ def test_a_deleted_version_is_gone_and_never_rolled_back_to(
     for name in (first.name, second.name, "ft:tiny:acme:mail"):
         with pytest.raises(ModelNotFound):
             registry.resolve(database, project.id, name)
-    registry.sweep(database, adapters, min_age_s=0)
+    adapter_folders.sweep(database, adapters, min_age_s=0)
     assert [path.name for path in adapters.iterdir()] == [third.path]
 
 
@@ -176,7 +176,7 @@ def test_verification_finds_any_change(
     database: Database, adapters: Path, project: Project, source: Path, tmp_path: Path
 ) -> None:
     version = publish(database, adapters, project, source)
-    registry.verify(version, adapters)
+    adapter_folders.verify(version, adapters)
     folder = adapters / version.path
     rng = random.Random(0)
     for path in sorted(folder.iterdir()):
@@ -185,17 +185,17 @@ def test_verification_finds_any_change(
         changed = content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
         path.write_bytes(changed)
         with pytest.raises(AdapterRefused) as caught:
-            registry.verify(version, adapters)
+            adapter_folders.verify(version, adapters)
         assert caught.value.code == "adapter_tampered"
         with pytest.raises(AdapterRefused):
-            registry.export(version, adapters, tmp_path / "out")
+            adapter_folders.export(version, adapters, tmp_path / "out")
         path.write_bytes(content)
     (folder / "extra").touch()
     with pytest.raises(AdapterRefused):
-        registry.verify(version, adapters)
+        adapter_folders.verify(version, adapters)
     shutil.rmtree(folder)
     with pytest.raises(AdapterRefused) as caught:
-        registry.verify(version, adapters)
+        adapter_folders.verify(version, adapters)
     assert caught.value.code == "adapter_missing"
 
 
@@ -203,11 +203,11 @@ def test_export_copies_and_never_overwrites(
     database: Database, adapters: Path, project: Project, source: Path, tmp_path: Path
 ) -> None:
     version = publish(database, adapters, project, source)
-    out = registry.export(version, adapters, tmp_path / "deep" / "out")
+    out = adapter_folders.export(version, adapters, tmp_path / "deep" / "out")
     assert digest_of(out) == version.digest
     assert sorted(path.name for path in out.parent.iterdir()) == ["out"]
     with pytest.raises(InvalidInput, match="exists"):
-        registry.export(version, adapters, out)
+        adapter_folders.export(version, adapters, out)
 
 
 def test_wrong_base_is_refused(source: Path) -> None:
@@ -393,13 +393,13 @@ def test_a_refused_adapter_leaves_nothing(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from data import accounts, registry
+from data import accounts, adapter_folders, registry
 from data.db import Database
 
 place, name = sys.argv[1].split(":")
 home = Path(sys.argv[2])
 def die(*_, **__): os.kill(os.getpid(), signal.SIGKILL)
-setattr({"registry": registry, "os": os, "shutil": registry.shutil}[place], name, die)
+setattr({"registry": registry, "folders": adapter_folders, "os": os}[place], name, die)
 database = Database(sys.argv[3])
 (project,) = accounts.list_accounts(database)
 registry.publish(database, home / "adapters", project, home / "made", "tiny", "base-fake")
@@ -408,7 +408,7 @@ registry.publish(database, home / "adapters", project, home / "made", "tiny", "b
 
 @pytest.mark.parametrize(
     "moment",
-    ["registry:check_adapter", "os:rename", "registry:record", "registry:point_alias"],
+    ["folders:check_adapter", "os:rename", "registry:record", "registry:point_alias"],
 )
 def test_a_kill_while_publishing_leaves_no_half_adapter(
     database: Database, adapters: Path, project: Project, source: Path, tmp_path: Path, moment: str
@@ -419,7 +419,7 @@ def test_a_kill_while_publishing_leaves_no_half_adapter(
     assert subprocess.run(command, check=False).returncode == -9
     assert [version.id for version in registry.list_versions(database, project.id)] == [kept.id]
     assert len(list(adapters.iterdir())) == 2
-    assert registry.sweep(database, adapters) == []  # too young to be an orphan for sure
-    assert len(registry.sweep(database, adapters, min_age_s=0)) == 1
+    assert adapter_folders.sweep(database, adapters) == []  # too young to be an orphan for sure
+    assert len(adapter_folders.sweep(database, adapters, min_age_s=0)) == 1
     assert [path.name for path in adapters.iterdir()] == [kept.path]
-    registry.verify(kept, adapters)
+    adapter_folders.verify(kept, adapters)

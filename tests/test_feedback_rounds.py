@@ -14,7 +14,7 @@ import pytest
 from scipy.stats import binomtest
 from sqlalchemy import select
 
-from data import accounts, audit, jobs, registry, webhooks
+from data import accounts, adapter_folders, audit, jobs, registry, webhooks
 from data.db import Database
 from data.errors import InvalidInput, NotFound, StateConflict
 from data.feedback import (
@@ -78,7 +78,9 @@ class Shop:
             if status == "succeeded":
                 folder = self.home / f"of-{job.id}"
                 fake_trainer.write_adapter(folder)
-                staged = registry.stage(self.home / "adapters", folder, fake_trainer.FINGERPRINT)
+                staged = adapter_folders.stage(
+                    self.home / "adapters", folder, fake_trainer.FINGERPRINT
+                )
                 version = registry.record(
                     session,
                     session.get_one(Project, job.project_id),

@@ -21,7 +21,7 @@ import psutil
 import pytest
 from sqlalchemy import select
 
-from data import accounts, jobs, registry
+from data import accounts, adapter_folders, jobs, registry
 from data.job_spec import JobSpec
 from data.tables import AdapterVersion, File, Job, JobEvent, Project
 from train.job_training import MAX_CRASHES, fail_job
@@ -140,7 +140,7 @@ def check_succeeded(shop: Workshop, job: Job) -> None:
     listed = jobs.list_checkpoints(shop.database, job.project_id, job.id)
     assert [found.name for _, found in listed] == names[::-1]
     assert job.result_files == [table.id]
-    registry.verify(version, shop.settings.adapters_dir)
+    adapter_folders.verify(version, shop.settings.adapters_dir)
     alias = registry.alias_of(version.name)
     assert registry.resolve(shop.database, job.project_id, alias).id == version.id
     assert len(registry.history(shop.database, job.project_id, alias)) == 1
@@ -154,12 +154,12 @@ def check_succeeded(shop: Workshop, job: Job) -> None:
     assert len(seqs) == len(set(seqs))
     assert not trainers_of(shop, job)
     assert not (shop.run_of(job).path / "two-trainers-at-once").exists()
-    registry.sweep(shop.database, shop.settings.adapters_dir, min_age_s=0)
+    adapter_folders.sweep(shop.database, shop.settings.adapters_dir, min_age_s=0)
     shop.files.sweep(min_age_s=0)
     folders = {path.name for path in shop.settings.adapters_dir.iterdir()}
     assert folders == {found.path for found in versions}
     for found in versions:
-        registry.verify(found, shop.settings.adapters_dir)
+        adapter_folders.verify(found, shop.settings.adapters_dir)
     with shop.files.open(job.project_id, table.id) as stream:
         assert len(stream.read().splitlines()) == 7
 

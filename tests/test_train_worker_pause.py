@@ -30,7 +30,7 @@ from test_train_worker import (
     worker_thread,
 )
 
-from data import accounts, job_pause, jobs, registry
+from data import accounts, adapter_folders, job_pause, jobs, registry
 from data.errors import InvalidInput
 from data.settings import read_config
 from data.tables import AdapterVersion, Job, Project
@@ -171,10 +171,10 @@ def test_the_newest_checkpoints_stay(
     with shop.database.write() as session:
         for version in session.scalars(select(AdapterVersion)):
             if version.deleted_at is not None and version.job_id == usual.id:
-                version.deleted_at -= registry.GRACE_S
-    registry.sweep_job(shop.database, shop.settings.adapters_dir, usual.id)
+                version.deleted_at -= adapter_folders.GRACE_S
+    adapter_folders.sweep_job(shop.database, shop.settings.adapters_dir, usual.id)
     assert len(list(shop.settings.adapters_dir.iterdir())) == 2 + 3 + 6
-    registry.sweep(shop.database, shop.settings.adapters_dir, min_age_s=0)
+    adapter_folders.sweep(shop.database, shop.settings.adapters_dir, min_age_s=0)
     assert len(list(shop.settings.adapters_dir.iterdir())) == 2 + 3 + 1
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data import checkpoints, jobs, registry
+from data import adapter_folders, checkpoints, jobs
 from data.errors import AdapterRefused
 from data.estimate import measured_speed
 from data.tables import Job
@@ -76,7 +76,7 @@ class Follower:
         if not folder.is_dir():
             return  # newer ones replaced it before it was seen
         try:
-            staged = registry.stage(adapters_dir, folder, None)
+            staged = adapter_folders.stage(adapters_dir, folder, None)
         except AdapterRefused as error:
             with self._shop.holding(job_id, self._lease) as (session, _):
                 message = f"The checkpoint of step {step} is not published: {error.public}"
@@ -94,10 +94,10 @@ class Follower:
                 data = {"step": step, "model": version.name, "metrics": metrics}
                 jobs.record_event(session, job_id, message, data=data, source=f"checkpoint:{step}")
                 published = True
-            registry.sweep_job(self._shop.database, adapters_dir, job_id)
+            adapter_folders.sweep_job(self._shop.database, adapters_dir, job_id)
         finally:
             if not published:
-                registry.discard(adapters_dir, staged)
+                adapter_folders.discard(adapters_dir, staged)
 
     def _fields(self, metrics: Sequence[Mapping[str, Any]]) -> Numbers:
         fields: Numbers = {}

@@ -13,7 +13,7 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from data import bias, job_pause, jobs, registry, upgrades
+from data import adapter_folders, bias, job_pause, jobs, registry, upgrades
 from data.checkpoints import mark_of
 from data.feedback import round_steps
 from data.files import RESULTS
@@ -45,7 +45,7 @@ def publish_outcome(shop: Workshop, job: Job, lease: Lease, run: RunFolder) -> N
                 tables.append(shop.files.stage(job.project_id, stream, path.name, RESULTS))
     report = read_object(run.adapter / bias.FILE)
     limits = shop.settings.bias_limits.model_dump()
-    staged = registry.stage(adapters_dir, run.adapter, fingerprint)
+    staged = adapter_folders.stage(adapters_dir, run.adapter, fingerprint)
     published = False
     try:
         with shop.holding(job.id, lease) as (session, job):
@@ -81,7 +81,7 @@ def publish_outcome(shop: Workshop, job: Job, lease: Lease, run: RunFolder) -> N
                 published = True
     finally:
         if not published:
-            registry.discard(adapters_dir, staged)
+            adapter_folders.discard(adapters_dir, staged)
 
 
 def _upgraded_from(job: Job) -> dict[str, str]:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from data import jobs, presence, registry, webhooks
+from data import adapter_folders, jobs, presence, webhooks
 from data.db import Database
 from data.errors import StateConflict, ToolkitError
 from data.feedback import privacy
@@ -117,7 +117,7 @@ class Worker:
             UploadStore(self._shop.database, self._shop.files).sweep()
             privacy.expire(self._shop.database)
             webhooks.sweep(self._shop.database)
-            removed += registry.sweep(self._shop.database, self._shop.settings.adapters_dir)
+            removed += adapter_folders.sweep(self._shop.database, self._shop.settings.adapters_dir)
             runs = self._shop.settings.runs_dir
             self._shop.forget_bulk([path.name for path in runs.glob("*")])
         except OSError:

@@ -14,7 +14,7 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from data import jobs, registry
+from data import adapter_folders, jobs, registry
 from data.db import Database
 from data.errors import ModelNotFound, NotFound, StateConflict
 from data.files import FileStore
@@ -94,7 +94,7 @@ class Workshop:
                 raise NotFound(
                     f"The reward model {name} was deleted.", code="model_gone"
                 ) from error
-            registry.export(version, self.settings.adapters_dir, folder)
+            adapter_folders.export(version, self.settings.adapters_dir, folder)
         return folder
 
     def fingerprint_of(self, job: Job) -> str:
@@ -132,7 +132,7 @@ class Workshop:
             raise NotFound(
                 "The model that the job goes on from was deleted.", param="model", code="model_gone"
             )
-        return registry.export(version, self.settings.adapters_dir, folder)
+        return adapter_folders.export(version, self.settings.adapters_dir, folder)
 
     def place_current(self, job: Job) -> Path | None:
         """Put the adapter that the job's model would replace into its run folder.
@@ -151,7 +151,7 @@ class Workshop:
                 old = session.get_one(AdapterVersion, job.options[UPGRADE]["version"])
             if old.deleted_at is not None:
                 raise NotFound(f"The model {old.name}, which it replaces, was deleted.")
-            return registry.export(old, self.settings.adapters_dir, folder)
+            return adapter_folders.export(old, self.settings.adapters_dir, folder)
         with self.database.read() as session:
             slug = session.get_one(Project, job.project_id).slug
             try:
@@ -162,7 +162,7 @@ class Workshop:
         is_judge = version.lineage.get("kind") == "reward_model"
         if is_judge or version.base_fingerprint != self.fingerprint_of(job):
             return None
-        return registry.export(version, self.settings.adapters_dir, folder)
+        return adapter_folders.export(version, self.settings.adapters_dir, folder)
 
     def forget_bulk(self, job_ids: Sequence[str]) -> None:
         """Remove from the runs of jobs that have ended what nobody needs any more.

@@ -15,7 +15,7 @@ from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 
-from data import model_access, registry
+from data import adapter_folders, model_access, registry
 from data.db import Database
 from data.errors import AdapterRefused, InvalidInput, ModelNotFound
 from data.job_methods import REWARD_MODEL
@@ -235,7 +235,7 @@ class ModelCatalog:
     def _verify(self, version: AdapterVersion, folder: Path) -> None:
         state = _file_states(folder)
         if self._verified.get(version.id) != state or not state:
-            registry.verify(version, self._adapters_dir)
+            adapter_folders.verify(version, self._adapters_dir)
             self._verified[version.id] = state
 
 

@@ -10,7 +10,7 @@ from starlette.background import BackgroundTask
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response, StreamingResponse
 
-from data import model_access, registry
+from data import adapter_folders, model_access, registry
 from data.errors import Forbidden
 from data.tables import AdapterVersion
 from serve.api.deps import Account, Caller, Running, json_response
@@ -40,7 +40,9 @@ async def bias_report(model: str, caller: Caller, runtime: Running) -> Response:
     """Tell what was measured of a fine-tune's bias, beside its base's, when it was trained."""
     find = model_access.find_version
     version = await run_in_threadpool(find, runtime.database, caller.id, model)
-    found = await run_in_threadpool(registry.bias_report, version, runtime.settings.adapters_dir)
+    found = await run_in_threadpool(
+        adapter_folders.bias_report, version, runtime.settings.adapters_dir
+    )
     return json_response(found)
 
 
@@ -48,7 +50,7 @@ def _zipped(model: str, account: Account, runtime: Runtime) -> Response:
     version = model_access.find_version(runtime.database, account.id, model)
     stream = tempfile.TemporaryFile(dir=runtime.settings.adapters_dir)  # noqa: SIM115
     try:
-        registry.write_zip(version, runtime.settings.adapters_dir, stream)
+        adapter_folders.write_zip(version, runtime.settings.adapters_dir, stream)
     except BaseException:
         stream.close()
         raise

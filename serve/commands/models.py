@@ -121,12 +121,12 @@ app.command("upgrade")(upgrade)
 @app.command("bias")
 def bias_report(model: str, account: Account = None, as_json: AsJson = False) -> None:
     """Tell what was measured of a fine-tune's bias, beside its base's, when it was trained."""
-    from data import bias, registry
+    from data import adapter_folders, bias, registry
 
     settings, database = open_home()
     project = choose_account(database, account)
     version = registry.resolve(database, project.id, model)
-    found = registry.bias_report(version, settings.adapters_dir)
+    found = adapter_folders.bias_report(version, settings.adapters_dir)
     if as_json:
         print_json(found)
         return
@@ -171,9 +171,9 @@ def rollback(alias: str, account: Account = None) -> None:
 @app.command("export")
 def export(model: str, destination: Path, account: Account = None) -> None:
     """Copy a version to a folder that PEFT loads (`PeftModel.from_pretrained`)."""
-    from data import registry
+    from data import adapter_folders, registry
 
     settings, database = open_home()
     project = choose_account(database, account)
     version = registry.resolve(database, project.id, model)
-    print(registry.export(version, settings.adapters_dir, destination))
+    print(adapter_folders.export(version, settings.adapters_dir, destination))
