@@ -80,6 +80,10 @@ def gate(outcome: Mapping[str, Any], kl_limit: float = MOST_KL) -> dict[str, Any
     rules: list[tuple[bool, str]] = []
     if held:
         told = f"orders {held['accuracy']:.1%} of {held['pairs']} held-out pairs as people did"
+        if held.get("across_prompts"):
+            told = (
+                f"puts good before bad in {held['accuracy']:.1%} of {held['pairs']} held-out pairs"
+            )
         rules.append((held["accuracy"] > 0.5, told))
     if found:
         if "win_rate" in found and found["win_rate"] is None:

@@ -42,6 +42,7 @@ from train.base_model import Base, load_base
 from train.callbacks import Stopper
 from train.run import RunFolder
 
+JUDGING: frozenset[str] = frozenset()  # its evaluations are among the steps, and decide nothing
 SHOWN = 2  # rollouts of a step in the table of completions
 CURVES = (
     *(("reward", "reward"), ("eval/reward", "evaluation"), ("kl", "KL")),

@@ -9,14 +9,24 @@ model, where there is one, also says which of the two answers better.
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import PeftModel
 
-from rlhf.actor_critic import POLICY, REFERENCE, REWARD, ActorCritic, load_role, make_micro
+from rlhf.actor_critic import (
+    POLICY,
+    REFERENCE,
+    REWARD,
+    ActorCritic,
+    copy_adapter,
+    load_role,
+    make_micro,
+)
 from rlhf.evaluate import Answers, compare, gate, summarize
 from rlhf.experience import response_kl
 from rlhf.judged_rows import Row, Rows
@@ -31,18 +41,21 @@ from serve.engine.base import MemoryAdapter
 from train.base_model import Base
 from train.run import RunFolder, write_lines
 
+TRL_REFERENCE = "ref"  # the adapter in which TRL's trainers keep the start
 Text = tuple[Sequence[int], Sequence[int]]  # ids of a prompt and of an answer
 
 
 def judge(
-    config: OfflineConfig, base: Base, model: PeftModel, rows: Rows, run: RunFolder
+    config: OfflineConfig, base: Base, model: PeftModel, rows: Rows, run: RunFolder, step: int
 ) -> dict[str, Any]:
     """Return how the trained policy does on held-out rows, and the gate; {} where there are none.
 
     Writes the answers of start and end to the run's completions.
 
     Args:
-        model: The base with the trained policy; it gets the adapters to compare it with.
+        model: The base with the trained policy and TRL's copy of its start, if that is an adapter;
+            it gets the adapters to compare it with.
+        step: The last.
     """
     if not rows:
         return {}
@@ -55,7 +68,8 @@ def judge(
         plain = {"start": summarize(start), "end": summarize(end)}
         found["comparison"] = plain if config.reward_model is None else compare(start, end)
         found["kl"] = total / max(count, 1)
-        write_lines(run.completions, [*_told(start, 0, "start"), *_told(end, 1, "final")])
+        told = zip(_told(start, 0, "start"), _told(end, step, "final"), strict=True)
+        write_lines(run.completions, itertools.chain.from_iterable(told))
     return found | {"gate": gate(found)}
 
 
@@ -63,9 +77,10 @@ def order(roles: ActorCritic, rows: Rows, beta: float) -> dict[str, Any] | None:
     """Return how often the policy's own reward orders answers as they were judged.
 
     Of comparisons it is the share of pairs whose chosen answer has more reward, with an interval
-    resampled by prompt; of judged answers the share of all pairs of a good and a bad one whose good
-    one has more (the area under the ROC curve). Equal rewards count half. None where every answer
-    was judged alike.
+    resampled by prompt. Of judged answers it is the share of pairs of a good and a bad answer to
+    one prompt whose good one has more; where no prompt has both, of all such pairs
+    (`across_prompts`, the area under the ROC curve), to which what the prompts are adds its part.
+    Equal rewards count half. None where every answer was judged alike.
     """
     if "label" in rows[0]:
         texts = [(row["prompt_ids"], row["completion_ids"]) for row in rows]
@@ -109,13 +124,16 @@ def prompts_of(rows: Rows, count: int, max_new_tokens: int, base: Base) -> list[
     for row in rows:
         lines.setdefault(_prompt(row), row["line"])
     fitting = [(ids, line) for ids, line in lines.items() if len(ids) <= room][:count]
-    return [Prompt(line, ids, base.tokenizer.decode(list(ids))) for ids, line in fitting]
+    return [
+        Prompt(line, ids, base.tokenizer.decode(list(ids), skip_special_tokens=True))
+        for ids, line in fitting
+    ]
 
 
 def _roles(config: OfflineConfig, model: PeftModel) -> ActorCritic:
     """Put the start of the policy, and the reward model if there is one, beside the policy."""
     if config.start_adapter is not None:  # else it is the base, as no adapter has that name
-        load_role(model, config.start_adapter, REFERENCE)
+        copy_adapter(model, TRL_REFERENCE, REFERENCE)
     if config.reward_model is not None:
         load_role(model, config.reward_model, REWARD)
     return ActorCritic(model, 1.0)
@@ -154,15 +172,38 @@ def _score(
 
 
 def _order_judged(rows: Rows, rewards: Sequence[float]) -> dict[str, Any] | None:
-    parts: dict[bool, list[float]] = {True: [], False: []}
+    """Return the share of pairs of a good and a bad answer whose good one has more reward."""
+    by_prompt: dict[tuple[int, ...], _Sides] = {}
+    every = _Sides([], [])
     for row, reward in zip(rows, rewards, strict=True):
-        parts[row["label"]].append(reward)
-    good, bad = parts[True], sorted(parts[False])
-    if not (good and bad):
+        for sides in (by_prompt.setdefault(_prompt(row), _Sides([], [])), every):
+            (sides.good if row["label"] else sides.bad).append(reward)
+    counted = [sides for sides in by_prompt.values() if sides.pairs]
+    across = not counted
+    counted = counted or [every]
+    pairs = sum(sides.pairs for sides in counted)
+    if not pairs:
         return None
-    below = sum(bisect_left(bad, reward) + bisect_right(bad, reward) for reward in good) / 2
-    pairs = len(good) * len(bad)
-    return {"accuracy": below / pairs, "accuracy_interval": None, "pairs": pairs}
+    right = sum(sides.ordered() for sides in counted)
+    found: dict[str, Any] = {"accuracy": right / pairs, "accuracy_interval": None, "pairs": pairs}
+    return found | {"across_prompts": across}
+
+
+@dataclass(frozen=True)
+class _Sides:
+    """Rewards of good answers and of bad ones."""
+
+    good: list[float]
+    bad: list[float]
+
+    @property
+    def pairs(self) -> int:
+        return len(self.good) * len(self.bad)
+
+    def ordered(self) -> float:
+        """Return how many pairs have the good one above the bad; equal ones count half."""
+        bad = sorted(self.bad)
+        return sum(bisect_left(bad, good) + bisect_right(bad, good) for good in self.good) / 2
 
 
 def _told(answers: Answers, step: int, kind: str) -> list[Mapping[str, Any]]:

@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
+from data.adapter_checks import check_adapter
 from data.errors import ConfigError
 from rlhf import held_out
 from rlhf.judged_rows import Rows, mean_tokens, read_judged, read_pairs
@@ -20,6 +21,8 @@ from rlhf.trl_run import Steps, arguments, callbacks, plan_steps, start_policy, 
 from train.base_model import Base, load_base
 from train.callbacks import KeptTokenCount, Stopper
 from train.run import RunFolder
+
+JUDGING = frozenset({"eval_prompts", "max_new_tokens", "reward_model"})  # after the last step
 
 
 @dataclass
@@ -41,8 +44,9 @@ def set_up(config: DpoConfig | KtoConfig) -> OfflineRun:
         ToolkitError: The base is unavailable, or the rows cannot be used.
     """
     base = load_base(config)
-    if config.reward_model is not None:
-        read_head(config.reward_model, base.fingerprint)  # what is wrong with it is told now
+    if config.reward_model is not None:  # what is wrong with it is told now
+        read_head(config.reward_model, base.fingerprint)
+        check_adapter(config.reward_model, base.fingerprint)
     if isinstance(config, DpoConfig):
         train, valid, warnings = read_pairs(config, base)
     else:
@@ -58,18 +62,26 @@ def set_up(config: DpoConfig | KtoConfig) -> OfflineRun:
 
 
 def _check_room(config: DpoConfig | KtoConfig, base: Base, valid: Rows) -> list[str]:
-    """Return what to warn of where no held-out prompt can be answered.
+    """Return what to warn of where nothing is held out, or no held-out prompt can be answered.
 
     Raises:
         ConfigError: A reward model was to compare the answers.
     """
-    asked = valid and config.eval_prompts
-    if not asked or held_out.prompts_of(valid, 1, config.max_new_tokens, base):
+    if not valid and not config.validation_fraction:
+        return []  # as it was asked for
+    if not valid:
+        told = (
+            "too few decided rows to hold any out, so the model is not judged; give more rows, a "
+            "larger validation_fraction, or a validation_file"
+        )
+    elif config.eval_prompts and not held_out.prompts_of(valid, 1, config.max_new_tokens, base):
+        told = (
+            f"no held-out prompt leaves room for max_new_tokens ({config.max_new_tokens}) in the "
+            f"{base.context_length} tokens that {base.name} reads, so no answers are compared; "
+            "lower it"
+        )
+    else:
         return []
-    told = (
-        f"no held-out prompt leaves room for max_new_tokens ({config.max_new_tokens}) in the "
-        f"{base.context_length} tokens that {base.name} reads, so no answers are compared; lower it"
-    )
     if config.reward_model is not None:
         raise ConfigError([told])
     return [told]
@@ -119,7 +131,7 @@ def train(
     method = "DPO" if isinstance(config, DpoConfig) else "KTO"
 
     def judge() -> dict[str, Any]:
-        return held_out.judge(config, base, model, job.valid, run)
+        return held_out.judge(config, base, model, job.valid, run, job.steps.total)
 
     return train_policy(*(trainer, config, base, run, stopper, checkpoint, method, rows[:3], judge))
 

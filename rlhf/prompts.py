@@ -16,7 +16,17 @@ from data.jsonl import is_blank_line, iter_lines, read_numbered_rows
 from data.parse import decode_object
 from data.prompt_format import prompt_format
 from data.render import question, render_prompt
-from data.rows import Format, Preference, PromptOnly, Ranking, Reinforcement, Row, Text, Unpaired
+from data.rows import (
+    TAGS,
+    Format,
+    Preference,
+    PromptOnly,
+    Ranking,
+    Reinforcement,
+    Row,
+    Text,
+    Unpaired,
+)
 from data.validate import validate
 
 
@@ -116,6 +126,8 @@ def _read(path: Path, format: Format | None) -> Iterator[tuple[int, Row, dict[st
         for number, row in rows:
             yield number, row, {}
         return
+    if format in (Format.PREFERENCE, Format.RANKING):  # whose comparison it was, say
+        known -= frozenset(TAGS)
     with path.open("rb") as stream:
         lines = (line for _, _, line in iter_lines(stream) if not is_blank_line(line))
         for (number, row), line in zip(rows, lines, strict=True):

@@ -38,14 +38,18 @@ class Sheet:
     Attributes:
         step: What its steps are called.
         frontier: Of reward against KL: (label, metric of the reward); none where no reward is.
-        kl: Returns the KL of a response from a record that has it, in nats.
+        kl_name: Of a record's KL; nothing is drawn of those without it.
+        kl: Returns the KL of a response, in nats, from a record that has it.
+        pairs: Responses are of start and end, one after the other for each prompt.
     """
 
     title: str
     step: str
     curves: tuple[Curve, ...]
     frontier: tuple[tuple[str, str], ...] = ()
+    kl_name: str = "objective/kl"
     kl: Callable[[Record], float] = lambda record: float(record["objective/kl"])
+    pairs: bool = False
 
 
 def _one(name: str, label: str) -> Curve:
@@ -53,8 +57,8 @@ def _one(name: str, label: str) -> Curve:
 
 
 def _kl_of_group(record: Record) -> float:
-    """TRL logs the KL of a token."""
-    return float(record.get("kl", 0.0) * record["completions/mean_length"])
+    """TRL logs the KL of a token, where beta is above 0."""
+    return float(record["kl"] * record["completions/mean_length"])
 
 
 PPO_CURVES = (
@@ -92,7 +96,7 @@ ACCURACY = Curve(
     "share of pairs ordered rightly",
     (("rewards/accuracies", "training"), ("eval_rewards/accuracies", "held out")),
 )
-OF_GROUPS = ("step", GROUP_CURVES, (("reward", "reward"),), _kl_of_group)
+OF_GROUPS = ("step", GROUP_CURVES, (("reward", "reward"),), "kl", _kl_of_group)
 SHEETS: dict[type[RunConfig], Sheet] = {
     PpoConfig: Sheet(
         *("PPO run", "update", PPO_CURVES),
@@ -100,8 +104,10 @@ SHEETS: dict[type[RunConfig], Sheet] = {
     ),
     RlooConfig: Sheet("RLOO run", *OF_GROUPS),
     GrpoConfig: Sheet("GRPO run", *OF_GROUPS),
-    DpoConfig: Sheet("DPO run", "step", (LOSS, ACCURACY, MARGINS, REWARDS)),
-    KtoConfig: Sheet("KTO run", "step", (LOSS, MARGINS, REWARDS, _one("kl", "KL of a batch"))),
+    DpoConfig: Sheet("DPO run", "step", (LOSS, ACCURACY, MARGINS, REWARDS), pairs=True),
+    KtoConfig: Sheet(
+        *("KTO run", "step", (LOSS, MARGINS, REWARDS, _one("kl", "KL of a batch"))), pairs=True
+    ),
 }
 
 
@@ -113,15 +119,15 @@ def write_report(run: RunFolder, config: RunConfig, outcome: Record) -> None:
         table("Outcome", flat(outcome)),
         _alarms(events),
         "<h2>Curves</h2>",
-        *(_curve(records, curve, sheet.step) for curve in sheet.curves),
+        *(_curve(records, curve, sheet.step) for curve in sheet.curves if _is_in(records, curve)),
     ]
-    if sheet.frontier:
+    if sheet.frontier and any(sheet.kl_name in record for record in records):
         parts += ["<h2>Reward against KL</h2>", _frontier(records, sheet)]
     if any(f"time/{name}" in record for record in records for name in TIMES):
         parts += ["<h2>Where the time went</h2>", _times(records)]
     parts += [
         "<h2>Responses over time</h2>",
-        _completions(run.read(run.completions), sheet.step),
+        _completions(_thinned(run.read(run.completions), sheet.pairs), sheet.step),
         table("Settings", flat(config.model_dump(mode="json"))),
     ]
     replace_text(run.report, page(sheet.title, parts))
@@ -145,9 +151,14 @@ def _curve(records: Sequence[Record], curve: Curve, step: str) -> str:
     return draw(series, step, curve.label)
 
 
+def _is_in(records: Sequence[Record], curve: Curve) -> bool:
+    return any(name in record for record in records for name, _ in curve.series)
+
+
 def _frontier(records: Sequence[Record], sheet: Sheet) -> str:
+    known = [record for record in records if sheet.kl_name in record]
     drawn = [
-        ([(sheet.kl(r), r[name]) for r in records if _is_number(r.get(name))], label, style)
+        ([(sheet.kl(r), r[name]) for r in known if _is_number(r.get(name))], label, style)
         for (label, name), style in zip(sheet.frontier, (".", "x"), strict=False)
     ]
     return draw(drawn, "KL of a response (nats)", "mean score")
@@ -160,14 +171,17 @@ def _times(records: Sequence[Record]) -> str:
     return table("", rows)
 
 
+def _thinned(rows: Sequence[Record], pairs: bool) -> Sequence[Record]:
+    return rows[:SHOWN] if pairs else rows[:: max(1, len(rows) // SHOWN)]
+
+
 def _completions(rows: Sequence[Record], step_name: str) -> str:
-    step = max(1, len(rows) // SHOWN)
     body = "".join(
         f"<tr><td>{row['step']}</td><td>{html.escape(row['kind'])}</td>"
         f"<td><pre>{html.escape(row['prompt'])}</pre></td>"
         f"<td><pre>{html.escape(row['response'])}</pre></td><td>{_score(row['score'])}</td>"
         f"<td>{_score(row['kl']) if 'kl' in row else ''}</td></tr>"
-        for row in rows[::step]
+        for row in rows
     )
     names = (step_name, "kind", "prompt", "response", "score", "KL")
     head = "".join(f"<th>{name}</th>" for name in names)

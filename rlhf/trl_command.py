@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 from train.command import (
+    FREE_TO_CHANGE,
     STOPPED,
     as_yaml,
     data_facts,
@@ -23,13 +24,14 @@ def execute(module: Any, config: Any, run: RunFolder, options: argparse.Namespac
     """Set up, train and write the result; returns the exit status.
 
     Args:
-        module: `rlhf.offline_run` or `rlhf.group_run`: its `set_up` and `train`.
+        module: `rlhf.offline_run` or `rlhf.group_run`: its `set_up` and `train`, and the settings,
+            JUDGING, that change nothing of what is learned.
     """
     from rlhf.report import write_report
     from train.callbacks import Stopper
 
     if not options.dry_run:
-        refuse_other_settings(config, run)
+        refuse_other_settings(config, run, FREE_TO_CHANGE | module.JUDGING)
     stopper = Stopper()
     stopper.install()
     job = module.set_up(config)

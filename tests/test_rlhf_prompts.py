@@ -60,7 +60,7 @@ def test_other_keys_of_rows_of_every_kind_reach_graders(
     tmp_path: Path, row: dict[str, Any], own: dict[str, Any]
 ) -> None:
     others = [
-        {"answer": "α", "n": 2**70, "tags": ["x", {"y": 1}]},
+        {"answer": "α", "n": 2**70, "tags": ["x", {"y": 1}], "batch": 3},
         {"answer": "b", "nothing": None},
     ]
     path = write(tmp_path / "rows.jsonl", [row | other for other in others])

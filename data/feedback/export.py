@@ -177,17 +177,14 @@ def _judged(session: Session, project: LabelProject) -> Iterator[_Judged]:
 
 
 def _preferences(project: LabelProject, entry: _Judged, votes: str, left: Counter[str]) -> Rows:
+    signed = _signed(entry, votes)
     if project.kind == "edit":
         original = entry.candidates[0].text
-        changed = [a["text"] for a in entry.answers if a["text"] != original]
-        return [_pair(entry, text, original) for text in changed]
+        changed = [(a["text"], whose) for a, whose in signed if a["text"] != original]
+        return [_pair(entry, text, original) | whose for text, whose in changed]
     if project.kind == "ranking":
-        return [row for answer in entry.answers if (row := _ranking(entry, answer, left))]
-    judged = [
-        (answer, {} if labeler is None else {"labeler": labeler})
-        for answer, labeler in zip(entry.answers, entry.labelers, strict=True)
-        if answer["choice"] != "both_bad"
-    ]
+        return [row | whose for answer, whose in signed if (row := _ranking(entry, answer, left))]
+    judged = [(answer, whose) for answer, whose in signed if answer["choice"] != "both_bad"]
     choices = [answer for answer, _ in judged]
     left["both bad"] += len(entry.answers) - len(choices)
     if votes == "each":
@@ -210,6 +207,14 @@ def _preferences(project: LabelProject, entry: _Judged, votes: str, left: Counte
     agreed = [answer for answer in choices if answer["choice"] == best]
     prob = {} if share == 1 else {"label_prob": round(share, 4)}
     return [_pair(entry, *_texts(entry, best)) | prob | _margin(agreed)]
+
+
+def _signed(entry: _Judged, votes: str) -> list[tuple[dict[str, Any], dict[str, str]]]:
+    """Return answers with what a row says of whose they are, where each vote is a row."""
+    return [
+        (answer, {"labeler": labeler} if votes == "each" and labeler is not None else {})
+        for answer, labeler in zip(entry.answers, entry.labelers, strict=True)
+    ]
 
 
 def _ranking(entry: _Judged, answer: dict[str, Any], left: Counter[str]) -> dict[str, Any] | None:
@@ -248,33 +253,40 @@ def _as_answer(entry: _Judged, text: str) -> Any:
 
 
 def _unpaired(project: LabelProject, entry: _Judged, votes: str, left: Counter[str]) -> Rows:
-    judged: list[tuple[str, bool | int]] = []
-    for answer in entry.answers:
+    judged: list[tuple[str, bool | int, dict[str, str]]] = []
+    for answer, whose in _signed(entry, votes):
         if project.kind == "thumbs":
-            judged.append((entry.candidates[0].text, answer["thumb"]))
+            judged.append((entry.candidates[0].text, answer["thumb"], whose))
         elif project.kind == "likert":
             first = project.label["axes"][0]
             top = project.label["scale"]
             rating = 1 + round((answer["axes"][first] - 1) * 4 / (top - 1))
-            judged.append((entry.candidates[0].text, rating))
+            judged.append((entry.candidates[0].text, rating, whose))
         elif answer["choice"] == "both_bad":
-            judged += [(candidate.text, False) for candidate in entry.candidates]
+            judged += [(candidate.text, False, whose) for candidate in entry.candidates]
         elif answer["choice"] == "tie":
             left["tie"] += 1
         else:
             better, worse = _texts(entry, answer["choice"])
-            judged += [(better, True), (worse, False)]
+            judged += [(better, True, whose), (worse, False, whose)]
     if votes == "majority":
-        judged = list(_by_majority(judged))
+        judged = [(text, label, {}) for text, label in _by_majority(judged)]
     return [
-        {"prompt": entry.task.prompt, "completion": _as_answer(entry, text), "label": label}
-        for text, label in judged
+        {
+            "prompt": entry.task.prompt,
+            "completion": _as_answer(entry, text),
+            "label": label,
+            **whose,
+        }
+        for text, label, whose in judged
     ]
 
 
-def _by_majority(judged: Sequence[tuple[str, bool | int]]) -> Iterator[tuple[str, bool | int]]:
+def _by_majority(
+    judged: Sequence[tuple[str, bool | int, dict[str, str]]],
+) -> Iterator[tuple[str, bool | int]]:
     by_text: dict[str, list[bool | int]] = defaultdict(list)
-    for text, label in judged:
+    for text, label, _ in judged:
         by_text[text].append(label)
     for text, labels in by_text.items():
         if all(isinstance(label, bool) for label in labels):
