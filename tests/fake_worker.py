@@ -17,7 +17,7 @@ from typing import Any
 
 import fake_trainer
 
-from data import jobs, registry
+from data import adapter_folders, jobs, registry
 from data.files import FileStore
 from data.settings import Settings
 from train import job_training, job_validation, worker
@@ -40,7 +40,7 @@ MOMENTS: dict[str, tuple[Any, str, bool]] = {
     "with the trainer": (job_training, "TrainerProcess", True),
     "training done": (job_training, "publish_outcome", False),
     "table stored": (FileStore, "stage", True),
-    "adapter staged": (registry, "stage", True),
+    "adapter staged": (adapter_folders, "stage", True),
     "rows not committed": (registry, "point_alias", True),
     "succeeded": (job_training, "publish_outcome", True),
 }
