@@ -12,7 +12,7 @@ from sqlalchemy import select
 from data import accounts
 from data.db import Database
 from data.errors import InvalidInput, NotFound
-from data.feedback import judgements, leases, projects, tasks
+from data.feedback import export, judgements, leases, projects, tasks
 from data.feedback.judgements import AlreadyJudged, Answer
 from data.feedback.projects import ProjectSpec
 from data.feedback.tasks import CandidateSpec, TaskSpec
@@ -135,3 +135,47 @@ def test_rankings_are_kept_by_position(database: Database, account: str) -> None
     given = {option.key: wanted[option.text] for option in shown.options}
     told = judgements.submit(database, account, shown.assignment_id, "a", Answer(ranking=given))
     assert told.judgement.answer == {"ranks": [2, 1, 2, 3]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "texts", "said", "exported"),
+    [
+        (
+            "ranking",
+            ["x", "y"],
+            [{"ranking": {"x": 1, "y": 2}}, {"ranking": {"x": 2, "y": 1}}],
+            ("preference", "ranks", [[1, 2], [2, 1]]),
+        ),
+        (
+            "thumbs",
+            ["x"],
+            [{"thumb": True}, {"thumb": False}],
+            ("unpaired", "label", [True, False]),
+        ),
+        ("edit", ["x"], [{"text": "y"}, {"text": "z"}], ("preference", "chosen", ["y", "z"])),
+    ],
+)
+def test_a_row_a_vote_says_whose_it_is(
+    database: Database,
+    account: str,
+    kind: Any,
+    texts: list[str],
+    said: list[dict[str, Any]],
+    exported: tuple[str, str, list[Any]],
+) -> None:
+    made = projects.create(database, account, ProjectSpec("p", kind, overlap=2))
+    tasks.add(database, account, made.id, [TaskSpec("q", [CandidateSpec(text) for text in texts])])
+    for name, answer in zip(("ann", "bob"), said, strict=True):
+        shown = leases.next_task(database, account, made.id, name)
+        assert shown is not None
+        keys = {option.text: option.key for option in shown.options}
+        if "ranking" in answer:
+            answer = {"ranking": {keys[text]: rank for text, rank in answer["ranking"].items()}}
+        judgements.submit(database, account, shown.assignment_id, name, Answer(**answer))
+    form, column, values = exported
+    found = export.rows(database, account, made.id, form, votes="each").rows
+    assert {row["labeler"]: row[column] for row in found} == dict(
+        zip(("ann", "bob"), values, strict=True)
+    )
+    unsigned = export.rows(database, account, made.id, form).rows
+    assert not any("labeler" in row for row in unsigned)
