@@ -35,8 +35,8 @@ import sys, time
 from transformers import TrainerCallback
 from train import sft, trainer
 made = trainer._make_trainer
-def make(job, run, stopper):
-    found = made(job, run, stopper)
+def make(job, *given):
+    found = made(job, *given)
     found.args.max_steps = int(sys.argv[1])
     print("PREPARED", len(job.train.examples), job.train.num_tokens, flush=True)
     class Clock(TrainerCallback):
