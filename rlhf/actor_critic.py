@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from data.errors import ConfigError
-from rlhf.token_scores import Logits, chosen_scores, divergence, logits_of
+from rlhf.token_scores import Logits, chosen_scores, divergence, HeadLogits
 from serve.engine.adapter_files import memory_adapter
 from serve.engine.base import MemoryAdapter
 from train.fused_layers import fuse_layers
@@ -87,7 +87,7 @@ class ActorCritic(nn.Module):
         self._layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
         self._active = POLICY
         base = self.base
-        self._logits = logits_of(base)
+        self._logits = HeadLogits(base)
         self._entropy_trains = False
         model.eval()  # no dropout in any role; modules that drop by configuration:
         for config in {id(c): c for c in (base.config, base.config.get_text_config())}.values():

@@ -9,38 +9,41 @@ multiplication, and of a chunk's [C, V] logits nothing stays. Nothing is compute
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+
+from train import native_head
 
 CHUNK_BYTES = 16 << 20  # of float32 logits at a time
 Logits = Callable[[Tensor], Tensor]
 
 
-def logits_of(model: PreTrainedModel) -> Logits:
-    """Return what turns hidden states [N, D] into float32 logits [N, V] as the model does.
+class HeadLogits:
+    """What turns hidden states [N, D] into float32 logits [N, V] as the model does.
 
     Args:
         model: A causal LM of transformers; scales and caps that some put on logits are kept.
     """
-    head: nn.Module = model.get_output_embeddings()
-    config = model.config.get_text_config()
-    softcap = getattr(config, "final_logit_softcapping", None)
-    scale = (getattr(config, "logit_scale", None) or 1.0) / (
-        getattr(config, "logits_scaling", None) or 1.0
-    )
 
-    def logits(hidden: Tensor) -> Tensor:
-        found: Tensor = head(hidden).float()
-        if scale != 1.0:
-            found = found * scale
-        return found if softcap is None else torch.tanh(found / softcap) * softcap
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.head: Any = model.get_output_embeddings()
+        config = model.config.get_text_config()
+        self._softcap = getattr(config, "final_logit_softcapping", None)
+        self._scale = (getattr(config, "logit_scale", None) or 1.0) / (
+            getattr(config, "logits_scaling", None) or 1.0
+        )
+        self.is_plain = self._softcap is None and self._scale == 1.0
 
-    return logits
+    def __call__(self, hidden: Tensor) -> Tensor:
+        found: Tensor = self.head(hidden).float()
+        if self._scale != 1.0:
+            found = found * self._scale
+        return found if self._softcap is None else torch.tanh(found / self._softcap) * self._softcap
 
 
 def chosen_scores(
@@ -49,15 +52,19 @@ def chosen_scores(
     """Return log-probability and entropy [N] of each position's distribution, in nats.
 
     Args:
-        logits: From `logits_of`.
+        logits: `HeadLogits`, or what does the same.
         hidden: [N, D], what the head reads.
         chosen: [N], ids of the chosen tokens.
         temperature: Divides the logits.
         closed_form: Gradients reach `hidden` alone, and only through the log-probabilities: right
             where `logits` has nothing to train and the entropy is not in the loss.
     """
-    if closed_form and torch.is_grad_enabled() and hidden.requires_grad:
+    learns = torch.is_grad_enabled() and hidden.requires_grad
+    if closed_form and learns:
         return _ClosedForm.apply(hidden, chosen, logits, temperature)
+    if not torch.is_grad_enabled() and _is_native(logits, hidden):
+        found = native_head.scores(logits.head.weight, hidden, chosen, temperature, slopes=False)
+        return found.log_probs, found.entropies
     parts = []
     for part in _chunks(logits, hidden):
         given = (logits, hidden[part], chosen[part], temperature)
@@ -76,7 +83,7 @@ def divergence(
     """Return KL(ours || theirs) [N] of each position's distributions over all tokens, in nats.
 
     Args:
-        ours: From hidden states to logits, as `logits_of` returns.
+        ours: From hidden states to logits, as `HeadLogits`.
         theirs: Of the distribution that it is measured against.
         hidden: [N, D] of ours, and of theirs.
         temperature: Divides the logits of both.
@@ -96,6 +103,11 @@ class _ClosedForm(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, chosen: Tensor, logits: Logits, temperature: float
     ) -> tuple[Tensor, Tensor]:
+        if _is_native(logits, hidden):
+            found = native_head.scores(logits.head.weight, hidden, chosen, temperature)
+            ctx.save_for_backward(found.slopes)
+            ctx.mark_non_differentiable(found.entropies)
+            return found.log_probs, found.entropies
         slopes = torch.empty_like(hidden)
         log_probs = hidden.new_empty(len(hidden), dtype=torch.float32)
         entropies = torch.empty_like(log_probs)
@@ -119,6 +131,12 @@ class _ClosedForm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (slopes,) = ctx.saved_tensors
         return slopes * grads[0][:, None].to(slopes.dtype), None, None, None
+
+
+def _is_native(logits: Logits, hidden: Tensor) -> TypeGuard[HeadLogits]:
+    """Tell whether machine code computes the scores."""
+    is_plain = isinstance(logits, HeadLogits) and logits.is_plain
+    return is_plain and native_head.suits(logits.head, hidden)
 
 
 def _score(

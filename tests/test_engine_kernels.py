@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import platform
-import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +16,7 @@ from tiny_models import VOCAB_SIZE, random_adapter, tiny_model, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from data.errors import InvalidInput
-from serve.engine import kernels
+from serve.engine import kernels, machine_code
 from serve.engine.base import GenerationRequest, SamplingParams
 from serve.engine.kernels import (
     BF16,
@@ -425,8 +424,9 @@ def test_a_bfloat16_model_computes_as_the_same_numbers_in_float32(arch: str) -> 
 )
 def test_the_source_is_whole_for_other_processors(tmp_path: Path, processor: str) -> None:
     """Without vectors, without AVX-512, with 8-bit, bfloat16 but no matrix unit, with all."""
-    compiler = next(path for name in kernels.COMPILERS if (path := shutil.which(name)))
-    flags = [flag.replace("native", processor) for flag in kernels.FLAGS if flag != "-O3"]
+    compiler = machine_code.find_compiler()
+    assert compiler
+    flags = [flag.replace("native", processor) for flag in machine_code.FLAGS if flag != "-O3"]
     command = [compiler, "-O1", *flags, "-Wl,--no-undefined", str(kernels.SOURCE), "-lm"]
     subprocess.run([*command, "-o", str(tmp_path / "kernels.so")], check=True)
 

@@ -22,7 +22,7 @@ from rlhf.actor_critic import (
     make_micro,
     with_policy,
 )
-from rlhf.token_scores import chosen_scores, logits_of
+from rlhf.token_scores import chosen_scores, HeadLogits
 
 ROWS = [((1, 2, 3), (4, 5)), ((7,), (8, 9, 10, 11)), ((9, 9, 9, 9, 2), (6, 2, 2))]
 TEMPERATURE = 0.7
@@ -222,7 +222,7 @@ def test_the_closed_form_of_the_head_is_what_autograd_says(arch):
     results = []
     for closed_form in (True, False):
         given = hidden.clone().requires_grad_()
-        log_probs, entropies = chosen_scores(logits_of(model), given, chosen, 0.7, closed_form)
+        log_probs, entropies = chosen_scores(HeadLogits(model), given, chosen, 0.7, closed_form)
         (log_probs * weights).sum().backward()
         results.append((log_probs.detach(), entropies.detach(), given.grad))
     for one, other in zip(*results, strict=True):

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from train import short_attention
+from train import native_layers, short_attention
 from train.fused_projections import (
     Adapter,
     AddMlp,
@@ -172,6 +172,8 @@ def _weights(module: Any, dtype: torch.dtype) -> Weights | None:
 def run_layer(segments: Sequence[Segment]) -> list[Tensor]:
     """Compute one decoder layer for segments of models that share its base: [B, T, D] each."""
     with torch.autocast(segments[0].hidden.device.type, enabled=False):
+        if all(native_layers.suits(*segment) for segment in segments):
+            return [native_layers.compute(*segment) for segment in segments]
         return _layer(segments)
 
 

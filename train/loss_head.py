@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from data.render import IGNORED
+from train import native_head
 
 CHUNK = 1024  # positions whose logits exist at the same time
 ROUND = 16
@@ -89,7 +90,7 @@ def _score(
 ) -> list[torch.Tensor]:
     """Return log-probability, entropy and is-top-1 of each target: hidden [N, D], targets [N]."""
     if softcap is None and _is_frozen(head):
-        return list(_FrozenHead.apply(hidden, targets, head.weight))
+        return list(_FrozenHead.apply(hidden, targets, head))
     parts = []
     for start in range(0, max(1, len(targets)), CHUNK):
         chunk = (head, hidden[start : start + CHUNK], targets[start : start + CHUNK], softcap)
@@ -120,8 +121,16 @@ class _FrozenHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor
+        ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, head: torch.nn.Linear
     ) -> tuple[torch.Tensor, ...]:
+        weight = head.weight
+        if native_head.suits(head, hidden):
+            *found, gradient = native_head.scores(
+                weight, hidden, targets, slopes=ctx.needs_input_grad[0]
+            )
+            ctx.save_for_backward(gradient)
+            ctx.mark_non_differentiable(*found[1:])
+            return tuple(found)
         log_probs, entropy, is_top1 = (
             torch.empty(len(targets), dtype=torch.float32, device=hidden.device) for _ in range(3)
         )

@@ -8,37 +8,21 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import logging
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from serve.engine import processor
+from serve.engine import machine_code, processor
 
-FOLDER = Path(__file__).with_name("native")
-SOURCE = FOLDER / "kernels.c"
-COMPILERS = ("cc", "gcc", "clang")
-FLAGS = (
-    *("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
-    *("-std=gnu11", "-shared", "-fPIC", "-pthread"),
-)
-COMPILE_TIMEOUT_S = 120
+SOURCE = Path(__file__).with_name("native") / "kernels.c"
 MAX_SIBLINGS = 8
 LANES = 16
 BLOCK = 32  # inputs that share a scale
 F32, BF16, Q8, Q8_OFFSET, PAIRS, PAIRS_Q8, PAIRS_Q8_OFFSET = range(7)
 NUMBERS = {BF16: torch.int16, Q8: torch.int8, Q8_OFFSET: torch.int8}
 PAIRED = {torch.int16: torch.int32, torch.int8: torch.int16}  # two numbers as one
-
-log = logging.getLogger(__name__)
 
 
 class ProductStruct(ctypes.Structure):
@@ -234,15 +218,8 @@ class Packed:
 @functools.cache
 def library() -> Any:
     """Return the compiled functions, or None where they cannot be had; the log says why."""
-    compiler = next((path for name in COMPILERS if (path := shutil.which(name))), None)
-    if compiler is None:
-        log.info("no C compiler (%s): the engine computes with torch alone", ", ".join(COMPILERS))
-        return None
-    try:
-        loaded = ctypes.CDLL(str(_compiled(compiler)))
-    except (OSError, subprocess.SubprocessError) as error:
-        told = getattr(error, "stderr", None) or error
-        log.warning("the engine computes with torch alone: %s could not be built: %s", SOURCE, told)
+    loaded = machine_code.load(SOURCE, "the engine computes with torch alone")
+    if loaded is None:
         return None
     loaded.multiply.argtypes = (
         *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p),
@@ -264,17 +241,7 @@ def library() -> Any:
 
 def outlook() -> str:
     """Say whether there are or will be kernels, without building any."""
-    compiler = next((path for name in COMPILERS if (path := shutil.which(name))), None)
-    if compiler is None:
-        return "no C compiler: the engine serves from a CPU with torch alone, slower"
-    try:
-        if _target(compiler).exists():
-            return "compiled for this processor"
-        command = [compiler, *FLAGS, "-fsyntax-only", str(SOURCE)]
-        subprocess.run(command, check=True, capture_output=True, timeout=COMPILE_TIMEOUT_S)
-    except (OSError, subprocess.SubprocessError):
-        return f"{compiler} does not work: the engine serves from a CPU with torch alone, slower"
-    return "compiled at the first start"
+    return machine_code.outlook(SOURCE, "the engine serves from a CPU with torch alone, slower")
 
 
 def usable(like: torch.Tensor | nn.Module) -> bool:
@@ -303,46 +270,6 @@ def multiply_8bit() -> bool:
 def is_8bit(weight: torch.Tensor) -> bool:
     """Tell whether 8-bit integers, factors and offsets give a weight [N, K] exactly."""
     return _as_q8(weight.float()) is not None
-
-
-def _compiled(compiler: str) -> Path:
-    """Return the shared library for this source, compiler and processor, built if need be."""
-    target = _target(compiler)
-    if not target.exists():
-        folder = target.parent
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        handle, temporary = tempfile.mkstemp(dir=folder, prefix=target.name)
-        os.close(handle)
-        try:
-            subprocess.run(
-                [compiler, *FLAGS, "-o", temporary, str(SOURCE), "-lm"],
-                check=True,
-                capture_output=True,
-                text=True,
-                timeout=COMPILE_TIMEOUT_S,
-            )
-            Path(temporary).replace(target)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
-    return target
-
-
-def _target(compiler: str) -> Path:
-    """Name the shared library after everything that decides what is in it."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-    sources = [path.read_bytes() for path in sorted(FOLDER.iterdir()) if path.is_file()]
-    identity = repr((sources, version, FLAGS, _processor()))
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hone"
-    return folder / f"kernels-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
-
-
-def _processor() -> str:
-    """Return what decides which instructions `-march=native` means."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
 def _panels(matrix: torch.Tensor) -> torch.Tensor:
