@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from data.errors import ConfigError
-from rlhf.token_scores import Logits, chosen_scores, divergence, HeadLogits
+from rlhf.token_scores import HeadLogits, Logits, chosen_scores, divergence
 from serve.engine.adapter_files import memory_adapter
 from serve.engine.base import MemoryAdapter
 from train.fused_layers import fuse_layers

@@ -104,10 +104,10 @@ class _ClosedForm(torch.autograd.Function):
         ctx: Any, hidden: Tensor, chosen: Tensor, logits: Logits, temperature: float
     ) -> tuple[Tensor, Tensor]:
         if _is_native(logits, hidden):
-            found = native_head.scores(logits.head.weight, hidden, chosen, temperature)
-            ctx.save_for_backward(found.slopes)
-            ctx.mark_non_differentiable(found.entropies)
-            return found.log_probs, found.entropies
+            scores = native_head.scores(logits.head.weight, hidden, chosen, temperature)
+            ctx.save_for_backward(scores.slopes)
+            ctx.mark_non_differentiable(scores.entropies)
+            return scores.log_probs, scores.entropies
         slopes = torch.empty_like(hidden)
         log_probs = hidden.new_empty(len(hidden), dtype=torch.float32)
         entropies = torch.empty_like(log_probs)
@@ -136,7 +136,7 @@ class _ClosedForm(torch.autograd.Function):
 def _is_native(logits: Logits, hidden: Tensor) -> TypeGuard[HeadLogits]:
     """Tell whether machine code computes the scores."""
     is_plain = isinstance(logits, HeadLogits) and logits.is_plain
-    return is_plain and native_head.suits(logits.head, hidden)
+    return is_plain and native_head.suits(logits.head, hidden)  # type: ignore[attr-defined]
 
 
 def _score(

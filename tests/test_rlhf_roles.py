@@ -22,7 +22,7 @@ from rlhf.actor_critic import (
     make_micro,
     with_policy,
 )
-from rlhf.token_scores import chosen_scores, HeadLogits
+from rlhf.token_scores import HeadLogits, chosen_scores
 
 ROWS = [((1, 2, 3), (4, 5)), ((7,), (8, 9, 10, 11)), ((9, 9, 9, 9, 2), (6, 2, 2))]
 TEMPERATURE = 0.7

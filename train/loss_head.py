@@ -125,12 +125,10 @@ class _FrozenHead(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         weight = head.weight
         if native_head.suits(head, hidden):
-            *found, gradient = native_head.scores(
-                weight, hidden, targets, slopes=ctx.needs_input_grad[0]
-            )
-            ctx.save_for_backward(gradient)
-            ctx.mark_non_differentiable(*found[1:])
-            return tuple(found)
+            scores = native_head.scores(weight, hidden, targets, slopes=ctx.needs_input_grad[0])
+            ctx.save_for_backward(scores.slopes)
+            ctx.mark_non_differentiable(scores.entropies, scores.is_top1)
+            return scores.log_probs, scores.entropies, scores.is_top1
         log_probs, entropy, is_top1 = (
             torch.empty(len(targets), dtype=torch.float32, device=hidden.device) for _ in range(3)
         )

@@ -77,4 +77,5 @@ def scores(
     )
     if count:
         native_code.run(native_code.library().head_scores, call)
-    return HeadScores(*found, gradient)
+    log_probs, entropies, is_top1 = found
+    return HeadScores(log_probs, entropies, is_top1, gradient)

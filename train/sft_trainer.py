@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from accelerate import DistributedType
+from numpy.typing import NDArray
 from peft.optimizers import create_loraplus_optimizer
 from torch.utils.data import Sampler
 from transformers import TrainerControl
@@ -301,7 +301,7 @@ class LoraTrainer(SFTTrainer):
 
 
 def know_modules(model: torch.nn.Module, learned: Sequence[torch.nn.Parameter]) -> None:
-    """Let `train` and `zero_grad`, which a step calls, go through lists instead of the model's tree.
+    """Let `train` and `zero_grad`, which a step calls, go through lists, not the model's tree.
 
     A model with adapters has thousands of modules, and a walk through them takes 5 to 10 ms.
     """

@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+from peft.tuners.lora import LoraLayer
 from transformers import TrainerCallback
 
 WARM_UP = 3  # steps that are not timed
@@ -26,6 +28,15 @@ class Clock(TrainerCallback):
     def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
         if "loss" in logs:
             self.losses.append(logs["loss"])
+
+
+def start_alike(model: Any) -> None:
+    """Draw the adapters' first weights from one seed, so that losses can be compared."""
+    torch.manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            for adapter in module.active_adapters:
+                module.reset_lora_parameters(adapter, True)
 
 
 def words() -> argparse.ArgumentParser:

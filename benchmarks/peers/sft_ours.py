@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from sft_common import Clock, peak, report, words
+from sft_common import Clock, peak, report, start_alike, words
 
 from train import trainer
 from train.batches import LengthGroupedSampler
@@ -68,6 +68,7 @@ def measure(given: argparse.Namespace, folder: Path) -> dict[str, object]:
     made = trainer._make_trainer(job, run, Stopper())
     made.args.max_steps, made.args.logging_steps = given.steps, 1
     made.add_callback(clock)
+    start_alike(made.model)
     loaded = peak()
     made.train()
     lengths, padded = [], []

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from sft_common import Clock, peak, report, words
+from sft_common import Clock, peak, report, start_alike, words
 from sft_ours import batches, settings
 from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
@@ -76,6 +76,7 @@ def main() -> None:
             callbacks=[clock],
         )
         trainer.remove_callback(PrinterCallback)
+        start_alike(trainer.model)
         collate = trainer.data_collator
 
         def note(features: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:

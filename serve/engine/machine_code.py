@@ -1,4 +1,4 @@
-"""C that the machine's compiler turns into code for this very processor: compiled once, kept, loaded.
+"""C that the machine's compiler turns into code for this very processor: compiled once and kept.
 
 A source is a file and the folders of its headers; the library's name says what went into it.
 """
