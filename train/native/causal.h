@@ -1,7 +1,7 @@
 /* Causal attention of whole rows, forward and backward.
  *
  * The query heads that share a key head are one matrix, and queries come in blocks, whose scores
- * exist one block at a time: they are computed again in the backward pass. All of it is float32.
+ * exist one block at a time: they are computed again in the backward pass. Sums are float32.
  *
  * With S = s Q K' + mask, P = softmax(S), O = P V (' transposes) and G the gradient of O:
  *     grad V = P' G    D = P * (G V' - rowsum(P * G V'))    grad Q = s D K    grad K = s D' Q
@@ -20,6 +20,7 @@ typedef struct {
     const uint8_t *mask; /* [B or 1, T, T], which keys a query sees; NULL: itself and those before */
     int64_t mask_apart;
     float scale;
+    Way way; /* of its products */
     const void *cosine, *sine; /* [B or 1, T, D] */
     int64_t angles_apart;
     int angles_narrow;
@@ -31,17 +32,23 @@ typedef struct {
 } Attention;
 
 /* y [M, N] = x w', or added to it, by this thread alone. */
-static int multiply_alone(Matrix x, int64_t M, int64_t K, Matrix w, int64_t N, float *y, int adds) {
-    Side side = {.x = x, .M = M, .K = K, .place = scratch(0, side_bytes(BY_FLOAT, M, K) / 4)};
+static int multiply_alone(Way way, Matrix x, int64_t M, int64_t K, Matrix w, int64_t N, float *y, int adds) {
+    Side side = {.x = x, .M = M, .K = K, .place = scratch(0, side_bytes(way, M, K) / 4 + 16)};
     const Product p = {.term = {{&side, w}}, .terms = 1, .N = N};
-    float *packed = room_for(&p, BY_FLOAT, 0, NULL);
+    float *packed = room_for(&p, way, 0, NULL);
     if (!side.place || !packed) return 1;
-    for (int64_t m = 0; m < M; m += LANES) place_rows(&side, BY_FLOAT, m);
+    for (int64_t m = 0; m < M; m += LANES) place_rows(&side, way, m);
     const int64_t panels = padded(N) / LANES;
     Ahead nothing = {0};
-    for (int64_t panel = 0; panel < panels; panel += GROUP) {
-        const int some = panels - panel < GROUP ? (int)(panels - panel) : GROUP;
-        multiply_columns(&p, BY_FLOAT, panel, some, 0, M, packed, &nothing, y + panel * LANES,
+    for (int64_t panel = 0; panel < panels; panel += width_of(way)) {
+        const int some = panels - panel < width_of(way) ? (int)(panels - panel) : width_of(way);
+#if HAS_MATRIX_UNIT
+        if (way == BY_UNIT) {
+            unit_columns(&p, panel, some, 0, M, packed, &nothing, y + panel * LANES, padded(N), adds);
+            continue;
+        }
+#endif
+        multiply_columns(&p, way, panel, some, 0, M, packed, &nothing, y + panel * LANES,
                          padded(N), adds);
     }
     return 0;
@@ -91,7 +98,7 @@ static void gather(const Attention *a, int64_t b, int64_t h, int64_t first, int6
 static int share_out(const Attention *a, int64_t b, int64_t first, int64_t end, int64_t keys,
                      const float *queries, Matrix k, float *shares) {
     const int64_t G = a->E / a->H, count = end - first, T = a->T;
-    if (multiply_alone(plain(queries, a->D, 0), G * count, a->D, k, keys, shares, 0)) return 1;
+    if (multiply_alone(a->way, plain(queries, a->D, 0), G * count, a->D, k, keys, shares, 0)) return 1;
     for (int64_t m = 0; m < G * count; m++) {
         const int64_t t = first + m % count;
         weigh(shares + m * padded(keys), keys, t + 1,
@@ -124,7 +131,7 @@ static int attend_block(const Attention *a, int64_t item) {
     gather(a, b, h, first, end, a->qkv, a->narrow, (E + 2 * a->H) * D, a->scale, queries);
     const Matrix v = other_way(head_of(a, b, E + a->H + h));
     if (share_out(a, b, first, end, keys, queries, head_of(a, b, E + h), shares)) return 1;
-    if (multiply_alone(plain(shares, padded(keys), 0), rows, keys, v, D, found, 0)) return 1;
+    if (multiply_alone(a->way, plain(shares, padded(keys), 0), rows, keys, v, D, found, 0)) return 1;
     for (int64_t m = 0; m < rows; m++) {
         const int64_t t = first + m % (end - first), e = h * G + m / (end - first);
         const int64_t at = ((b * a->T + t) * E + e) * D;
@@ -181,8 +188,8 @@ static int attend_back(const Attention *a, int64_t item) {
         gather(a, b, h, first, end, a->qkv, a->narrow, Q, a->scale, queries);
         gather(a, b, h, first, end, a->grad, 0, E * D, 1, grads);
         failed |= share_out(a, b, first, end, keys, queries, k, shares);
-        failed |= multiply_alone(plain(grads, D, 0), rows, D, v, keys, scores, 0);
-        failed |= multiply_alone(turned(shares, apart, 0), keys, rows, turned(grads, D, 0), D, dv, 1);
+        failed |= multiply_alone(a->way, plain(grads, D, 0), rows, D, v, keys, scores, 0);
+        failed |= multiply_alone(a->way, turned(shares, apart, 0), keys, rows, turned(grads, D, 0), D, dv, 1);
         for (int64_t m = 0; m < rows; m++) { /* scores become D */
             float *s = scores + m * apart;
             const float *p = shares + m * apart;
@@ -192,8 +199,8 @@ static int attend_back(const Attention *a, int64_t item) {
             for (int64_t j = 0; j < apart; j += LANES)
                 *(vec *)(s + j) = *(const vec *)(p + j) * (*(vec *)(s + j) - mean);
         }
-        failed |= multiply_alone(plain(scores, apart, 0), rows, keys, other_way(k), D, dq, 0);
-        failed |= multiply_alone(turned(scores, apart, 0), keys, rows, turned(queries, D, 0), D, dk, 1);
+        failed |= multiply_alone(a->way, plain(scores, apart, 0), rows, keys, other_way(k), D, dq, 0);
+        failed |= multiply_alone(a->way, turned(scores, apart, 0), keys, rows, turned(queries, D, 0), D, dk, 1);
         for (int64_t m = 0; m < rows; m++) {
             const int64_t t = first + m % count, e = h * G + m / count;
             turn_back(a, b, t, dq + m * width, a->scale, a->of_q,

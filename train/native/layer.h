@@ -507,7 +507,7 @@ static int compute(const Layer *l, int threads, int backward) {
         .B = l->B, .T = l->T, .E = l->E, .H = l->H, .D = l->D, .qkv = l->qkv, .narrow = l->narrow,
         .mask = l->mask, .mask_apart = l->mask_apart, .scale = l->scale, .cosine = l->cosine,
         .sine = l->sine, .angles_apart = l->angles_apart, .angles_narrow = l->angles_narrow,
-        .mixed = l->mixed, .grad = w->g_mixed, .of_q = w->of_q.data, .of_k = w->of_k.data,
+        .way = l->way, .mixed = l->mixed, .grad = w->g_mixed, .of_q = w->of_q.data, .of_k = w->of_k.data,
         .of_v = w->of_v.data, .of_narrow = w->of_q.narrow, .apart_q = w->of_q.stride,
         .apart_k = w->of_k.stride};
     share(backward ? backward_part : forward_part, w, threads);

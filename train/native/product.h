@@ -438,13 +438,21 @@ typedef struct {
 
 /* 16 or 32 rows by one or two panels; both are constants after inlining. */
 INLINE void unit_sums(const Reach *reach, int terms, int64_t m, const int tall, const int wide,
-                      int64_t across, float *y, int64_t N, Ahead *ahead) {
+                      int64_t across, float *y, int64_t N, Ahead *ahead, int adds) {
+    const int64_t bytes = N * sizeof(float);
     Ahead asked = *ahead;
     BARRIER;
-    _tile_zero(0);
-    if (tall > 1) _tile_zero(1);
-    if (wide > 1) _tile_zero(2);
-    if (tall > 1 && wide > 1) _tile_zero(3);
+    if (adds) {
+        _tile_loadd(0, y, bytes);
+        if (tall > 1) _tile_loadd(1, y + UNIT_ROWS * N, bytes);
+        if (wide > 1) _tile_loadd(2, y + LANES, bytes);
+        if (tall > 1 && wide > 1) _tile_loadd(3, y + UNIT_ROWS * N + LANES, bytes);
+    } else {
+        _tile_zero(0);
+        if (tall > 1) _tile_zero(1);
+        if (wide > 1) _tile_zero(2);
+        if (tall > 1 && wide > 1) _tile_zero(3);
+    }
     for (int t = 0; t < terms; t++) {
         const int64_t stride = reach[t].apart * 2;
         const uint16_t *x = reach[t].x + m * reach[t].apart, *lower = x + UNIT_ROWS * reach[t].apart;
@@ -466,7 +474,6 @@ INLINE void unit_sums(const Reach *reach, int terms, int64_t m, const int tall, 
         }
     }
     *ahead = asked;
-    const int64_t bytes = N * sizeof(float);
     _tile_stored(0, y, bytes);
     if (tall > 1) _tile_stored(1, y + UNIT_ROWS * N, bytes);
     if (wide > 1) _tile_stored(2, y + LANES, bytes);
@@ -476,7 +483,7 @@ INLINE void unit_sums(const Reach *reach, int terms, int64_t m, const int tall, 
 
 /* The same by the unit: one or two panels. */
 static void unit_columns(const Product *p, int64_t panel, int some, int64_t first, int64_t end,
-                         float *packed, Ahead *ahead, float *y, int64_t N) {
+                         float *packed, Ahead *ahead, float *y, int64_t N, int adds) {
     Reach reach[TERMS];
     int64_t all = 0;
     for (int t = 0; t < p->terms; t++) all += inputs_of(BY_UNIT, p->term[t].side->K);
@@ -494,10 +501,10 @@ static void unit_columns(const Product *p, int64_t panel, int some, int64_t firs
     }
     for (int64_t m = first; m < end; m += 2 * UNIT_ROWS, y += 2 * UNIT_ROWS * N) {
         const int is_tall = end - m > UNIT_ROWS;
-        if (is_tall && some > 1) unit_sums(reach, p->terms, m, 2, 2, across * 4, y, N, ahead);
-        else if (is_tall) unit_sums(reach, p->terms, m, 2, 1, across * 4, y, N, ahead);
-        else if (some > 1) unit_sums(reach, p->terms, m, 1, 2, across * 4, y, N, ahead);
-        else unit_sums(reach, p->terms, m, 1, 1, across * 4, y, N, ahead);
+        if (is_tall && some > 1) unit_sums(reach, p->terms, m, 2, 2, across * 4, y, N, ahead, adds);
+        else if (is_tall) unit_sums(reach, p->terms, m, 2, 1, across * 4, y, N, ahead, adds);
+        else if (some > 1) unit_sums(reach, p->terms, m, 1, 2, across * 4, y, N, ahead, adds);
+        else unit_sums(reach, p->terms, m, 1, 1, across * 4, y, N, ahead, adds);
     }
 }
 #endif
@@ -608,7 +615,7 @@ static int multiply_item(const Product *p, Way way, int64_t item, const Product 
         const Product *own = i ? p->twin : p;
         Ahead ahead = ahead_of(next && i ? next->twin : next, next_column, columns, turns);
 #if HAS_MATRIX_UNIT
-        if (way == BY_UNIT) unit_columns(own, panel, some, first, end, packed, &ahead, sums[i], columns);
+        if (way == BY_UNIT) unit_columns(own, panel, some, first, end, packed, &ahead, sums[i], columns, 0);
         else
 #endif
             multiply_columns(own, way, panel, some, first, end, packed, &ahead, sums[i], columns, 0);
