@@ -12,7 +12,7 @@ import torch
 from serve.engine import kernels, machine_code
 
 SOURCE = Path(__file__).with_name("native") / "training.c"
-BY_FLOAT, BY_PAIRS, BY_UNIT = range(3)  # `Way` of native/product.h
+BY_FLOAT, BY_PAIRS, BY_UNIT = range(3)  # `Way` of native/matrix.h
 
 
 @functools.cache

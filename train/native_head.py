@@ -43,6 +43,7 @@ def suits(head: nn.Module, hidden: Tensor) -> bool:
         and head.bias is None
         and type(weight) is nn.Parameter
         and not weight.requires_grad
+        and weight.shape == (head.out_features, head.in_features)
         and weight.device.type == hidden.device.type == "cpu"
         and weight.dtype == hidden.dtype
         and weight.dtype in (torch.float32, torch.bfloat16)

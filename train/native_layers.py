@@ -29,7 +29,7 @@ GATE = 3  # of what is kept: qkv, mixed, middle, gate, up
 
 
 class _ProjectionStruct(ctypes.Structure):
-    """`Projection` of native/layer.h."""
+    """`Projection` of native/layer_rows.h."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("base", "bias", "b", "grad_b")),
@@ -39,7 +39,7 @@ class _ProjectionStruct(ctypes.Structure):
 
 
 class _GroupStruct(ctypes.Structure):
-    """`Group` of native/layer.h."""
+    """`Group` of native/layer_rows.h."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("a", "low", "grad_a")),
@@ -48,7 +48,7 @@ class _GroupStruct(ctypes.Structure):
 
 
 class _LayerStruct(ctypes.Structure):
-    """`Layer` of native/layer.h."""
+    """`Layer` of native/layer_rows.h."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in "BTCEHDI"),

@@ -7,7 +7,7 @@
  *     grad V = P' G    D = P * (G V' - rowsum(P * G V'))    grad Q = s D K    grad K = s D' Q
  */
 #pragma once
-#include "product.h"
+#include "stage.h"
 #include "rows.h"
 #include <float.h>
 
@@ -32,7 +32,8 @@ typedef struct {
 } Attention;
 
 /* y [M, N] = x w', or added to it, by this thread alone. */
-static int multiply_alone(Way way, Matrix x, int64_t M, int64_t K, Matrix w, int64_t N, float *y, int adds) {
+static int multiply_alone(Way way, Matrix x, int64_t M, int64_t K, Matrix w, int64_t N, float *y,
+                          int adds) {
     Side side = {.x = x, .M = M, .K = K, .place = scratch(0, side_bytes(way, M, K) / 4 + 16)};
     const Product p = {.term = {{&side, w}}, .terms = 1, .N = N};
     float *packed = room_for(&p, way, 0, NULL);
@@ -89,7 +90,8 @@ static void gather(const Attention *a, int64_t b, int64_t h, int64_t first, int6
         for (int64_t t = first; t < end; t++, out += D) {
             const int64_t at = (b * a->T + t) * stride + (h * G + e) * D;
             int64_t d = 0;
-            for (; d + LANES <= D; d += LANES) *(vec *)(out + d) = read_vec(from, narrow, at + d) * factor;
+            for (; d + LANES <= D; d += LANES)
+                *(vec *)(out + d) = read_vec(from, narrow, at + d) * factor;
             for (; d < D; d++) out[d] = read_one(from, narrow, at + d) * factor;
         }
 }
@@ -189,7 +191,8 @@ static int attend_back(const Attention *a, int64_t item) {
         gather(a, b, h, first, end, a->grad, 0, E * D, 1, grads);
         failed |= share_out(a, b, first, end, keys, queries, k, shares);
         failed |= multiply_alone(a->way, plain(grads, D, 0), rows, D, v, keys, scores, 0);
-        failed |= multiply_alone(a->way, turned(shares, apart, 0), keys, rows, turned(grads, D, 0), D, dv, 1);
+        failed |= multiply_alone(a->way, turned(shares, apart, 0), keys, rows, turned(grads, D, 0), D, dv,
+                                 1);
         for (int64_t m = 0; m < rows; m++) { /* scores become D */
             float *s = scores + m * apart;
             const float *p = shares + m * apart;
@@ -200,7 +203,8 @@ static int attend_back(const Attention *a, int64_t item) {
                 *(vec *)(s + j) = *(const vec *)(p + j) * (*(vec *)(s + j) - mean);
         }
         failed |= multiply_alone(a->way, plain(scores, apart, 0), rows, keys, other_way(k), D, dq, 0);
-        failed |= multiply_alone(a->way, turned(scores, apart, 0), keys, rows, turned(queries, D, 0), D, dk, 1);
+        failed |= multiply_alone(a->way, turned(scores, apart, 0), keys, rows, turned(queries, D, 0), D,
+                                 dk, 1);
         for (int64_t m = 0; m < rows; m++) {
             const int64_t t = first + m % count, e = h * G + m / count;
             turn_back(a, b, t, dq + m * width, a->scale, a->of_q,

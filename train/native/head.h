@@ -6,7 +6,7 @@
  * positions at a time.
  */
 #pragma once
-#include "product.h"
+#include "stage.h"
 
 #define CHUNK 128  /* positions */
 #define SLICE 2048 /* of the vocabulary, summed one after the other */

@@ -143,16 +143,34 @@ INLINE int64_t piece_of(int64_t total, int parts) {
     return piece ? piece : 1;
 }
 
-/* Scratch memory of a thread, grown on demand and kept. */
+/* Scratch memory of a thread, grown on demand and kept until the thread ends. */
+typedef struct {
+    float *memory[4];
+    size_t floats[4];
+} Scratch;
+
+static pthread_once_t scratch_once = PTHREAD_ONCE_INIT;
+static pthread_key_t scratch_key;
+
+static void free_scratch(void *own) {
+    for (int i = 0; i < 4; i++) free(((Scratch *)own)->memory[i]);
+    free(own);
+}
+static void make_scratch_key(void) { pthread_key_create(&scratch_key, free_scratch); }
+
 static float *scratch(int which, size_t floats) {
-    static __thread float *memory[4];
-    static __thread size_t have[4];
-    if (have[which] < floats) {
-        free(memory[which]);
-        memory[which] = aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64);
-        have[which] = memory[which] ? floats : 0;
+    static __thread Scratch *own;
+    if (!own) {
+        pthread_once(&scratch_once, make_scratch_key);
+        if (!(own = calloc(1, sizeof *own))) return NULL;
+        pthread_setspecific(scratch_key, own);
     }
-    return memory[which];
+    if (own->floats[which] < floats) {
+        free(own->memory[which]);
+        own->memory[which] = aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64);
+        own->floats[which] = own->memory[which] ? floats : 0;
+    }
+    return own->memory[which];
 }
 
 /* Lanes of two vectors for `__builtin_shufflevector`: every other one, two, four or eight. */
@@ -164,6 +182,19 @@ static float *scratch(int which, size_t floats) {
 #define OTHER_FOURS 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31
 #define EIGHTS 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23
 #define OTHER_EIGHTS 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31
+
+#define SWAP(I, J, LOW, HIGH)                                                                     \
+    do {                                                                                          \
+        const vec low = __builtin_shufflevector(r[I], r[J], LOW);                                 \
+        r[J] = __builtin_shufflevector(r[I], r[J], HIGH), r[I] = low;                             \
+    } while (0)
+
+INLINE void transpose(vec r[16]) {
+    for (int i = 0; i < 8; i++) SWAP(i, i + 8, EIGHTS, OTHER_EIGHTS);
+    for (int i = 0; i < 8; i++) SWAP(i + i / 4 * 4, i + i / 4 * 4 + 4, FOURS, OTHER_FOURS);
+    for (int i = 0; i < 8; i++) SWAP(i + i / 2 * 2, i + i / 2 * 2 + 2, TWOS, OTHER_TWOS);
+    for (int i = 0; i < 8; i++) SWAP(2 * i, 2 * i + 1, ONES, OTHER_ONES);
+}
 
 /* ---- sums ---- */
 
@@ -201,6 +232,12 @@ INLINE vec from_bfloat16(const uint16_t *place) {
 #else
     return (vec)(__builtin_convertvector(*(const halves *)place, words) << 16);
 #endif
+}
+
+/* To bfloat16, to nearest even. */
+INLINE uint16_t narrowed(float value) {
+    const union { float value; uint32_t bits; } u = {.value = value};
+    return value == value ? (u.bits + 0x7fff + (u.bits >> 16 & 1)) >> 16 : 0x7fc0;
 }
 
 INLINE float one_from_bfloat16(uint16_t number) {

@@ -90,11 +90,7 @@ static void keep_row(void *arena, int narrow, int64_t place, const float *row, i
         return;
     }
     uint16_t *out = (uint16_t *)arena + place;
-    for (int64_t i = 0; i < count; i++) {
-        union { float value; uint32_t bits; } u = {.value = row[i]};
-        const uint32_t rounded = (u.bits + 0x7fff + (u.bits >> 16 & 1)) >> 16;
-        out[i] = row[i] == row[i] ? rounded : 0x7fc0;
-    }
+    for (int64_t i = 0; i < count; i++) out[i] = narrowed(row[i]);
 }
 
 /* Norms and angles of queries and keys; keys and values to the arena. */

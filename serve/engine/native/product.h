@@ -108,19 +108,6 @@ static int64_t plain_floats(const Multiplication *w) {
 
 /* ---- rows to where a tile reads them ---- */
 
-#define SWAP(I, J, LOW, HIGH)                                                                     \
-    do {                                                                                          \
-        const vec low = __builtin_shufflevector(r[I], r[J], LOW);                                 \
-        r[J] = __builtin_shufflevector(r[I], r[J], HIGH), r[I] = low;                             \
-    } while (0)
-
-INLINE void transpose(vec r[16]) {
-    for (int i = 0; i < 8; i++) SWAP(i, i + 8, EIGHTS, OTHER_EIGHTS);
-    for (int i = 0; i < 8; i++) SWAP(i + i / 4 * 4, i + i / 4 * 4 + 4, FOURS, OTHER_FOURS);
-    for (int i = 0; i < 8; i++) SWAP(i + i / 2 * 2, i + i / 2 * 2 + 2, TWOS, OTHER_TWOS);
-    for (int i = 0; i < 8; i++) SWAP(2 * i, 2 * i + 1, ONES, OTHER_ONES);
-}
-
 /* 16 steps of row m of a tile. */
 INLINE vec steps_at(const Multiplication *w, int64_t tile, int64_t m, int64_t step) {
     const float *row = w->x + (tile * w->tall + m) * w->P->K;
