@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,33 @@ def test_memory_is_bounded_in_bytes_and_the_last_used_stay(
         assert known["1"].last_used is not None
         engine.generate([request(ref(folders[1]))])
         assert states(engine)["1"].num_loads == 2
+
+
+def test_a_read_that_is_done_at_once_wakes_without_the_lock(
+    folders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who is woken asks the store under a lock of its own: two threads could wait for each other."""
+
+    def at_once(function: Any, *args: Any) -> Future[Any]:
+        found: Future[Any] = Future()
+        found.set_result(function(*args))
+        return found
+
+    with make() as engine:
+        store, free = engine._adapters, []
+        plain = store._wake
+
+        def wake() -> None:
+            free.append(store._lock.acquire(timeout=5))
+            if free[-1]:
+                store._lock.release()
+            plain()
+
+        monkeypatch.setattr(store, "_wake", wake)
+        monkeypatch.setattr(store._reader, "submit", at_once)
+        assert engine.generate([request(ref(folders[0]))])[0].token_ids
+    assert free
+    assert all(free)
 
 
 def test_the_stacks_hold_fewer_than_the_memory(folders: list[Path]) -> None:

@@ -99,6 +99,8 @@ def test_numbers_that_are_not_finite_are_not_hidden() -> None:
     hidden[2, 3] = float("nan")
     hidden[4, 3] = float("inf")
     found = native_head.scores(head.weight, hidden, targets)
+    unknown = native_head.scores(head.weight, hidden, torch.full_like(targets, 301))
+    assert unknown.log_probs.isnan().all()
     finite = found.log_probs.isfinite()
     assert finite.tolist() == [row not in (2, 4) for row in range(7)]
 

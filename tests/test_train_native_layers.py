@@ -17,12 +17,18 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from serve.engine import kernels, machine_code
 from train import native_code, native_layers
 from train.fused_layers import fuse_layers
+from train.memory import is_out_of_memory
 from train.native_code import BY_FLOAT, BY_PAIRS, BY_UNIT
 
 pytestmark = pytest.mark.skipif(native_code.library() is None, reason="needs a C compiler")
 
 # hidden, heads, key heads, a head, the MLP: whole vectors; and nothing that is a multiple of 16
-SHAPES = {"even": (64, 4, 2, 16, 96), "odd": (42, 6, 3, 10, 70), "alone": (32, 1, 1, 32, 33)}
+SHAPES = {
+    "even": (64, 4, 2, 16, 96),
+    "odd": (42, 6, 3, 10, 70),
+    "alone": (32, 1, 1, 32, 33),
+    "wide": (512, 4, 2, 128, 1024),
+}
 NAMES = {BY_FLOAT: "float", BY_PAIRS: "pairs", BY_UNIT: "unit"}
 
 
@@ -154,6 +160,31 @@ def test_some_matrices_of_an_adapter_are_frozen(computed: list[int]) -> None:
     assert computed
 
 
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"target_modules": ["q_proj", "up_proj"]},
+        {"target_modules": ["v_proj", "gate_proj"]},
+        {"target_modules": "all-linear", "rank_pattern": {"up_proj": 70, "k_proj": 9}},
+    ],
+)
+@pytest.mark.parametrize("way", [BY_FLOAT, BY_PAIRS, BY_UNIT], ids=NAMES.get)
+def test_some_projections_in_bfloat16(
+    lora: dict[str, Any], way: int, monkeypatch: pytest.MonkeyPatch, computed: list[int]
+) -> None:
+    """Gate and up are multiplied together, whatever adapters they have."""
+    if way not in ways():
+        pytest.skip("this processor has no such products")
+    monkeypatch.setattr(native_code, "_way_in_bfloat16", lambda: way)
+    rounded = converted(model_of("even", **lora), torch.bfloat16)
+    truth = run(converted(rounded, torch.float64).double(), ids_of(3, 40))
+    found = run(fused(rounded, torch.bfloat16), ids_of(3, 40))
+    assert computed
+    for name, expected in truth.items():
+        off = ((found[name].double() - expected).norm() / expected.norm()).item()
+        assert off < 0.06, f"{name}: {off:.2g}"
+
+
 def ways() -> list[int]:
     able = [BY_FLOAT]
     if kernels.library() is not None and kernels.library().multiplies_bfloat16():
@@ -164,7 +195,9 @@ def ways() -> list[int]:
 
 
 @pytest.mark.parametrize("way", [BY_FLOAT, BY_PAIRS, BY_UNIT], ids=NAMES.get)
-@pytest.mark.parametrize(("shape", "length"), [("even", 40), ("odd", 17), ("alone", 70)])
+@pytest.mark.parametrize(
+    ("shape", "length"), [("even", 40), ("odd", 17), ("alone", 70), ("wide", 9)]
+)
 def test_a_base_in_bfloat16(
     way: int, shape: str, length: int, monkeypatch: pytest.MonkeyPatch, computed: list[int]
 ) -> None:
@@ -222,6 +255,35 @@ def test_not_a_number_is_not_hidden() -> None:
     hidden = run(model, ids)["hidden"]
     assert not hidden[0].isnan().any()
     assert hidden[1, 4:].isnan().all()
+
+
+def test_hidden_keys_count_for_nothing(computed: list[int]) -> None:
+    """Not for a little either: what stands behind a mask changes no bit before it."""
+    model = fused(model_of("even"))
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[0, :4] = 0
+    ids = ids_of(2, 12) % 60
+    expected = run(model, ids, mask)["hidden"]
+    with torch.no_grad():
+        model.get_base_model().base_model.embed_tokens.weight[63] *= 1e4
+    ids[0, :4] = 63
+    assert torch.equal(run(model, ids, mask)["hidden"], expected)
+    assert computed
+
+
+def test_memory_that_is_refused_is_told_as_such(
+    monkeypatch: pytest.MonkeyPatch, computed: list[int]
+) -> None:
+    class Full:
+        def __getattr__(self, name: str) -> Any:
+            return lambda *_: 1
+
+    model = fused(model_of("even"))
+    monkeypatch.setattr(native_code, "library", Full)
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        run(model, ids_of(2, 10))
+    assert is_out_of_memory(caught.value)
+    assert computed
 
 
 def test_what_it_does_not_suit(computed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,11 +6,13 @@ each of their adapters; a norm and a SwiGLU keep several tensors each. Here a bl
 adapters are added inside the matrix products (`addmm`), gradients of one input are summed there
 too, and what is cheap (the norm, the SwiGLU) is computed again in the backward pass, not kept. The
 mathematics is PEFT's and transformers'; only the order of some sums differs.
-The ideas are those of LoRA kernels in Unsloth and Liger; there is no device-specific code here.
+The ideas are those of LoRA kernels in Unsloth and Liger; there is no device-specific code here, but
+where C does the same on a CPU (`native_layers`), it is asked.
 
 Several models that share one frozen base may go through a layer together (`meeting`, `run_layer`):
 their rows lie one below the other, so the base's products are one each, and every segment of rows
-has its own adapter's. Nothing of a row reaches the rows of another model.
+has its own adapter's. Nothing of a row reaches the rows of another model. In C they are computed
+one after the other, which takes as long there.
 """
 
 from __future__ import annotations
@@ -152,6 +154,8 @@ def _layer_weights(layer: Any, dtype: torch.dtype) -> list[Weights] | None:
 def _weights(module: Any, dtype: torch.dtype) -> Weights | None:
     base = module.base_layer if isinstance(module, LoraLinear) else module
     if type(base) is not nn.Linear or base.weight.dtype != dtype or base.weight.requires_grad:
+        return None
+    if base.bias is not None and base.bias.requires_grad:
         return None
     plain = Weights(base.weight, base.bias, (Adapter(),))
     if base is module or module.disable_adapters or module.merged:

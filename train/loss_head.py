@@ -21,7 +21,7 @@ from transformers.utils import ModelOutput
 from data.render import IGNORED
 from train import native_head
 
-CHUNK = 1024  # positions whose logits exist at the same time
+CHUNK = 1024  # positions whose logits exist at the same time, where C does not compute them
 ROUND = 16
 SCALED = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 

@@ -119,9 +119,11 @@ def run_many(configs: Sequence[SftConfig], max_tokens: int | None = None) -> lis
     device = with_one_gpu(configs[0]).device
     configs = [config.model_copy(update={"device": device}) for config in configs]
     from train.base_model import load_base
+    from train.memory import share_one_heap
     from train.together import Seat, Together
     from train.trainer import take_signals
 
+    share_one_heap()
     stopper = take_signals()
     base = load_base(configs[0])
     if max_tokens is None:

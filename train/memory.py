@@ -14,6 +14,7 @@ import torch
 
 from train.exit_cause import describe_machine
 
+M_ARENA_MAX = -8  # of glibc's malloc.h
 CPU_ALLOCATOR = "DefaultCPUAllocator: "  # how torch tells of a refused allocation on a CPU
 
 
@@ -42,6 +43,17 @@ def give_back_freed() -> None:
     library = _glibc()
     if library is not None:
         library.malloc_trim(0)
+
+
+def share_one_heap() -> None:
+    """Have threads that start from now on allocate from one heap; does nothing without glibc.
+
+    Each would get its own, and what one run frees would be of no use to another: four runs at once
+    held 6.4 GB where they hold 4.6.
+    """
+    library = _glibc()
+    if library is not None:
+        library.mallopt(M_ARENA_MAX, 1)
 
 
 @cache

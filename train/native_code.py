@@ -43,7 +43,7 @@ def run(function: Any, call: ctypes.Structure) -> None:
     """Call a function of the library with its one struct.
 
     Raises:
-        MemoryError: There is no memory for its scratch space.
+        torch.OutOfMemoryError: There is no memory for its scratch space.
     """
     if function(ctypes.addressof(call), torch.get_num_threads()):
-        raise MemoryError("no memory for the scratch space of a training pass")
+        raise torch.OutOfMemoryError("no memory for the scratch space of a training pass")

@@ -61,10 +61,10 @@ def scores(
     Args:
         weight: [V, D].
         hidden: [N, D], as `suits` takes it.
-        targets: [N], each in 0 to V.
+        targets: [N], each in 0 to V; another's log-probability is not a number.
         slopes: Whether the gradient is wanted.
     """
-    hidden, targets = hidden.contiguous(), targets.contiguous()
+    hidden, targets = hidden.contiguous(), targets.contiguous().to(torch.int64)
     count, width = hidden.shape
     found = torch.empty(3, count, dtype=torch.float32)
     gradient = torch.empty_like(hidden) if slopes else None

@@ -94,22 +94,33 @@ def suits(layer: Any, hidden: Tensor, weights: Sequence[Weights], kwargs: dict[s
         kwargs: Of the layer's call.
     """
     attn, mask = layer.self_attn, kwargs.get("attention_mask")
+    cosine, sine = kwargs["position_embeddings"]
+    batch, length, _ = hidden.shape
     norms = (layer.input_layernorm.weight, layer.post_attention_layernorm.weight)
     return (
         hidden.device.type == "cpu"
         and hidden.dtype in (torch.float32, torch.bfloat16)
-        and 0 < hidden.shape[1] <= LONGEST
+        and hidden.numel() > 0
+        and length <= LONGEST
         and attn.config._attn_implementation == "sdpa"
         and not (attn.training and attn.attention_dropout)
         and not hasattr(attn, "q_norm")
         and attn.head_dim % 2 == 0
-        and (mask is None or (mask.dtype == torch.bool and mask.shape[1] == 1))
-        and (mask is not None or _sees_all(attn, hidden.shape[1]))
+        and cosine.shape == sine.shape
+        and cosine.dtype == sine.dtype
+        and cosine.shape[1:] == (length, attn.head_dim)
+        and len(cosine) in (1, batch)
+        and (_sees_all(attn, length) if mask is None else _is_plain_mask(mask, batch, length))
         and all(norm.dtype in (torch.float32, torch.bfloat16) for norm in norms)
         and not any(norm.requires_grad for norm in norms)
         and all(_is_plain(w, hidden.dtype) for w in weights)
         and native_code.library() is not None
     )
+
+
+def _is_plain_mask(mask: Tensor, batch: int, length: int) -> bool:
+    shapes = [(rows, 1, length, length) for rows in (1, batch)]
+    return mask.dtype == torch.bool and mask.shape in shapes
 
 
 def _sees_all(attn: Any, length: int) -> bool:
@@ -141,9 +152,11 @@ def compute(
     )
     cosine, sine = kwargs["position_embeddings"]
     mask = kwargs.get("attention_mask")
+    if mask is not None:
+        mask = (mask[:1] if mask.stride(0) == 0 else mask).contiguous()
     out: Tensor = _Layer.apply(
-        *(hidden.contiguous(), shape, before.weight, after.weight),
-        *(cosine.contiguous(), sine.contiguous(), None if mask is None else mask.contiguous()),
+        *(hidden.contiguous(), shape, torch.is_grad_enabled(), before.weight, after.weight),
+        *(cosine.contiguous(), sine.contiguous(), mask),
         *spread(weights),
     )
     return out
@@ -155,6 +168,7 @@ class _Layer(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         shape: Shape,
+        learns: bool,
         before: Tensor,
         after: Tensor,
         cosine: Tensor,
@@ -167,8 +181,7 @@ class _Layer(torch.autograd.Function):
         both = wide + 2 * shape.key_heads * shape.head_dim
         widths = (both, wide, x.shape[-1], shape.inner, shape.inner)
         kept: list[Tensor | None] = [x.new_empty(tokens, width) for width in widths]
-        learns = any(ctx.needs_input_grad)
-        if not learns:
+        if not learns:  # else what the backward pass takes is kept
             kept[GATE:] = [None, None]
         stacks = [_stack([flat[FIELDS * i + A] for i in group]) for group in GROUPS]
         lows = [None if a is None else a.new_empty(tokens, len(a)) for a in stacks]

@@ -22,7 +22,7 @@ from accelerate import DistributedType
 from numpy.typing import NDArray
 from peft.optimizers import create_loraplus_optimizer
 from torch.utils.data import Sampler
-from transformers import TrainerControl
+from transformers import PreTrainedModel, TrainerControl
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import SFTTrainer
 
@@ -84,7 +84,9 @@ class LoraTrainer(SFTTrainer):
             seat.take(self)
         self._learned = [p for p in self.model.parameters() if p.requires_grad]
         self._num_parameters = self.model.num_parameters(exclude_embeddings=True)
-        know_modules(self.model, self._learned)
+        know_modules(self.model)
+        if self.accelerator.distributed_type == DistributedType.NO:
+            self.model.zero_grad = partial(_zero_grad, self._learned)
         is_compact = use_compact_head(self.model.get_base_model())
         if prompt_loss_weight and not is_compact:
             raise ConfigError(
@@ -300,27 +302,35 @@ class LoraTrainer(SFTTrainer):
         return torch.stack([part.double() for part in parts])
 
 
-def know_modules(model: torch.nn.Module, learned: Sequence[torch.nn.Parameter]) -> None:
-    """Let `train` and `zero_grad`, which a step calls, go through lists, not the model's tree.
+def know_modules(model: torch.nn.Module) -> None:
+    """Let `train`, which every step calls, go through a list of modules, not the model's tree.
 
-    A model with adapters has thousands of modules, and a walk through them takes 5 to 10 ms.
+    A model with adapters has thousands of modules, and a walk through them takes 5 to 10 ms. One
+    whose modules do more than note the mode (DoRA's caches, kernels of the hub) is left alone.
     """
-    modules = [module.__dict__ for module in model.modules()]
+    modules = list(model.modules())
+    for module in modules:
+        if isinstance(module, PreTrainedModel):
+            if getattr(module, "use_kernels", False):
+                return
+        elif type(module).train is not torch.nn.Module.train:
+            return
+    every = [module.__dict__ for module in modules]
 
     def train(mode: bool = True) -> torch.nn.Module:
-        for fields in modules:
+        for fields in every:
             fields["training"] = mode
         return model
 
-    def zero_grad(set_to_none: bool = True) -> None:
-        for parameter in learned:
-            if set_to_none or parameter.grad is None:
-                parameter.grad = None
-            else:
-                parameter.grad.zero_()
-
     model.train = train  # type: ignore[method-assign]
-    model.zero_grad = zero_grad  # type: ignore[method-assign]
+
+
+def _zero_grad(learned: Sequence[torch.nn.Parameter], set_to_none: bool = True) -> None:
+    for parameter in learned:
+        if set_to_none or parameter.grad is None:
+            parameter.grad = None
+        else:
+            parameter.grad.zero_()
 
 
 def _idle(batch: Batch) -> Batch:

@@ -159,11 +159,12 @@ class AdapterStore:
                 done: Future[None] = Future()
                 done.set_result(None)
                 return done
-            if ref.digest not in self._loads:
-                read = self._reader.submit(self._read, ref)
-                self._loads[ref.digest] = _Load(ref, read)
-                read.add_done_callback(lambda _: self._wake())
-            return self._loads[ref.digest].done
+            known = self._loads.get(ref.digest)
+            load = known or _Load(ref, self._reader.submit(self._read, ref))
+            self._loads[ref.digest] = load
+        if known is None:  # a read that is done already wakes at once, and who wakes takes locks
+            load.read.add_done_callback(lambda _: self._wake())
+        return load.done
 
     def settle(
         self, try_out: Callable[[LoadedAdapter], bool], in_use: set[str], timeout_s: float

@@ -241,7 +241,7 @@ def library() -> Any:
 
 def outlook() -> str:
     """Say whether there are or will be kernels, without building any."""
-    return machine_code.outlook(SOURCE, "serving and training on a CPU by torch alone, slower")
+    return machine_code.outlook(SOURCE, "the engine serves from a CPU with torch alone, slower")
 
 
 def usable(like: torch.Tensor | nn.Module) -> bool:

@@ -9,7 +9,6 @@
 #pragma once
 #include "stage.h"
 #include "rows.h"
-#include <float.h>
 
 #define QUERIES 64 /* tokens of a block */
 
@@ -55,12 +54,16 @@ static int multiply_alone(Way way, Matrix x, int64_t M, int64_t K, Matrix w, int
     return 0;
 }
 
-/* Scores of a query to its share of attention: of `seen` keys, or of those that `mask` names. */
-static void weigh(float *s, int64_t keys, int64_t seen, const uint8_t *mask) {
+/* Scores of a query, by `scale`, to its shares of attention: of `seen` keys, or of those that `mask`
+ * names; one that names none spreads it evenly. What is hidden has exactly 0. */
+static void weigh(float *s, int64_t keys, int64_t seen, const uint8_t *mask, float scale) {
     if (mask) {
-        for (int64_t j = 0; j < keys; j++) s[j] = mask[j] ? s[j] : -FLT_MAX;
+        int sees = 0;
+        for (int64_t j = 0; j < keys; j++) sees |= mask[j];
+        for (int64_t j = 0; j < keys; j++) s[j] = mask[j] ? s[j] : sees ? -INFINITY : 0;
         seen = keys;
     }
+    for (int64_t j = 0; j < padded(keys); j += LANES) *(vec *)(s + j) *= scale;
     for (int64_t j = seen; j < padded(keys); j++) s[j] = -INFINITY;
     vec top = *(const vec *)s, total = {0};
     for (int64_t j = LANES; j < seen; j += LANES) {
@@ -82,17 +85,17 @@ static void weigh(float *s, int64_t keys, int64_t seen, const uint8_t *mask) {
     for (j = 0; j < seen; j += LANES) *(vec *)(s + j) *= share;
 }
 
-/* The queries first..end of the heads of a key head, [G (end - first), D], by `factor`. */
+/* The queries first..end of the heads of a key head, [G (end - first), D]. */
 static void gather(const Attention *a, int64_t b, int64_t h, int64_t first, int64_t end,
-                   const void *from, int narrow, int64_t stride, float factor, float *out) {
+                   const void *from, int narrow, int64_t stride, float *out) {
     const int64_t G = a->E / a->H, D = a->D;
     for (int64_t e = 0; e < G; e++)
         for (int64_t t = first; t < end; t++, out += D) {
             const int64_t at = (b * a->T + t) * stride + (h * G + e) * D;
             int64_t d = 0;
             for (; d + LANES <= D; d += LANES)
-                *(vec *)(out + d) = read_vec(from, narrow, at + d) * factor;
-            for (; d < D; d++) out[d] = read_one(from, narrow, at + d) * factor;
+                *(vec *)(out + d) = read_vec(from, narrow, at + d);
+            for (; d < D; d++) out[d] = read_one(from, narrow, at + d);
         }
 }
 
@@ -104,7 +107,7 @@ static int share_out(const Attention *a, int64_t b, int64_t first, int64_t end, 
     for (int64_t m = 0; m < G * count; m++) {
         const int64_t t = first + m % count;
         weigh(shares + m * padded(keys), keys, t + 1,
-              a->mask ? a->mask + b * a->mask_apart + t * T : NULL);
+              a->mask ? a->mask + b * a->mask_apart + t * T : NULL, a->scale);
     }
     return 0;
 }
@@ -130,7 +133,7 @@ static int attend_block(const Attention *a, int64_t item) {
     float *shares = scratch(2, sums_floats(rows, keys) + sums_floats(rows, D) + rows * D);
     if (!shares) return 1;
     float *found = shares + sums_floats(rows, keys), *queries = found + sums_floats(rows, D);
-    gather(a, b, h, first, end, a->qkv, a->narrow, (E + 2 * a->H) * D, a->scale, queries);
+    gather(a, b, h, first, end, a->qkv, a->narrow, (E + 2 * a->H) * D, queries);
     const Matrix v = other_way(head_of(a, b, E + a->H + h));
     if (share_out(a, b, first, end, keys, queries, head_of(a, b, E + h), shares)) return 1;
     if (multiply_alone(a->way, plain(shares, padded(keys), 0), rows, keys, v, D, found, 0)) return 1;
@@ -187,8 +190,8 @@ static int attend_back(const Attention *a, int64_t item) {
     for (int64_t first = 0; first < T; first += QUERIES) {
         const int64_t end = first + QUERIES < T ? first + QUERIES : T, count = end - first;
         const int64_t rows = G * count, keys = a->mask ? T : end, apart = padded(keys);
-        gather(a, b, h, first, end, a->qkv, a->narrow, Q, a->scale, queries);
-        gather(a, b, h, first, end, a->grad, 0, E * D, 1, grads);
+        gather(a, b, h, first, end, a->qkv, a->narrow, Q, queries);
+        gather(a, b, h, first, end, a->grad, 0, E * D, grads);
         failed |= share_out(a, b, first, end, keys, queries, k, shares);
         failed |= multiply_alone(a->way, plain(grads, D, 0), rows, D, v, keys, scores, 0);
         failed |= multiply_alone(a->way, turned(shares, apart, 0), keys, rows, turned(grads, D, 0), D, dv,
@@ -213,7 +216,7 @@ static int attend_back(const Attention *a, int64_t item) {
     }
     for (int64_t t = 0; t < T; t++) {
         const int64_t at = (b * T + t) * a->apart_k + h * D;
-        turn_back(a, b, t, dk + t * width, 1, a->of_k, at);
+        turn_back(a, b, t, dk + t * width, a->scale, a->of_k, at);
         int64_t d = 0;
         for (; d + LANES <= D; d += LANES)
             write_vec(a->of_v, a->of_narrow, at + d, *(const vec *)(dv + t * width + d));

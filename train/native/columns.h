@@ -22,8 +22,8 @@ typedef struct Product {
     Term term[TERMS];
     int terms;
     int64_t N;
-    const struct Product *twin; /* of the same shape, multiplied with this one; or NULL */
-    Finish finish;              /* instead of `out` */
+    const struct Product *twin; /* of as many rows and columns, multiplied with this one; or NULL */
+    Finish finish;              /* after both have gone to their `out`; or NULL */
     void *work;
     void *out; /* y + bias + added [M, N], or scale y turned, [N, M]; NULL: not wanted */
     int64_t apart; /* from one row of it, and of what is added, to the next */

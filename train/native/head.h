@@ -59,7 +59,8 @@ static void score_row(HeadWork *w, int64_t m) {
         most = z[r] > most ? z[r] : most;
     }
     while (best < V && z[best] != most) best++;
-    const float chosen = z[target] - most;
+    const int is_known = (uint64_t)target < (uint64_t)V; /* else it is told as not a number */
+    const float chosen = is_known ? z[target] - most : NAN;
     vec sum = {0}, weighted = {0};
     for (v = 0; v + LANES <= V; v += LANES) {
         const vec below = *(const vec *)(z + v) - most;

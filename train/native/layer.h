@@ -18,8 +18,7 @@ static const Side *place(Work *w, Stage *s, Matrix x, int64_t M, int64_t K) {
 /* The same of a pass's own rows: the unit reads them where they are. */
 static const Side *place_own(Work *w, Stage *s, Rows r) {
     const int64_t M = w->l->B * w->l->T;
-    if (w->l->way != BY_UNIT || apart_of(BY_UNIT, r.width) != r.stride || r.width != r.stride)
-        return place(w, s, matrix_of(r), M, r.width);
+    if (w->l->way != BY_UNIT || r.width % UNIT_INPUTS) return place(w, s, matrix_of(r), M, r.width);
     Side *side = &w->side[w->sides++];
     *side = (Side){.x = matrix_of(r), .M = M, .K = r.width, .place = r.data};
     return side;
@@ -274,22 +273,39 @@ static void backward_part(void *work, int part, int parts) {
 
 /* ---- from outside ---- */
 
-static int compute(const Layer *l, int threads, int backward) {
-    Work *w = NULL;
-    char *memory = NULL;
-    for (size_t wanted = 0, pass = 0; pass < 2; pass++) { /* how much memory, then all of it */
-        free(w);
-        w = calloc(1, sizeof *w);
-        if (pass) memory = (char *)scratch(3, wanted / sizeof(float) + LANES);
-        if (!w || (pass && !memory)) {
-            free(w);
-            return 1;
-        }
-        w->l = l, w->memory = memory;
-        if (backward) prepare_backward(w);
-        else prepare_forward(w);
-        wanted = w->used;
+/* Memory of a pass: one piece is kept for whoever computes, another's pass gets its own. */
+static pthread_mutex_t keeper = PTHREAD_MUTEX_INITIALIZER;
+static char *kept_memory;
+static size_t kept_bytes;
+
+static char *borrow(size_t bytes, int *is_kept) {
+    *is_kept = !pthread_mutex_trylock(&keeper);
+    if (!*is_kept) return aligned_alloc(64, up_to(bytes, 64));
+    if (kept_bytes < bytes) {
+        free(kept_memory);
+        kept_memory = aligned_alloc(64, up_to(bytes, 64));
+        kept_bytes = kept_memory ? bytes : 0;
     }
+    return kept_memory;
+}
+static void give_back(char *memory, int is_kept) {
+    if (is_kept) pthread_mutex_unlock(&keeper);
+    else free(memory);
+}
+
+static int compute(const Layer *l, int threads, int backward) {
+    int is_kept = 0, failed = 1;
+    char *memory = NULL;
+    Work *w = calloc(1, sizeof *w);
+    if (!w) return 1;
+    w->l = l;
+    void (*prepare)(Work *) = backward ? prepare_backward : prepare_forward;
+    prepare(w); /* how much memory it takes */
+    memory = borrow(w->used, &is_kept);
+    if (!memory) goto end;
+    memset(w, 0, sizeof *w);
+    w->l = l, w->memory = memory;
+    prepare(w);
     w->attention = (Attention){
         .B = l->B, .T = l->T, .E = l->E, .H = l->H, .D = l->D, .qkv = l->qkv, .narrow = l->narrow,
         .mask = l->mask, .mask_apart = l->mask_apart, .scale = l->scale, .cosine = l->cosine,
@@ -298,7 +314,9 @@ static int compute(const Layer *l, int threads, int backward) {
         .of_k = w->of_k.data, .of_v = w->of_v.data, .of_narrow = w->of_q.narrow, .apart_q = w->of_q.stride,
         .apart_k = w->of_k.stride};
     share(backward ? backward_part : forward_part, w, threads);
-    const int failed = atomic_load(&w->failed);
+    failed = atomic_load(&w->failed);
+end:
+    give_back(memory, is_kept);
     free(w);
     return failed;
 }

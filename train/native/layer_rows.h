@@ -71,7 +71,7 @@ static float *floats(Work *w, size_t count) { return grant(w, count * sizeof(flo
 
 static Rows rows(Work *w, int64_t count, int64_t width) {
     const int narrow = w->l->way != BY_FLOAT;
-    const int64_t stride = up_to(width, UNIT_INPUTS);
+    const int64_t stride = apart_of(w->l->way, up_to(width, UNIT_INPUTS));
     return (Rows){grant(w, up_to(count, 32) * stride * (narrow ? 2 : 4)), width, stride, narrow};
 }
 INLINE Matrix matrix_of(Rows r) { return plain(r.data, r.stride, r.narrow); }

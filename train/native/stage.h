@@ -90,7 +90,9 @@ INLINE int64_t stretches_of(const Product *p, Way way) {
 /* Room of a thread for packed columns and, twice, for their sums of so many rows. */
 static float *room_for(const Product *p, Way way, int64_t rows, float **sums) {
     const int64_t width = width_of(way) * LANES;
-    const int64_t packed = width * (way == BY_UNIT ? all_inputs(p, way) / 2 : STRETCH);
+    int64_t inputs = all_inputs(p, way);
+    if (p->twin && all_inputs(p->twin, way) > inputs) inputs = all_inputs(p->twin, way);
+    const int64_t packed = width * (way == BY_UNIT ? inputs / 2 : STRETCH);
     const int64_t each = up_to(rows, 32) * width;
     float *room = scratch(1, packed + 2 * each);
     if (sums) sums[0] = room + packed, sums[1] = sums[0] + each;

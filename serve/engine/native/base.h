@@ -92,7 +92,11 @@ static void share(Task task, void *work, int threads) {
         task(work, 0, 1);
         return;
     }
-    if (pool.process != getpid()) pool.process = getpid(), pool.workers = 0; /* after a fork */
+    if (pool.process != getpid()) { /* the first time, or after a fork: no thread is here */
+        pool.process = getpid(), pool.workers = pool.sleepers = 0;
+        atomic_store(&pool.arrived, 0), atomic_store(&pool.pending, 0);
+        pthread_mutex_init(&pool.bed, NULL), pthread_cond_init(&pool.wake, NULL);
+    }
     while (pool.workers < threads - 1) {
         pthread_t thread;
         Birth *birth = malloc(sizeof *birth);
