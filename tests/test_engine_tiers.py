@@ -90,7 +90,7 @@ def test_memory_is_bounded_in_bytes_and_the_last_used_stay(
 def test_a_read_that_is_done_at_once_wakes_without_the_lock(
     folders: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who is woken asks the store under a lock of its own: two threads could wait for each other."""
+    """Who is woken asks the store under its own lock: two threads could wait for each other."""
 
     def at_once(function: Any, *args: Any) -> Future[Any]:
         found: Future[Any] = Future()
