@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from data.settings import StrictModel
-from rlhf.config import NO_DROPOUT
+from rlhf.policy_config import PolicyConfig, SampledConfig
 from rlhf.reward_settings import SHAPING, PpoRewardSettings
-from train.config import Auto, LoraSettings, RunConfig
+from train.config import Auto
 
 
 class KlSettings(StrictModel):
@@ -57,17 +56,9 @@ class ValueSettings(StrictModel):
     )
 
 
-class PpoConfig(RunConfig):
+class PpoConfig(PolicyConfig, SampledConfig):
     """PPO on one base: policy, reference, value and reward are adapters of it."""
 
-    prompts_file: Path = Field(description="JSONL of prompts; answers in it are not used.")
-    eval_prompts_file: Path | None = Field(None, description="Default: eval_prompts of the others.")
-    eval_prompts: int = Field(32, ge=0, description="Fixed prompts answered at each evaluation.")
-    start_adapter: Path | None = Field(
-        None, description="The SFT adapter: policy and reference start as it. Default: the base."
-    )
-    max_prompt_length: int = Field(512, ge=1, description="Longer prompts are dropped and counted.")
-    max_new_tokens: int = Field(64, ge=1, description="Of a response.")
     stop_at_eos: bool = Field(True, description="Off: every response has max_new_tokens.")
     temperature: float = Field(0.7, gt=0, description="Of rollouts, and of all log-probabilities.")
     samples_per_prompt: int = Field(1, ge=1, description="Responses to one prompt in a batch.")
@@ -77,13 +68,10 @@ class PpoConfig(RunConfig):
     num_epochs: int = Field(4, ge=1, description="Passes over an update's responses.")
     num_minibatches: int = Field(1, ge=1, description="Optimizer steps a pass.")
     micro_batch_tokens: int | Auto = Field("auto", description="Most tokens at once on a device.")
-    gradient_checkpointing: bool = Field(False, description="Slower, smaller.")
     learning_rate: float = Field(3e-5, gt=0, description="Of the policy, at its highest.")
     lr_scheduler: Literal["linear", "constant"] = Field("linear", description="linear falls to 0.")
     adam_eps: float = Field(1e-5, gt=0, description="Adam's epsilon.")
-    max_grad_norm: float = Field(1.0, gt=0, description="Of each adapter's gradient.")
 
-    reward: PpoRewardSettings
     gold: PpoRewardSettings | None = Field(
         None, description="What is wanted in truth: watched beside the reward, never learned from."
     )
@@ -99,10 +87,7 @@ class PpoConfig(RunConfig):
         None, gt=0, description="An update's passes end when old and new policy differ by 1.5 x."
     )
 
-    eval_every: int = Field(10, ge=1, description="Updates between evaluations.")
-    save_every: int = Field(10, ge=1, description="Updates between checkpoints.")
     keep_checkpoints: int = Field(2, ge=1, description="The newest, and the best.")
-    lora: LoraSettings = LoraSettings()
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
@@ -120,13 +105,6 @@ class PpoConfig(RunConfig):
         if self.total_episodes < self.batch_size:
             problems.append(
                 f"total_episodes {self.total_episodes} is less than batch_size {self.batch_size}"
-            )
-        if self.lora.dropout:
-            problems.append(NO_DROPOUT)
-        given = self.lora.model_fields_set - {"dropout"}
-        if self.start_adapter is not None and given:
-            problems.append(
-                f"start_adapter keeps its adapter's shape; leave out lora.{', lora.'.join(given)}"
             )
         if self.gold is not None and self.gold.model is not None:
             problems.append("gold takes function, url or grader; the reward model is the proxy")

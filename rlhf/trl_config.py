@@ -10,17 +10,14 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from rlhf.config import NO_DROPOUT, check_held_out
-from rlhf.reward_settings import PpoRewardSettings
-from train.config import Auto, LoraSettings, RunConfig
+from rlhf.config import check_held_out
+from rlhf.policy_config import PolicyConfig, SampledConfig
+from train.config import Auto
 
 
-class TrlConfig(RunConfig):
+class TrlConfig(PolicyConfig):
     """What the runs by TRL's trainers share."""
 
-    start_adapter: Path | None = Field(
-        None, description="The SFT adapter: policy and reference start as it. Default: the base."
-    )
     batch_size: int = Field(16, ge=1, le=4096, description="Rows a step, all processes.")
     micro_batch_size: int | Auto = Field("auto", description="Rows at once on a device.")
     learning_rate: float = Field(5e-5, gt=0, description="At its highest.")
@@ -29,21 +26,6 @@ class TrlConfig(RunConfig):
     )
     warmup_fraction: float = Field(0.05, ge=0, lt=1, description="Of the steps, with rising rate.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's.")
-    max_grad_norm: float = Field(1.0, gt=0, description="Longer gradients are cut to this.")
-    gradient_checkpointing: bool = Field(False, description="Slower, smaller.")
-    keep_checkpoints: int = Field(2, ge=1, description="The newest.")
-    lora: LoraSettings = LoraSettings()
-
-    @model_validator(mode="after")
-    def _check_shape(self) -> Self:
-        given = self.lora.model_fields_set - {"dropout"}
-        if self.start_adapter is not None and given:
-            raise ValueError(
-                f"start_adapter keeps its adapter's shape; leave out lora.{', lora.'.join(given)}"
-            )
-        if self.lora.dropout:
-            raise ValueError(NO_DROPOUT)
-        return self
 
 
 class OfflineConfig(TrlConfig):
@@ -114,23 +96,15 @@ class KtoConfig(OfflineConfig):
     good_rating: int = Field(4, ge=2, le=5, description="Ratings from this on are good.")
 
 
-class GroupConfig(TrlConfig):
+class GroupConfig(TrlConfig, SampledConfig):
     """What RLOO and GRPO share: several responses to a prompt, and no value model."""
 
-    prompts_file: Path = Field(description="JSONL of prompts; answers in it are not used.")
-    eval_prompts_file: Path | None = Field(None, description="Default: eval_prompts of the others.")
-    eval_prompts: int = Field(32, ge=0, description="Fixed prompts answered at each evaluation.")
-    eval_every: int = Field(10, ge=1, description="Steps between evaluations.")
-    save_every: int = Field(10, ge=1, description="Steps between checkpoints.")
-    max_prompt_length: int = Field(512, ge=1, description="Longer prompts are dropped and counted.")
-    max_new_tokens: int = Field(64, ge=1, description="Of a response.")
     temperature: float = Field(1.0, gt=0, description="Of rollouts.")
     num_generations: int = Field(4, ge=2, description="Responses to one prompt.")
     total_episodes: int = Field(4_000, ge=1, description="Responses in the run.")
     num_iterations: int = Field(1, ge=1, description="Passes over a batch.")
     beta: float = Field(0.05, ge=0, description="Of the KL.")
     clip_range: float = Field(0.2, gt=0, description="Of the policy's ratio.")
-    reward: PpoRewardSettings
 
     @model_validator(mode="after")
     def _check_groups(self) -> Self:
