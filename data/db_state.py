@@ -17,7 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from data.db import MIGRATIONS
 from data.errors import InvalidInput
-from data.jobs import CLAIMABLE
+from data.job_lease import CLAIMABLE
 from data.tables import Job
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from sqlalchemy.orm import Session
 
-from data import audit, jobs
+from data import audit, job_lease, jobs
 from data.db import Database
 from data.errors import StateConflict
 from data.tables import Job
@@ -36,7 +36,7 @@ def hold(session: Session, job: Job) -> bool:
     """Pause a job inside the caller's transaction; False if it cannot be paused."""
     if "paused" not in jobs.TRANSITIONS.get(job.status, ()):
         return False
-    job.pause_requested = jobs.is_held(job)
+    job.pause_requested = job_lease.is_held(job)
     if not job.pause_requested:
         job.worker_id = job.lease_expires_at = None
     jobs.move(session, job, "paused", estimated_finish=None)

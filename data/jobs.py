@@ -1,22 +1,18 @@
-"""Fine-tuning jobs: the state machine, its events, and who may work on what.
+"""Fine-tuning jobs: the state machine and its events.
 
-A job is claimed by one write transaction and held by a lease that the worker renews. A worker that
-falls silent loses the job, which the next claim takes over as it stands. Every change of state is
-made with its event in one transaction, and only by the holder of the lease, so that a worker that
-was thought dead cannot undo what its successor did.
+Every change of state is made with its event in one transaction. Who works on a job is
+`data.job_lease`.
 """
 
 from __future__ import annotations
 
 import logging
 import secrets
-import time
 from collections.abc import Mapping, Sequence
-from enum import Enum
 from itertools import islice
 from typing import Any
 
-from sqlalchemy import Select, func, or_, select
+from sqlalchemy import func, or_, select
 from sqlalchemy.orm import Session
 
 from data import audit, caps, webhooks
@@ -27,7 +23,7 @@ from data.job_log import words
 from data.job_spec import JobSpec
 from data.job_start import check_file, find_start, pin_grader, pin_reward_model
 from data.settings import Limits
-from data.tables import AdapterVersion, Checkpoint, Job, JobEvent, Project, new_id, now
+from data.tables import AdapterVersion, Checkpoint, Job, JobEvent, new_id, now
 
 FINAL = ("succeeded", "failed", "cancelled")
 # Where each state may lead. A job taken over after a crash stays in its state.
@@ -37,18 +33,9 @@ TRANSITIONS: dict[str, tuple[str, ...]] = {
     "running": ("queued", "paused", "succeeded", "failed", "cancelled"),
     "paused": ("queued", "cancelled"),
 }
-CLAIMABLE = ("validating_files", "queued", "running")
 LOG_LEVELS = {"info": logging.INFO, "warn": logging.WARNING, "error": logging.ERROR}
 
 log = logging.getLogger("hone.jobs")
-
-
-class Standing(Enum):
-    """What a worker learns when it renews its lease."""
-
-    KEEP = "keep"
-    PAUSE = "pause"
-    LOST = "lost"
 
 
 def create(
@@ -206,67 +193,6 @@ def request_cancel(database: Database, project_id: str, job_id: str) -> Job:
     return job
 
 
-def claim(
-    database: Database, worker_id: str, lease_s: float, states: Sequence[str] = CLAIMABLE
-) -> Job | None:
-    """Take the next job that nobody works on, or None.
-
-    Accounts take turns: the one with the fewest jobs held comes first, then the oldest job.
-
-    Args:
-        states: Only jobs in one of these.
-    """
-    with database.read() as session:  # an idle worker takes no write lock
-        if session.scalar(_unheld(states).limit(1)) is None:
-            return None
-    with database.write() as session:
-        held = _held_by_project(session)
-        waiting = session.scalars(_unheld(states).with_for_update(skip_locked=True)).all()
-        if not waiting:
-            return None
-        job = min(waiting, key=lambda job: (held.get(job.project_id, 0), job.created_at, job.id))
-        job.worker_id = worker_id
-        job.lease_expires_at = time.time() + lease_s
-        job.pause_requested = False  # of a worker that died; the job was resumed since
-        return job
-
-
-def heartbeat(database: Database, job_id: str, worker_id: str, lease_s: float) -> Standing:
-    """Renew a lease and learn whether to go on."""
-    with database.write() as session:
-        job = session.get_one(Job, job_id)
-        found = _standing(job, worker_id)
-        if found is not Standing.LOST:
-            job.lease_expires_at = time.time() + lease_s
-        return found
-
-
-def standing(database: Database, job_id: str, worker_id: str) -> Standing:
-    """Learn whether to go on, without renewing the lease."""
-    with database.read() as session:
-        return _standing(session.get_one(Job, job_id), worker_id)
-
-
-def release(database: Database, job_id: str, worker_id: str) -> None:
-    """Give a job back as it stands, so that the next claim takes it at once."""
-    with database.write() as session:
-        job = session.get_one(Job, job_id)
-        if job.worker_id == worker_id:
-            job.worker_id = job.lease_expires_at = None
-
-
-def held(session: Session, job_id: str, worker_id: str) -> Job:
-    """Return a job for writing, if this worker still holds it.
-
-    Raises:
-        StateConflict: The lease was lost to another worker.
-    """
-    job = session.get_one(Job, job_id, with_for_update=True)
-    if job.worker_id != worker_id:
-        raise StateConflict(f"The worker {worker_id} no longer holds the job {job_id}")
-    return job
-
-
 def move(session: Session, job: Job, status: str, **fields: Any) -> None:
     """Change a job's state, with the event that tells of it.
 
@@ -375,29 +301,6 @@ def live_jobs(database: Database, project_id: str) -> int:
     query = select(func.count()).where(Job.project_id == project_id, Job.status.in_(LIVE_JOBS))
     with database.read() as session:
         return int(session.scalar(query) or 0)
-
-
-def _standing(job: Job, worker_id: str) -> Standing:
-    if job.worker_id != worker_id or job.status in FINAL:
-        return Standing.LOST
-    return Standing.PAUSE if job.pause_requested else Standing.KEEP
-
-
-def is_held(job: Job) -> bool:
-    """Tell whether a worker works on a job."""
-    return job.worker_id is not None and (job.lease_expires_at or 0) >= time.time()
-
-
-def _unheld(states: Sequence[str]) -> Select[Job]:
-    free = or_(Job.worker_id.is_(None), Job.lease_expires_at < time.time())
-    closed = select(Project.id).where(Project.status != "active")
-    query = select(Job).where(Job.status.in_(states), free, Job.project_id.not_in(closed))
-    return query.order_by(Job.created_at, Job.id)
-
-
-def _held_by_project(session: Session) -> dict[str, int]:
-    query = select(Job.project_id, func.count()).where(Job.lease_expires_at >= time.time())
-    return {row[0]: row[1] for row in session.execute(query.group_by(Job.project_id))}
 
 
 def find(session: Session, project_id: str, job_id: str) -> Job:

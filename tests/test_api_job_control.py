@@ -17,7 +17,7 @@ from openai.types.fine_tuning import FineTuningJob
 from openai.types.fine_tuning.jobs import FineTuningJobCheckpoint
 from tiny_models import tiny_tokenizer
 
-from data import accounts, adapter_folders, checkpoints, jobs, limits, registry, safety
+from data import accounts, adapter_folders, checkpoints, job_lease, jobs, limits, registry, safety
 from data.files import RESULTS
 from data.render import render
 from data.rows import PromptCompletion
@@ -63,7 +63,7 @@ def test_pause_and_resume(server: Server, client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         client.fine_tuning.jobs.pause(job.id)
     assert caught.value.code == "invalid_state"
-    assert jobs.claim(server.runtime.database, "worker", 60) is None
+    assert job_lease.claim(server.runtime.database, "worker", 60) is None
     assert client.fine_tuning.jobs.retrieve(job.id).status == "paused"
     assert client.fine_tuning.jobs.resume(job.id).status == "queued"
     told = [event.message for event in client.fine_tuning.jobs.list_events(job.id).data[::-1]]
@@ -83,20 +83,20 @@ def test_a_held_job_is_paused_at_once_and_let_go_by_its_worker(
     database = server.runtime.database
     job = create(client)
     queue(server, job.id)
-    while (claimed := jobs.claim(database, "worker", 60)) is not None and claimed.id != job.id:
+    while (claimed := job_lease.claim(database, "worker", 60)) is not None and claimed.id != job.id:
         pass
     assert client.fine_tuning.jobs.pause(job.id).status == "paused"
-    assert jobs.heartbeat(database, job.id, "worker", 60) is jobs.Standing.PAUSE
+    assert job_lease.heartbeat(database, job.id, "worker", 60) is job_lease.Standing.PAUSE
     assert client.fine_tuning.jobs.resume(job.id).status == "queued"
-    assert jobs.claim(database, "other", 60) is None  # its worker still stops the trainer
+    assert job_lease.claim(database, "other", 60) is None  # its worker still stops the trainer
     with database.write() as session:  # which dies instead
         session.get_one(Job, job.id).lease_expires_at = 0.0
-    taken = jobs.claim(database, "other", 60)
+    taken = job_lease.claim(database, "other", 60)
     assert taken is not None
     assert (taken.id, taken.pause_requested) == (job.id, False)
     assert client.fine_tuning.jobs.pause(job.id).status == "paused"
     assert client.fine_tuning.jobs.cancel(job.id).status == "cancelled"  # at once
-    assert jobs.heartbeat(database, job.id, "other", 60) is jobs.Standing.LOST
+    assert job_lease.heartbeat(database, job.id, "other", 60) is job_lease.Standing.LOST
 
 
 def test_streamed_events_end_with_the_job(server: Server, client: openai.OpenAI) -> None:

@@ -9,7 +9,17 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DatabaseError
 
-from data import access, accounts, audit, jobs, model_access, projects, safety, stored_chats
+from data import (
+    access,
+    accounts,
+    audit,
+    job_lease,
+    jobs,
+    model_access,
+    projects,
+    safety,
+    stored_chats,
+)
 from data.db import Database
 from data.errors import Forbidden, InvalidInput, NotFound, StateConflict
 from data.files import FileStore
@@ -176,10 +186,10 @@ def test_no_worker_takes_jobs_of_a_closed_account(database: Database, tmp_path: 
     case = safety.suspend(database, project.id, "Spam.")
     assert case.paused_jobs == [before]
     late = make_job(database, project.id, file_id)  # of a call that was under way
-    assert jobs.claim(database, "worker", 60) is None
+    assert job_lease.claim(database, "worker", 60) is None
     safety.reinstate(database, project.id)
     assert jobs.get(database, project.id, before).status == "queued"
-    claimed = {jobs.claim(database, "worker", 60).id for _ in range(2)}  # type: ignore[union-attr]
+    claimed = {job_lease.claim(database, "worker", 60).id for _ in range(2)}  # type: ignore[union-attr]
     assert claimed == {before, late}
 
 

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-from data import accounts, jobs
+from data import accounts, job_lease, jobs
 from data.db import Database
 from data.errors import InvalidInput, NotFound, StateConflict
 from data.files import FileStore
+from data.job_lease import Standing
 from data.job_spec import JobSpec
-from data.jobs import Standing
 from data.tables import Job, Project
 
 LINES = b'{"prompt": "p", "completion": "c"}\n' * 12
@@ -322,7 +322,7 @@ def test_accounts_take_turns(database: Database, tmp_path: Path) -> None:
         job = create(database, project, upload(database, project, tmp_path))
         put(database, job, created_at=1000 + number)
     order = []
-    while job_ := jobs.claim(database, "worker", 60):
+    while job_ := job_lease.claim(database, "worker", 60):
         order.append(made[job_.project_id])
     assert order == ["m", "f", "n", "m", "m", "m"]
 
@@ -331,34 +331,34 @@ def test_a_lease_keeps_others_away_until_it_ends(
     database: Database, project: Project, file_id: str
 ) -> None:
     job = create(database, project, file_id)
-    first = jobs.claim(database, "first", 0.3)
+    first = job_lease.claim(database, "first", 0.3)
     assert first is not None
     assert first.id == job.id
-    assert jobs.claim(database, "second", 60) is None
-    assert jobs.heartbeat(database, job.id, "first", 0.3) is Standing.KEEP
-    assert jobs.heartbeat(database, job.id, "second", 60) is Standing.LOST
+    assert job_lease.claim(database, "second", 60) is None
+    assert job_lease.heartbeat(database, job.id, "first", 0.3) is Standing.KEEP
+    assert job_lease.heartbeat(database, job.id, "second", 60) is Standing.LOST
     time.sleep(0.35)
-    taken = jobs.claim(database, "second", 60)
+    taken = job_lease.claim(database, "second", 60)
     assert taken is not None
-    assert jobs.standing(database, job.id, "first") is Standing.LOST
-    assert jobs.heartbeat(database, job.id, "first", 60) is Standing.LOST
+    assert job_lease.standing(database, job.id, "first") is Standing.LOST
+    assert job_lease.heartbeat(database, job.id, "first", 60) is Standing.LOST
     with database.write() as session, pytest.raises(StateConflict, match="no longer holds"):
-        jobs.held(session, job.id, "first")
-    jobs.release(database, job.id, "first")
-    assert jobs.claim(database, "third", 60) is None
-    jobs.release(database, job.id, "second")
-    assert jobs.claim(database, "third", 60) is not None
+        job_lease.held(session, job.id, "first")
+    job_lease.release(database, job.id, "first")
+    assert job_lease.claim(database, "third", 60) is None
+    job_lease.release(database, job.id, "second")
+    assert job_lease.claim(database, "third", 60) is not None
 
 
 def test_only_the_states_asked_for_are_claimed(
     database: Database, project: Project, file_id: str
 ) -> None:
     job = create(database, project, file_id)
-    assert jobs.claim(database, "worker", 60, ("queued", "running")) is None
+    assert job_lease.claim(database, "worker", 60, ("queued", "running")) is None
     for status in STATES:
         put(database, job, status=status, worker_id=None)
-        claimed = jobs.claim(database, "worker", 60)
-        assert (claimed is not None) == (status in jobs.CLAIMABLE)
+        claimed = job_lease.claim(database, "worker", 60)
+        assert (claimed is not None) == (status in job_lease.CLAIMABLE)
 
 
 def test_cancelling(database: Database, project: Project, file_id: str) -> None:
@@ -367,10 +367,10 @@ def test_cancelling(database: Database, project: Project, file_id: str) -> None:
     with pytest.raises(StateConflict, match="has ended"):
         jobs.request_cancel(database, project.id, job.id)
     held = create(database, project, file_id)
-    assert jobs.claim(database, "worker", 60) is not None
+    assert job_lease.claim(database, "worker", 60) is not None
     assert jobs.request_cancel(database, project.id, held.id).status == "cancelled"
-    assert jobs.claim(database, "other", 60) is None
-    assert jobs.heartbeat(database, held.id, "worker", 60) is Standing.LOST
+    assert job_lease.claim(database, "other", 60) is None
+    assert job_lease.heartbeat(database, held.id, "worker", 60) is Standing.LOST
 
 
 def test_queue_positions_count_the_jobs_ahead(
@@ -390,12 +390,12 @@ def test_queue_positions_count_the_jobs_ahead(
 
 CLAIM = """
 import json, sys, time
-from data import jobs
+from data import job_lease
 from data.db import Database
 database = Database(sys.argv[1])
 sys.stdin.readline()
 claimed = []
-while job := jobs.claim(database, sys.argv[2], 60):
+while job := job_lease.claim(database, sys.argv[2], 60):
     claimed.append(job.id)
 print(json.dumps(claimed))
 """

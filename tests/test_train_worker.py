@@ -21,7 +21,7 @@ import psutil
 import pytest
 from sqlalchemy import select
 
-from data import accounts, adapter_folders, jobs, registry
+from data import accounts, adapter_folders, job_lease, jobs, registry
 from data.job_spec import JobSpec
 from data.tables import AdapterVersion, File, Job, JobEvent, Project
 from train.job_training import MAX_CRASHES, fail_job
@@ -314,7 +314,7 @@ def test_cancelling_stops_the_trainer_and_keeps_checkpoints(
 
 def test_a_failure_after_the_cancel_changes_nothing(shop: Workshop, project: Project) -> None:
     job = add_job(shop, project)
-    claimed = jobs.claim(shop.database, shop.worker_id, 60)
+    claimed = job_lease.claim(shop.database, shop.worker_id, 60)
     assert claimed is not None
     with Lease(shop.database, job.id, shop.worker_id, 60, 20) as lease:
         jobs.request_cancel(shop.database, project.id, job.id)

@@ -15,7 +15,7 @@ from typing import Self
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from data import jobs
+from data import job_lease
 from data.db import Database
 
 LOOK_S = 0.5  # how often a request to cancel is looked for
@@ -72,14 +72,14 @@ class Lease:
                 continue
             if due:
                 renewed = begun
-            if standing is jobs.Standing.LOST:
+            if standing is job_lease.Standing.LOST:
                 self.lost.set()
                 return
-            if standing is jobs.Standing.PAUSE:
+            if standing is job_lease.Standing.PAUSE:
                 self.pause.set()
 
-    def _renew(self) -> jobs.Standing:
-        return jobs.heartbeat(self._database, self._job_id, self._worker_id, self._lease_s)
+    def _renew(self) -> job_lease.Standing:
+        return job_lease.heartbeat(self._database, self._job_id, self._worker_id, self._lease_s)
 
-    def _look(self) -> jobs.Standing:
-        return jobs.standing(self._database, self._job_id, self._worker_id)
+    def _look(self) -> job_lease.Standing:
+        return job_lease.standing(self._database, self._job_id, self._worker_id)

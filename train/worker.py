@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from data import adapter_folders, jobs, presence, webhooks
+from data import adapter_folders, job_lease, presence, webhooks
 from data.db import Database
 from data.errors import StateConflict, ToolkitError
 from data.feedback import privacy
@@ -92,7 +92,7 @@ class Worker:
         """Claim one job and do what it is due for; False if there was none."""
         shop, settings = self._shop, self._shop.settings
         states, handler = STAGES[name]
-        job = jobs.claim(shop.database, shop.worker_id, settings.lease_s, states)
+        job = job_lease.claim(shop.database, shop.worker_id, settings.lease_s, states)
         if job is None:
             return False
         with Lease(

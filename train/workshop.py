@@ -14,7 +14,7 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from data import adapter_folders, jobs, registry
+from data import adapter_folders, job_lease, jobs, registry
 from data.db import Database
 from data.errors import ModelNotFound, NotFound, StateConflict
 from data.files import FileStore
@@ -185,7 +185,7 @@ class Workshop:
         if lease.lost.is_set():
             raise StateConflict(f"The worker {self.worker_id} no longer holds the job {job_id}")
         with self.database.write() as session:
-            yield session, jobs.held(session, job_id, self.worker_id)
+            yield session, job_lease.held(session, job_id, self.worker_id)
 
 
 def _base_of(job: Job) -> str:
