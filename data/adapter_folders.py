@@ -22,9 +22,9 @@ from sqlalchemy import select
 
 from data import bias
 from data.adapter_checks import AdapterFacts, check_adapter, digest_of, files_of
+from data.blobs import sync_folder
 from data.db import Database
 from data.errors import AdapterRefused, InvalidInput, NotFound
-from data.files import sync_folder
 from data.tables import AdapterVersion, new_id, now
 
 STAGING = ".staging-"

@@ -1,37 +1,32 @@
 """Files of accounts: bytes in a blob store, rows in the database, never one without the other.
 
-An upload streams to a staging file, is hashed, checked and synced there, then moved into the blob
-store, and only then gets its row. A crash in between leaves a blob without a row, which `sweep`
-removes; a row without bytes cannot happen. Bytes never change afterwards.
+An upload's bytes are received and checked aside, then moved to their place (`data.blobs`), and only
+then it gets its row. A crash in between leaves a blob without a row, which `sweep` removes; a row
+without bytes cannot happen. Bytes never change afterwards.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
-import tempfile
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-import fsspec
 from sqlalchemy import or_, select, update
 from sqlalchemy.orm import Session
 
 from data import audit, caps
+from data.blobs import BlobStore
 from data.containers import check_is_text
 from data.db import Database
 from data.errors import DataError, InvalidInput, NotFound, QuotaExceeded, StateConflict
-from data.parts import PartStore
 from data.settings import Limits
 from data.tables import File, Job, new_id, now
 from data.tables_surface import Batch
 from data.validate import upload_error_message, validate
 
-CHUNK_BYTES = 1 << 20
 DEFAULT_MAX_BYTES = 512 << 20
 PURPOSES = ("fine-tune", "batch", "evals", "user_data", "feedback")
 RESULTS = "fine-tune-results"  # written by hone itself, as is
@@ -43,7 +38,6 @@ EXPIRY_RANGE_S = (3600, 2_592_000)
 ORPHAN_AGE_S = 24 * 3600
 NAME = re.compile(r"[^\w.()@+ -]", re.UNICODE)
 MAX_NAME_BYTES = 200
-OURS = re.compile(r"proj_\w+/file-\w+|\.staging/upload-\w+")  # what a sweep may remove
 
 
 class FileStore:
@@ -67,19 +61,9 @@ class FileStore:
         limits: Limits | None = None,
     ):
         self._database = database
-        try:
-            if not blob_url:
-                raise ValueError("it is empty")
-            self._blobs, self._root = fsspec.core.url_to_fs(blob_url)
-        except (ValueError, ImportError) as error:
-            raise InvalidInput(
-                f'blob_url "{blob_url}" cannot be used ({error}); give a folder as file:///PATH, '
-                "or for S3 install hone-toolkit[s3]",
-                param="blob_url",
-            ) from error
-        self._is_local = "file" in _protocols(self._blobs)
+        self._blobs = BlobStore(blob_url)
         self._max_bytes = max_bytes
-        self.parts = PartStore(self._blobs, self._root)
+        self.parts = self._blobs.parts
         self.limits = limits or Limits()
 
     def create(
@@ -112,7 +96,7 @@ class FileStore:
 
     def discard(self, record: File) -> None:
         """Remove the bytes of a file that was staged and got no row."""
-        self._blobs.rm(self._path(record.blob))
+        self._blobs.remove(record.blob)
 
     def stage(
         self,
@@ -126,20 +110,20 @@ class FileStore:
         """Store a file's bytes for good; the caller adds the row in a transaction of its own."""
         check_request(purpose, expires_after_s)
         filename = safe_name(filename)
-        with self._staged(stream, max_bytes or self._max_bytes) as (path, size, digest):
+        with self._blobs.stage(stream, max_bytes or self._max_bytes) as staged:
             if purpose in JSONL_PURPOSES:
-                check_is_text(path, filename)
-                _check_lines(path, filename)
+                check_is_text(staged.path, filename)
+                _check_lines(staged.path, filename)
             file_id = new_id("file-")
             blob = f"{project_id}/{file_id}"
-            self._publish(path, blob)
+            self._blobs.publish(staged, blob)
         return File(
             id=file_id,
             project_id=project_id,
             filename=filename,
             purpose=purpose,
-            bytes=size,
-            sha256=digest,
+            bytes=staged.bytes,
+            sha256=staged.sha256,
             blob=blob,
             expires_at=now() + expires_after_s if expires_after_s else None,
         )
@@ -218,7 +202,7 @@ class FileStore:
                 )
             record.deleted_at = now()
             audit.record(session, "file.deleted", file_id, project_id)
-        self._blobs.rm(self._path(record.blob))
+        self._blobs.remove(record.blob)
 
     def open(self, project_id: str, file_id: str) -> BinaryIO:
         """Open a file's bytes for reading.
@@ -228,22 +212,16 @@ class FileStore:
         """
         record = self.get(project_id, file_id)
         try:
-            stream: BinaryIO = self._blobs.open(self._path(record.blob), "rb")
+            return self._blobs.open(record.blob)
         except FileNotFoundError:
             self.get(project_id, file_id)  # deleted since, which is no fault of the server's
             raise
-        return stream
 
     @contextmanager
     def local_path(self, project_id: str, file_id: str) -> Iterator[Path]:
         """Yield a path with the file's bytes; a remote blob is copied for the time of the block."""
         record = self.get(project_id, file_id)
-        if self._is_local:
-            yield Path(self._path(record.blob))
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / record.filename
-            self._blobs.get_file(self._path(record.blob), str(path))
+        with self._blobs.local_path(record.blob, record.filename) as path:
             yield path
 
     def place(self, project_id: str, file_id: str, folder: Path) -> Path:
@@ -252,7 +230,7 @@ class FileStore:
         folder.mkdir(parents=True, exist_ok=True)
         target, partial = folder / record.filename, folder / f".{file_id}"
         partial.unlink(missing_ok=True)
-        self._link_or_copy(self._path(record.blob), partial)
+        self._blobs.copy_to(record.blob, partial)
         os.replace(partial, target)
         partial.unlink(missing_ok=True)  # a rename between two names of one file does nothing
         return target
@@ -295,94 +273,16 @@ class FileStore:
         with self._database.read() as session:
             known = set(session.scalars(select(File.blob).where(File.deleted_at.is_(None))))
         removed = []
-        for path in self._blobs.find(self._root) if self._blobs.exists(self._root) else ():
-            blob = path[len(self._root) :].lstrip("/")
-            if not OURS.fullmatch(blob) or blob in known:
-                continue
-            if self._age_s(path) >= min_age_s:
-                self._blobs.rm(path)
-                removed.append(blob)
+        for blob in self._blobs.orphans(known, min_age_s):
+            self._blobs.remove(blob)
+            removed.append(blob)
         return removed
-
-    def _link_or_copy(self, source: str, target: Path) -> None:
-        if self._is_local:
-            try:
-                os.link(source, target)  # bytes never change, so both names may share them
-                return
-            except OSError:
-                pass  # another disk
-        self._blobs.get_file(source, str(target))
-
-    def _path(self, blob: str) -> str:
-        return f"{self._root}/{blob}"
-
-    def _age_s(self, path: str) -> float:
-        return time.time() - self._blobs.modified(path).timestamp()
-
-    @contextmanager
-    def _staged(
-        self, stream: BinaryIO | Iterable[bytes], max_bytes: int
-    ) -> Iterator[tuple[Path, int, str]]:
-        folder = Path(self._root) / ".staging" if self._is_local else Path(tempfile.gettempdir())
-        folder.mkdir(parents=True, exist_ok=True)
-        digest, size = hashlib.sha256(), 0
-        with tempfile.NamedTemporaryFile(dir=folder, prefix="upload-", delete=False) as target:
-            path = Path(target.name)
-            try:
-                for chunk in _chunks(stream):
-                    size += len(chunk)
-                    if size > max_bytes:
-                        raise InvalidInput(
-                            f"The file is larger than {max_bytes} bytes, the most that one "
-                            "upload may hold; split it",
-                            param="file",
-                            code="file_too_large",
-                        )
-                    digest.update(chunk)
-                    target.write(chunk)
-                target.flush()
-                os.fsync(target.fileno())
-                yield path, size, digest.hexdigest()
-            finally:
-                path.unlink(missing_ok=True)
-
-    def _publish(self, path: Path, blob: str) -> None:
-        target = self._path(blob)
-        self._blobs.makedirs(target.rpartition("/")[0], exist_ok=True)
-        if self._is_local:
-            os.rename(path, target)
-            sync_folder(Path(target).parent)
-            sync_folder(Path(self._root))
-        else:
-            self._blobs.put_file(str(path), target)
 
 
 def safe_name(filename: str) -> str:
     """Return the last part of a client's file name without anything that a path could mean."""
     name = NAME.sub("_", filename.replace("\\", "/").rpartition("/")[2]).strip(". ")
     return name.encode()[:MAX_NAME_BYTES].decode(errors="ignore") or "file"
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside a folder survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _protocols(filesystem: Any) -> tuple[str, ...]:
-    protocol = filesystem.protocol
-    return (protocol,) if isinstance(protocol, str) else tuple(protocol)
-
-
-def _chunks(stream: BinaryIO | Iterable[bytes]) -> Iterator[bytes]:
-    if hasattr(stream, "read"):
-        while chunk := stream.read(CHUNK_BYTES):
-            yield chunk
-    else:
-        yield from stream
 
 
 def check_request(purpose: str, expires_after_s: int | None) -> None:

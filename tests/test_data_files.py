@@ -233,7 +233,7 @@ def test_reports_are_made_once(store: FileStore, project: Project, tmp_path: Pat
     assert report["counts"] == {"missing_key": 1}
     assert report["problems"][0]["line"] == 13
     assert report["sha256"] == file.sha256
-    store._blobs.rm(store._path(file.blob))
+    store._blobs.remove(file.blob)
     assert store.report(project.id, file.id) == report
 
 
