@@ -52,8 +52,8 @@ def list_examples(
     named = [record.id for record in listed if record.filename == FILENAME]
     if not named:
         raise StateConflict(
-            f"The job {job_id} has no losses by example: it had more training rows than are "
-            "listed; its events say how many are.",
+            f"The job {job_id} has no losses by example: they are computed for the method "
+            "supervised, unless there are more training rows than are listed; its events tell.",
             param="id",
         )
     with files.open(project_id, named[0]) as stream:

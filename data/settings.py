@@ -31,7 +31,8 @@ Location = tuple[str | int, ...]
 ENV_PREFIX = "HONE_"
 # Beside its own errors PyYAML raises these, for `2024-13-45`, `0x_` or an alias inside itself.
 YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
-NOT_SETTINGS = {"HONE_CONFIG", "HONE_API_KEY", "HONE_BASE_URL"}  # the file itself; the CLI client's
+# The file itself, what the CLI's client is told, and the password of `hone people`.
+NOT_SETTINGS = {"HONE_CONFIG", "HONE_API_KEY", "HONE_BASE_URL", "HONE_PASSWORD"}
 
 
 class StrictModel(BaseModel):

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Sequence
 
 from rlhf.ppo_config import PpoConfig
@@ -73,7 +72,7 @@ def _run(config: PpoConfig, run: RunFolder, options: argparse.Namespace) -> int:
             if checkpoint is None:
                 for message in job.warnings:
                     run.tell(message, level="warn")
-        started = time.monotonic()
+        run.begin(checkpoint)
         outcome = PpoTrainer(job, run, stopper).train(checkpoint)
         if outcome is None:
             newest = run.newest_checkpoint()
@@ -81,8 +80,7 @@ def _run(config: PpoConfig, run: RunFolder, options: argparse.Namespace) -> int:
             return STOPPED
         if job.team.is_main:
             write_report(run, config, outcome)
-            seconds = round(time.monotonic() - started, 1)
-            write_json(run.result, {"status": "succeeded", "seconds": seconds, **outcome})
+            write_json(run.result, {"status": "succeeded", "seconds": run.seconds, **outcome})
             print(f"the adapter is {run.adapter}", file=sys.stderr)
     finally:
         job.close()

@@ -11,6 +11,8 @@ from rlhf.policy_config import PolicyConfig, SampledConfig
 from rlhf.reward_settings import SHAPING, PpoRewardSettings
 from train.config import Auto
 
+WARMUP_UPDATES = 10  # of a value that starts from zeros
+
 
 class KlSettings(StrictModel):
     """How the policy is kept near the reference."""
@@ -52,7 +54,8 @@ class ValueSettings(StrictModel):
     clip_range: float = Field(0.2, gt=0, description="A value moves at most this far an update.")
     warmup_updates: int | Auto = Field(
         "auto",
-        description="First updates of the value alone; auto: 0 from a reward model, else 10.",
+        description="First updates of the value alone; auto: 0 from a reward model, else 10, but "
+        "a fifth of a short run.",
     )
 
 
@@ -118,6 +121,12 @@ class PpoConfig(PolicyConfig, SampledConfig):
                 "value.start is reward, but value.trunk is shared: a head on the policy cannot be "
                 "a copy of the reward model; set value.trunk to separate, or leave start out"
             )
+        if self.value_warmup >= self.num_updates:
+            problems.append(
+                f"value.warmup_updates {self.value_warmup} leaves no update to the policy: "
+                f"total_episodes {self.total_episodes} are {self.num_updates} updates; lower it, "
+                "or give more episodes"
+            )
         if self.value.start == "reward" and self.reward.model is None:
             problems.append("value.start is reward, but reward.model names no reward model")
         if problems:
@@ -134,7 +143,7 @@ class PpoConfig(PolicyConfig, SampledConfig):
         """Updates that train the value alone."""
         if self.value.warmup_updates != "auto":
             return self.value.warmup_updates
-        return 0 if self.value_starts_as_reward else 10
+        return 0 if self.value_starts_as_reward else min(WARMUP_UPDATES, self.num_updates // 5)
 
     @property
     def value_starts_as_reward(self) -> bool:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Sequence
 
 from rlhf.config import RewardConfig
@@ -72,14 +71,13 @@ def _run(config: RewardConfig, run: RunFolder, options: argparse.Namespace) -> i
         write_json(run.resolved, provenance(config, None, **facts))
         for message in job.warnings if checkpoint is None else ():
             run.tell(message, level="warn")
-    started = time.monotonic()
+    run.begin(checkpoint)
     outcome = reward_run.train(job, run, stopper, checkpoint)
     if outcome is None:
         print(f"stopped; the same command resumes from {run.newest_checkpoint()}", file=sys.stderr)
         return STOPPED
     if is_main:
-        seconds = round(time.monotonic() - started, 1)
-        write_json(run.result, {"status": "succeeded", "seconds": seconds, **outcome})
+        write_json(run.result, {"status": "succeeded", "seconds": run.seconds, **outcome})
         print(f"the reward model is {run.adapter}", file=sys.stderr)
     return 0
 

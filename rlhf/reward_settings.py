@@ -62,8 +62,8 @@ class PpoRewardSettings(StrictModel):
         given = [name for name in names if getattr(self, name) is not None]
         if len(given) != 1 and given != ["model", "grader"]:
             raise ValueError(
-                f"reward needs exactly one of model, function, url and grader; got "
-                f"{', '.join(given) or 'none'}"
+                "reward needs exactly one of model, function, url and grader (both model and "
+                f"grader where that scores with it); got {', '.join(given) or 'none'}"
             )
         waits = {"timeout_s": ("function", "url"), "retries": ("url",)}
         for name, sources in waits.items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from typing import Any
 
 from train.command import (
@@ -61,7 +60,7 @@ def execute(module: Any, config: Any, run: RunFolder, options: argparse.Namespac
             write_json(run.resolved, resolved)
             for message in job.warnings if checkpoint is None else ():
                 run.tell(message, level="warn")
-        started = time.monotonic()
+        run.begin(checkpoint)
         outcome = module.train(job, run, stopper, checkpoint)
         if outcome is None:
             newest = run.newest_checkpoint()
@@ -69,8 +68,7 @@ def execute(module: Any, config: Any, run: RunFolder, options: argparse.Namespac
             return STOPPED
         if is_main:
             write_report(run, config, outcome)
-            seconds = round(time.monotonic() - started, 1)
-            write_json(run.result, {"status": "succeeded", "seconds": seconds, **outcome})
+            write_json(run.result, {"status": "succeeded", "seconds": run.seconds, **outcome})
             print(f"the adapter is {run.adapter}", file=sys.stderr)
     finally:
         if hasattr(job, "close"):

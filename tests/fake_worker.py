@@ -17,7 +17,7 @@ from typing import Any
 
 import fake_trainer
 
-from data import adapter_folders, jobs, registry
+from data import adapter_folders, job_lease, jobs, registry
 from data.files import FileStore
 from data.settings import Settings
 from train import job_training, job_validation, worker
@@ -33,7 +33,7 @@ if status:
 TRAINER = (sys.executable, "-c", LAUNCHER, sys.executable, str(Path(fake_trainer.__file__)))
 # moment: (where the function is looked up, its name, whether it is done before the kill)
 MOMENTS: dict[str, tuple[Any, str, bool]] = {
-    "claimed": (jobs, "claim", True),
+    "claimed": (job_lease, "claim", True),
     "validated": (job_validation, "validate", True),
     "queued": (jobs, "enqueue", True),
     "before the trainer": (job_training, "TrainerProcess", False),

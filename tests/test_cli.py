@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from data import people
+from data.db import Database
+from data.settings import Settings
+
 
 @pytest.fixture
 def hone(tmp_path: Path):
@@ -47,6 +51,17 @@ def test_an_account_is_made_listed_and_its_key_revoked(hone) -> None:
     hone("keys", "revoke", key["id"])
     assert json.loads(hone("keys", "list", "--json"))[0]["revoked_at"]
     assert json.loads(hone("admin-keys", "create", "--json"))["api_key"].startswith("sk-")
+
+
+def test_a_password_comes_from_the_environment(
+    hone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hone("accounts", "create", "acme")
+    monkeypatch.setenv("HONE_PASSWORD", "correct horse battery")
+    added = json.loads(hone("people", "add", "ann@example.org", "--role", "admin", "--json"))
+    assert added["password"] is None
+    database = Database(Settings(home=tmp_path / "home").effective_database_url)
+    assert people.sign_in(database, "ann@example.org", "correct horse battery")
 
 
 def test_usage_is_told_of_each_account(hone, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -89,3 +90,25 @@ def test_a_jobs_multiplier_scales_the_rates_of_policy_and_value(
     )
     assert found.learning_rate == pytest.approx(multiplier * plain.learning_rate)
     assert found.value.learning_rate == pytest.approx(multiplier * plain.value.learning_rate)
+
+
+def test_a_job_shows_the_batch_of_whole_groups_that_it_trains_with(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "say"}\n' * 64)
+    grader = {"type": "string_check", "name": "a", "input": "{{ sample.output_text }}"}
+    grader |= {"reference": "a", "operation": "eq"}
+    job: Any = SimpleNamespace(
+        method={"type": "reinforcement", "reinforcement": {"grader": grader}},
+        hyperparameters={"compute_multiplier": 2.5, "batch_size": 32},
+        options={},
+        integrations=(),
+        base="smollm2-135m-instruct",
+        seed=3,
+    )
+    run = RunFolder(tmp_path)
+    found = read_config(
+        GrpoConfig,
+        write_method_config(job, Settings(home=tmp_path), run, prompts, None, None, None),
+    )
+    assert (found.num_generations, found.batch_size) == (10, 30)
+    assert json.loads(run.hyperparameters.read_text())["batch_size"] == 30

@@ -20,6 +20,7 @@ from train_runs import launch
 
 from rlhf import ppo
 from train.command import STOPPED
+from train.run import COMPLETE, RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
 REWARDS = """
@@ -191,7 +192,12 @@ def test_a_killed_run_goes_on_bit_for_bit(place, trunk):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (place / cut / "result.json").exists()
+    newest = RunFolder(place / cut).newest_checkpoint()
+    assert newest is not None
+    (newest / COMPLETE).write_text('{"seconds": 1000.0}')
     assert run(place, cut, **values) == 0
+    result = json.loads((place / cut / "result.json").read_text())
+    assert 1000 <= result["seconds"] < 1600  # those of both attempts
     one, other = (
         load_file(place / out / "adapter/adapter_model.safetensors") for out in (whole, cut)
     )

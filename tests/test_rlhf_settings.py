@@ -42,6 +42,11 @@ def read(kind: type[Any], values: dict[str, object]) -> Any:
         ),
         (PpoConfig, FUNCTION | {"kl.coef": 0, "kl.target": 5}, "coef is 0"),
         (PpoConfig, FUNCTION | {"kl.horizon": 50}, "give target too"),
+        (
+            PpoConfig,
+            FUNCTION | {"total_episodes": 128, "value.warmup_updates": 2},
+            "leaves no update to the policy",
+        ),
         (PpoConfig, FUNCTION | {"reward.retries": 1}, "retries is of url alone"),
         (PpoConfig, JUDGED | {"reward.timeout_s": 1}, "timeout_s is of function and url alone"),
         (PpoConfig, FUNCTION | {"reward.clip": 0}, "above 0, null or auto"),
@@ -150,3 +155,21 @@ def test_every_problem_of_a_grader_is_told_at_once() -> None:
 def test_a_reward_model_that_no_grader_uses_is_refused() -> None:
     with pytest.raises(ValidationError, match="no part of grader is a score_model"):
         PpoRewardSettings.model_validate({"model": "runs/reward/adapter", "grader": CHECK})
+
+
+@pytest.mark.parametrize(
+    ("values", "updates"),
+    [
+        (FUNCTION, 10),
+        (FUNCTION | {"total_episodes": 64 * 50}, 10),
+        (FUNCTION | {"total_episodes": 64 * 8}, 1),
+        (FUNCTION | {"total_episodes": 64}, 0),
+        (FUNCTION | {"value.warmup_updates": 3}, 3),
+        (JUDGED, 0),
+        (JUDGED | {"value.start": "zero"}, 10),
+    ],
+)
+def test_the_value_learns_alone_for_a_fifth_of_a_run_at_most(
+    values: dict[str, object], updates: int
+) -> None:
+    assert read(PpoConfig, values).value_warmup == updates

@@ -218,18 +218,27 @@ def test_killed_or_stopped_all_go_on_from_their_checkpoints(
         assert steps == sorted(steps)
 
 
-def test_finished_runs_are_left_as_they_are(place: Workplace, alone: dict[str, Path]) -> None:
+def test_finished_runs_are_left_as_they_are(
+    place: Workplace, alone: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     for name in ("long", "short"):
         shutil.copytree(alone[name], place.folder / f"again-{name}")
+        path = place.folder / f"again-{name}/resolved_config.json"
+        path.write_text(path.read_text("utf-8").replace(f"alone-{name}", f"again-{name}"), "utf-8")
     (place.folder / "again-short/result.json").unlink()
     before = (place.folder / "again-long/result.json").stat().st_mtime_ns
-    path = place.folder / "again-short/resolved_config.json"
-    path.write_text(path.read_text("utf-8").replace("alone-short", "again-short"), "utf-8")
     members = {name: MEMBERS[name] for name in ("long", "short")}
     status, runs = together_runs(place, "again", members)
     assert status == 0
     assert (runs["long"] / "result.json").stat().st_mtime_ns == before
     assert_same_run(runs["short"], alone["short"], exactly=True)
+
+    capsys.readouterr()
+    members = {"long": MEMBERS["long"] | {"seed": 99}}
+    status, _ = together_runs(place, "again", members)
+    assert status == 2
+    assert "seed is 99, but the finished run in" in capsys.readouterr().err
+    assert (runs["long"] / "result.json").stat().st_mtime_ns == before
 
 
 def test_what_cannot_be_trained_at_once_is_told_together(

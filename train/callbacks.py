@@ -166,7 +166,6 @@ class RunLog(TrainerCallback):
         origin: Which base the adapter belongs to, written beside it.
         keep: How many checkpoints stay, beside the best, once a new one is marked whole; None where
             the trainer's own limit removes them.
-        earlier: Seconds that earlier attempts trained for.
     """
 
     def __init__(
@@ -175,11 +174,9 @@ class RunLog(TrainerCallback):
         published: Callable[[int], bool],
         origin: Mapping[str, str],
         keep: int | None = None,
-        earlier: float = 0.0,
     ) -> None:
         self._run = run
         self._keep = keep
-        self._began = time.monotonic() - earlier
         self._published = published
         self._origin = origin
         self._training: dict[str, float] = {}
@@ -234,7 +231,7 @@ class RunLog(TrainerCallback):
         if self._published(step):
             limit = self._keep or args.save_total_limit or 0
             self._run.lay_out_model(step, self._origin, max(MODELS_KEPT, limit))
-        self._run.mark_complete(step, time.monotonic() - self._began)
+        self._run.mark_complete(step)
         if self._keep is not None:
             folder = str(self._run.checkpoints)
             rotate_checkpoints(folder, self._keep, state.best_model_checkpoint)

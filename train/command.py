@@ -71,7 +71,7 @@ def run_command(
     run = RunFolder(config.output_dir)
     try:
         if run.result.exists():
-            return _tell_finished(module, config, run)
+            return tell_finished(module, config, run)
         return execute(config, run, options)
     except Exception as error:  # noqa: BLE001 - the one place that turns any failure into a status
         return report_failure(module, error, run)
@@ -134,7 +134,7 @@ def data_facts(config: RunConfig) -> dict[str, dict[str, str]]:
     return found
 
 
-def _tell_finished(module: str, config: RunConfig, run: RunFolder) -> int:
+def tell_finished(module: str, config: RunConfig, run: RunFolder) -> int:
     """Say that a folder holds a finished run, and whether it is the one that is asked for.
 
     Returns:

@@ -59,6 +59,7 @@ def write_method_config(
         values["bias_report"] = settings.bias_reports
     if rules.graded:
         values |= _sampling(job, kind, numbers, train_file, reward_model)
+        numbers["batch_size"] = values["batch_size"]  # of whole groups
         if validation_file is not None:
             values["eval_prompts_file"] = str(validation_file.resolve())
     else:

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from data.errors import ConfigError, ToolkitError
 from data.settings import read_config
-from train.command import STOPPED, report_failure
+from train.command import STOPPED, report_failure, tell_finished
 from train.config import CPU_MICRO_BATCH_TOKENS, GPU_MICRO_BATCH_TOKENS, SftConfig
 from train.devices import with_one_gpu
 from train.run import RunFolder
@@ -101,6 +101,8 @@ def check_together(configs: Sequence[SftConfig]) -> None:
 def run_many(configs: Sequence[SftConfig], max_tokens: int | None = None) -> list[int]:
     """Train all runs that are not finished; returns the exit status of each.
 
+    A run that is finished is left alone; asked for with other settings, its status is 2.
+
     Args:
         configs: Checked by `check_together`.
         max_tokens: Of a joint pass through the base; by default what `auto` gives a single run.
@@ -111,9 +113,9 @@ def run_many(configs: Sequence[SftConfig], max_tokens: int | None = None) -> lis
     """
     runs = [RunFolder(config.output_dir) for config in configs]
     todo = [index for index, run in enumerate(runs) if not run.result.exists()]
-    for index in set(range(len(runs))) - set(todo):
-        print(f"{runs[index].path} holds a finished run", file=sys.stderr)
     statuses = [0] * len(runs)
+    for index in set(range(len(runs))) - set(todo):
+        statuses[index] = tell_finished("train.many", configs[index], runs[index])
     if not todo:
         return statuses
     device = with_one_gpu(configs[0]).device

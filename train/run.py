@@ -43,6 +43,7 @@ class RunFolder:
         self.log = path / "trainer.log"
         self.card = path / "report_card.json"
         self.hyperparameters = path / "hyperparameters.json"
+        self._began: float | None = None
 
     def prepare(self) -> None:
         """Make the folder and clear what an earlier, unfinished attempt left half-done."""
@@ -80,23 +81,26 @@ class RunFolder:
         for old in sorted(self.models.glob("step-*"), key=step_of)[:-keep]:
             shutil.rmtree(old)
 
-    def mark_complete(self, step: int, seconds: float = 0.0) -> None:
-        """Declare a checkpoint whole, once its files are on disk.
+    def begin(self, checkpoint: Path | None) -> None:
+        """Start the clock of an attempt, which goes on from what the checkpoint had taken."""
+        earlier = 0.0
+        if checkpoint is not None and (mark := (checkpoint / COMPLETE).read_text("utf-8")):
+            earlier = json.loads(mark)["seconds"]
+        self._began = time.monotonic() - earlier
 
-        Args:
-            seconds: That all attempts together trained for to get there.
-        """
+    @property
+    def seconds(self) -> float:
+        """What all attempts together have taken, up to the checkpoints that they went on from."""
+        return 0.0 if self._began is None else round(time.monotonic() - self._began, 1)
+
+    def mark_complete(self, step: int) -> None:
+        """Declare a checkpoint whole, once its files are on disk."""
         folder = self.checkpoints / f"checkpoint-{step}"
         for path in folder.rglob("*"):
             if path.is_file():
                 _sync(path)
-        write_json(folder / COMPLETE, {"seconds": round(seconds, 1)})
+        write_json(folder / COMPLETE, {"seconds": self.seconds})
         _sync(folder)
-
-    def seconds_of(self, checkpoint: Path) -> float:
-        """Return how long a run trained up to a whole checkpoint; 0 where its mark is empty."""
-        mark = (checkpoint / COMPLETE).read_text("utf-8")
-        return float(json.loads(mark)["seconds"]) if mark else 0.0
 
     def newest_checkpoint(self) -> Path | None:
         """Return the whole checkpoint with the highest step."""

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -97,8 +96,7 @@ def run_one(
         for message in job.warnings if checkpoint is None else ():  # a resumed run has told them
             run.tell(message, level="warn")
             print(f"{run.path}: warning: {message}", file=sys.stderr)
-    started = time.monotonic()
-    earlier = run.seconds_of(checkpoint) if checkpoint else 0.0
+    run.begin(checkpoint)
     outcome = trainer.train(job, run, stopper, checkpoint, seat)
     if not is_main_process():  # the first still saves and checks the adapter
         return STOPPED if outcome is None else 0
@@ -110,7 +108,7 @@ def run_one(
         {
             "status": "succeeded",
             "hyperparameters": job.plan.model_dump(),
-            "seconds": round(earlier + time.monotonic() - started, 1),
+            "seconds": run.seconds,
             **outcome,
         },
     )

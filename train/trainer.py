@@ -70,11 +70,9 @@ def train(
     Raises:
         TrainingFailed: The loss is not finite, or the adapter does not serve as trained.
     """
-    earlier = run.seconds_of(checkpoint) if checkpoint else 0.0
-    trainer = _make_trainer(job, run, stopper, seat, earlier)
-    started = time.monotonic() - earlier
+    trainer = _make_trainer(job, run, stopper, seat)
     outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    seconds = time.monotonic() - started
+    seconds = run.seconds
     if stopper.asked.is_set():
         return None
     if trainer.is_world_process_zero() and trainer.state.global_step < trainer.state.max_steps:
@@ -104,7 +102,7 @@ def train(
         if regression is not None:
             result["comparison"], result["gate"] = regression.summary(), regression.gate()
         result["peak_memory_bytes"] = _peak_memory(job.base.model.device)
-        write_report(run, job, {**result, "training_s": round(seconds, 1)}, regression)
+        write_report(run, job, {**result, "training_s": seconds}, regression)
         if has_dora:
             write_merged(run, model, job.base, job.config.device)
     return result
@@ -142,7 +140,6 @@ def _make_trainer(
     run: RunFolder,
     stopper: Stopper,
     seat: Seat | None = None,
-    earlier: float = 0.0,
 ) -> LoraTrainer:
     config, plan, base = job.config, job.plan, job.base
     set_seed(config.seed)  # so that the adapter starts the same however the data were read
@@ -152,7 +149,7 @@ def _make_trainer(
         peft_config = read_shape(config.start_adapter, base, config.lora.dropout)
     steps = checkpoint_steps(config, plan)
     published = _published(config, plan, steps)
-    log = RunLog(run, published, base.origin, config.keep_checkpoints, earlier)
+    log = RunLog(run, published, base.origin, config.keep_checkpoints)
     trainer = LoraTrainer(
         order=LengthGroupedSampler(job.train.examples.lengths, plan.batch_size, config.seed),
         max_rows=plan.micro_batch_size,
