@@ -193,7 +193,7 @@ def agreement(groups: Iterable[Group]) -> tuple[float | None, str | None]:
     return agreeing / chances, None
 
 
-_Judgement = tuple[float, float, int, dict[str, str]]  # probability, margin, line, tags
+_Judgement = tuple[float, float, int, dict[str, str]]  # probability and margin of the first
 
 
 def _group(tokenizer: Any, rows: Iterable[tuple[int, Row]]) -> list[Group]:
@@ -209,15 +209,17 @@ def _group(tokenizer: Any, rows: Iterable[tuple[int, Row]]) -> list[Group]:
             except ToolkitError as error:
                 raise DataError(f"line {line}: {error.message}", code=error.code) from error
             prob = 1.0 if pair.label_prob is None else pair.label_prob
+            margin = pair.margin or 0.0
             first, second = places
             if first > second:  # the order in which they were first seen
-                first, second, prob = second, first, 1 - prob
+                first, second, prob, margin = second, first, 1 - prob, -margin
             tags = {name: str(tag) for name in TAGS if (tag := getattr(pair, name)) is not None}
-            judged[prompt, first, second].append((prob, pair.margin or 0.0, line, tags))
+            judged[prompt, first, second].append((prob, margin, line, tags))
     for (prompt, first, second), votes in judged.items():
         prob = sum(vote[0] for vote in votes) / len(votes)
         margin = sum(vote[1] for vote in votes) / len(votes)
-        better, worse = (first, second) if prob >= 0.5 else (second, first)
+        better, worse, margin = (first, second, margin) if prob >= 0.5 else (second, first, -margin)
+        margin = max(margin, 0.0) if prob != 0.5 else 0.0  # those of opposite judgements cancel
         told: tuple[Vote, ...] = ()
         if any(vote[3] for vote in votes):
             told = tuple(Vote(v[0] if prob >= 0.5 else 1 - v[0], v[3]) for v in votes)

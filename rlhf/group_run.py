@@ -23,7 +23,7 @@ from rlhf.actor_critic import POLICY, REFERENCE, REWARD, ActorCritic, copy_adapt
 from rlhf.evaluate import Answers, compare, gate, summarize
 from rlhf.experience import response_kl, shape_scores
 from rlhf.ppo_setup import prompt_room, read_prompts
-from rlhf.prompts import Prompt
+from rlhf.prompts import Prompt, PromptStream
 from rlhf.reward_model import read_head
 from rlhf.rewards import BATCH_TOKENS, RewardSource, make_source, without_numbers
 from rlhf.rollout import GREEDY_ENOUGH, Sample, Sampler, describe, seed_of, under_another_name
@@ -81,7 +81,7 @@ def set_up(config: RlooConfig | GrpoConfig) -> GroupRun:
     prompts, eval_prompts, warnings = read_prompts(config, base, room)
     head = read_head(config.reward.model, base.fingerprint) if config.reward.model else None
     longest = max(len(prompt.ids) for prompt in (*prompts, *eval_prompts))
-    total = max(1, config.total_episodes // config.batch_size)
+    total = max(1, config.total_episodes // config.batch_size) * config.num_iterations
     device = base.model.device.type
     steps = plan_steps(config, total, longest + config.max_new_tokens, device)
     model = start_policy(config, base)
@@ -125,7 +125,7 @@ def train(
 
 def _make_trainer(job: GroupRun, run: RunFolder, stopper: Stopper) -> EngineRloo | EngineGrpo:
     config, steps = job.config, job.steps
-    episodes = _Episodes(job, run)
+    episodes = Episodes(job, run)
     common = arguments(config, job.base, run, steps, evaluates=False) | {
         "num_generations": config.num_generations,
         "num_iterations": config.num_iterations,
@@ -134,16 +134,21 @@ def _make_trainer(job: GroupRun, run: RunFolder, stopper: Stopper) -> EngineRloo
         "beta": config.beta,
         "epsilon": config.clip_range,
         "steps_per_generation": steps.accumulation,
-        "shuffle_dataset": True,
+        "shuffle_dataset": False,
         "log_completions": False,
         "disable_dropout": True,  # rewards and log-probabilities are read in training mode
     }
+    batches = steps.total // config.num_iterations
+    each = config.batch_size // config.num_generations
+    # The prompts of the whole run in their order: TRL's own begins anew where a run is resumed, and
+    # leaves out what does not fill a batch.
+    order = PromptStream(len(job.prompts), config.seed).take(0, batches * each)
     parts: dict[str, Any] = {
         "model": job.roles.model,
         "reward_funcs": [episodes.score],
-        "train_dataset": Dataset.from_list([{"prompt": str(i)} for i in range(len(job.prompts))]),
+        "train_dataset": Dataset.from_list([{"prompt": str(index)} for index in order]),
         "processing_class": job.base.tokenizer,
-        "callbacks": [*callbacks(run, job.base, stopper, steps), Alarms(run)],
+        "callbacks": [*callbacks(run, job.base, config, stopper, steps), Alarms(run)],
     }
     if isinstance(config, RlooConfig):
         return EngineRloo(episodes, args=RLOOConfig(**common), **parts)
@@ -175,7 +180,7 @@ class _Clock:
         return {f"time/{name}": round(value, 3) for name, value in split.items()}
 
 
-class _Episodes:
+class Episodes:
     """Samples and scores for TRL's trainers; a prompt travels through them as its index."""
 
     def __init__(self, job: GroupRun, run: RunFolder):
@@ -183,7 +188,7 @@ class _Episodes:
         self.clock = _Clock()
         self._made: dict[tuple[str, tuple[int, ...]], Sample] = {}
         self.step = 0
-        self.rank = 0
+        self.rank, self.size = 0, 1  # of the processes
 
     def prompt_ids(self, indices: Sequence[str]) -> list[list[int]]:
         return [list(self._job.prompts[int(index)].ids) for index in indices]
@@ -192,7 +197,7 @@ class _Episodes:
         """Return one response to each prompt."""
         job = self._job
         seeds = [
-            seed_of(job.config.seed, self.step, self.rank * 1_000_003 + place)
+            seed_of(job.config.seed, self.step, place * self.size + self.rank)
             for place in range(len(indices))
         ]
         with self.clock.timing("rollout"):
@@ -210,29 +215,29 @@ class _Episodes:
 
     def score(
         self, prompts: Sequence[str], completion_ids: Sequence[Sequence[int]], **_: Any
-    ) -> list[float]:
-        """Return the shaped reward of each response; TRL calls it as a reward function."""
+    ) -> list[float | None]:
+        """Return the shaped reward of each response; TRL calls it as a reward function.
+
+        One without a reward is None: TRL leaves it out of its group's mean, and of learning.
+        """
         samples = [
             self._made[index, tuple(ids)]
             for index, ids in zip(prompts, completion_ids, strict=True)
         ]
         with self.clock.timing("score"):
             raw = self._job.source.score(samples)
-        known = [score for score in raw if not math.isnan(score)]
-        if not known:
+        skipped = [math.isnan(score) for score in raw]
+        if all(skipped):
             raise without_numbers(self._job.config.reward, samples)
-        if len(known) < len(raw):
-            count = len(raw) - len(known)
-            self._run.tell(
-                f"{count} responses without a finite reward count as the mean", level="warn"
-            )
-        mean = sum(known) / len(known)
-        raw = [mean if math.isnan(score) else score for score in raw]
         if self.rank == 0:
+            if any(skipped):
+                message = f"{sum(skipped)} responses without a finite reward skipped"
+                self._run.tell(message, level="warn", step=self.step)
             for sample, score in zip(samples[:SHOWN], raw, strict=False):
                 row = describe(sample, score=score, step=self.step, kind="rollout")
                 self._run.append(self._run.completions, row)
-        return shape_scores(raw, samples, self._job.config.reward, stops=True)
+        shaped = shape_scores(raw, samples, self._job.config.reward, stops=True)
+        return [None if skip else score for skip, score in zip(skipped, shaped, strict=True)]
 
 
 class Evaluations(TrainerCallback):
@@ -304,7 +309,7 @@ class Alarms(TrainerCallback):
 class _Sampling:
     """What RLOO and GRPO have in common: prompts by index, responses from the engine."""
 
-    episodes: _Episodes
+    episodes: Episodes
 
     def _tokenize_prompts(self, prompts: list[str]) -> tuple[Any, ...]:
         self.indices = prompts
@@ -318,14 +323,16 @@ class _Sampling:
     def _sample(self) -> list[list[int]]:
         state: Any = getattr(self, "state")  # noqa: B009 - of the trainer beside
         self.episodes.step = int(state.global_step)
-        self.episodes.rank = int(getattr(self, "accelerator").process_index)  # noqa: B009
+        accelerator: Any = getattr(self, "accelerator")  # noqa: B009
+        self.episodes.rank = int(accelerator.process_index)
+        self.episodes.size = int(accelerator.num_processes)
         return self.episodes.sample(self.indices)
 
 
 class EngineRloo(_Sampling, RLOOTrainer):
     """RLOOTrainer that samples by the engine."""
 
-    def __init__(self, episodes: _Episodes, **kwargs: Any):
+    def __init__(self, episodes: Episodes, **kwargs: Any):
         self.episodes = episodes
         super().__init__(**kwargs)
 
@@ -336,7 +343,7 @@ class EngineRloo(_Sampling, RLOOTrainer):
 class EngineGrpo(_Sampling, GRPOTrainer):
     """GRPOTrainer that samples by the engine."""
 
-    def __init__(self, episodes: _Episodes, **kwargs: Any):
+    def __init__(self, episodes: Episodes, **kwargs: Any):
         self.episodes = episodes
         super().__init__(**kwargs)
 

@@ -51,7 +51,7 @@ def read_judged(config: KtoConfig, base: Base) -> tuple[Rows, Rows, list[str]]:
             valid, judged, more = _judged_rows(config, config.validation_file, base)
             warnings += more + warn_of_shared(asked, judged, "validation_file")
         else:
-            rows, valid = _hold_out(rows, config)
+            rows, valid = _hold_out(rows, [prompt for _, prompt in asked], config)
     else:
         parts, warnings = _read_comparisons(config, base)
         rows, valid = ([] if part is None else _side_rows(part.groups) for part in parts)
@@ -182,17 +182,24 @@ def _judged_rows(config: KtoConfig, path: Path, base: Base) -> tuple[Rows, Asked
     return rows, asked, told
 
 
-def _hold_out(rows: Rows, config: OfflineConfig) -> tuple[Rows, Rows]:
-    """Hold a share of the prompts out, all their answers with them."""
-    prompts = list(dict.fromkeys(tuple(row["prompt_ids"]) for row in rows))
+def _hold_out(
+    rows: Rows, asked: Sequence[tuple[int, ...]], config: OfflineConfig
+) -> tuple[Rows, Rows]:
+    """Hold a share of the prompts out, all their answers with them.
+
+    Args:
+        asked: The prompt of each row before it was cut: answers of different lengths cut a prompt
+            differently.
+    """
+    prompts = list(dict.fromkeys(asked))
     count = round(config.validation_fraction * len(prompts))
     if not count or len(prompts) < 2:
         return rows, []
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(config.seed))
     held = {prompts[index] for index in order[: min(count, len(prompts) - 1)].tolist()}
     parts: tuple[Rows, Rows] = ([], [])
-    for row in rows:
-        parts[tuple(row["prompt_ids"]) in held].append(row)
+    for row, prompt in zip(rows, asked, strict=True):
+        parts[prompt in held].append(row)
     return parts
 
 

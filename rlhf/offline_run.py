@@ -100,7 +100,7 @@ def train(
         "train_dataset": _dataset(job.train),
         "eval_dataset": _dataset(job.valid) if job.valid else None,
         "processing_class": base.tokenizer,
-        "callbacks": callbacks(run, base, stopper, job.steps),
+        "callbacks": callbacks(run, base, config, stopper, job.steps),
     }
     trainer: DPOTrainer | KTOTrainer
     if isinstance(config, DpoConfig):

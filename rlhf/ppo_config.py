@@ -121,7 +121,7 @@ class PpoConfig(PolicyConfig, SampledConfig):
                 "value.start is reward, but value.trunk is shared: a head on the policy cannot be "
                 "a copy of the reward model; set value.trunk to separate, or leave start out"
             )
-        if self.value_warmup >= self.num_updates:
+        if self.num_updates and self.value_warmup >= self.num_updates:
             problems.append(
                 f"value.warmup_updates {self.value_warmup} leaves no update to the policy: "
                 f"total_episodes {self.total_episodes} are {self.num_updates} updates; lower it, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -164,11 +165,8 @@ def build_roles(config: PpoConfig, base: Base, head: RewardHead | None) -> Actor
     Raises:
         ToolkitError: An adapter does not belong to the base.
     """
-    shape = (
-        read_shape(config.start_adapter, base, 0.0)
-        if config.start_adapter
-        else lora_config(config.lora, base.model)
-    )
+    own = lora_config(config.lora, base.model)  # while its layers are plain ones
+    shape = read_shape(config.start_adapter, base, 0.0) if config.start_adapter else own
     model = with_policy(base.model, shape)
     if config.start_adapter is not None:
         set_weights(model, config.start_adapter)
@@ -179,7 +177,7 @@ def build_roles(config: PpoConfig, base: Base, head: RewardHead | None) -> Actor
     if not shared and config.value_starts_as_reward:
         copy_adapter(model, REWARD, VALUE)
     elif not shared:
-        model.add_adapter(VALUE, lora_config(config.lora, base.model))
+        model.add_adapter(VALUE, copy.deepcopy(own))
     roles = ActorCritic(model, config.temperature, shared)
     if head is not None:
         roles.add_head(REWARD, head.weight)

@@ -47,6 +47,7 @@ class Progress:
     optimizer_steps: int = 0
     skipped: int = 0
     tokens: int = 0
+    exploded: bool = False  # beyond `kl.stop`, where no update follows
     best: Best | None = None
 
 
@@ -83,13 +84,19 @@ def restore(folder: Path, roles: ActorCritic, learner: Learner) -> Progress:
     if not roles.shared:
         set_peft_model_state_dict(roles.model, load_file(folder / VALUE_FILE), VALUE)
     roles.heads.load_state_dict(load_file(folder / HEADS))
-    learner.optimizer.load_state_dict(torch.load(folder / OPTIMIZER, weights_only=True))
+    learner.optimizer.load_state_dict(kept_state(folder))
     state: dict[str, Any] = json.loads((folder / STATE).read_text("utf-8"))
     kept, best = state.pop("best"), None
     if kept is not None:
         reward = math.nan if kept["reward"] is None else kept["reward"]
         best = Best(kept["update"], reward, kept["kl"], load_file(folder / BEST))
     return Progress(**state, best=best)
+
+
+def kept_state(folder: Path) -> dict[str, Any]:
+    """Return the optimizer's state, in host memory: the device may be another one now."""
+    found: dict[str, Any] = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
+    return found
 
 
 def save_policy(roles: ActorCritic, folder: Path, base: str) -> None:

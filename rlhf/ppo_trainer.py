@@ -81,29 +81,27 @@ class PpoTrainer:
         log = WandbLog(config.wandb, self._run, team.is_main)
         bar = Bar(config.num_updates, progress.update, team.is_main)
         try:
-            while progress.update < config.num_updates:
+            while progress.update < config.num_updates and not progress.exploded:
                 record = self._update(controller)
                 log.write(record)
                 bar.show(progress.update, record)
-                exploded = record["objective/kl"] > config.kl.stop
-                if exploded:
+                progress.exploded = record["objective/kl"] > config.kl.stop
+                if progress.exploded:
                     self._tell(
                         f"The KL of a response is {record['objective/kl']:.1f}, beyond kl.stop "
                         f"({config.kl.stop:g}): the run ends, and the best policy is kept",
                         level="warn",
                     )
                 stopped = bool(team.agree(float(self._stopper.asked.is_set())))
-                last = progress.update == config.num_updates or exploded
+                last = progress.update == config.num_updates or progress.exploded
                 if last or stopped or progress.update % config.save_every == 0:
                     self._save()
-                if exploded:
-                    return self._finish(start, use_best=True)
                 if stopped and not last:
                     return None
         finally:
             bar.close()
             log.close()
-        return self._finish(start, use_best=config.kl.budget is not None)
+        return self._finish(start, use_best=progress.exploded or config.kl.budget is not None)
 
     def _update(self, controller: AdaptiveKL) -> dict[str, Any]:
         """Do one update, log it, and evaluate when it is due."""
@@ -295,11 +293,13 @@ class PpoTrainer:
             "trained_tokens": progress.tokens,
             "chosen_update": best.update if use_best and best else progress.update,
         }
-        if self._watch.history:
-            last = self._watch.history[-1]
-            kl = last.get("eval/kl", last["objective/kl"])
-            outcome |= {"kl": best.kl if use_best and best else kl}
-            outcome |= {"score": last["objective/scores"], "eos_rate": last["score/eos_rate"]}
+        for record in self._watch.history:  # of the update whose policy it is; none of the start
+            if record["step"] == outcome["chosen_update"]:
+                kl = record.get("eval/kl", record["objective/kl"])
+                score, ends = record["objective/scores"], record["score/eos_rate"]
+                outcome |= {"kl": kl, "score": score, "eos_rate": ends}
+        if use_best and best:
+            outcome["kl"] = best.kl
         if team.is_main:
             if self._job.eval_prompts:
                 end = self._answer(progress.update, "final")

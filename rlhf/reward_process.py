@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -34,7 +35,12 @@ def find_function(name: str) -> Callable[..., Any]:
 
 
 def serve_function(name: str, pipe: Connection) -> None:
-    """Tell whether the function is there, then answer batches until the other end is closed."""
+    """Tell whether the function is there, then answer batches until the other end is closed.
+
+    Signals to end are the trainer's to answer: it still needs the rewards of its update.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     try:
         function = find_function(name)
     except ConfigError as error:

@@ -289,6 +289,7 @@ def _make_trainer(
     if config.wandb.project:
         os.environ["WANDB_PROJECT"] = config.wandb.project
     saved = {*range(every, job.steps, every), job.steps}
+    log = RunLog(run, lambda step: False, job.base.origin, config.keep_checkpoints)
     trainer = PairTrainer(
         scored,
         job.max_tokens,
@@ -313,7 +314,7 @@ def _make_trainer(
             eval_steps=every if job.valid else None,
             save_strategy="steps",
             save_steps=job.steps,  # and where SaveAt says
-            save_total_limit=config.keep_checkpoints,
+            save_total_limit=None,  # RunLog removes old ones, once a new one is whole
             logging_steps=max(1, job.steps // 200),
             logging_first_step=True,
             logging_nan_inf_filter=False,
@@ -326,7 +327,7 @@ def _make_trainer(
         train_dataset=_dataset(job.train.groups),
         eval_dataset=_dataset(job.valid.groups) if job.valid else None,
         processing_class=job.base.tokenizer,
-        callbacks=[stopper, RunLog(run, lambda step: False, job.base.origin), SaveAt(saved)],
+        callbacks=[stopper, log, SaveAt(saved)],
     )
     trainer.add_callback(KeptTokenCount(trainer))
     trainer.remove_callback(PrinterCallback)

@@ -34,7 +34,8 @@ class PpoRewardSettings(StrictModel):
     retries: int = Field(2, ge=0, description="Of a URL that fails or does not answer.")
     clip: float | Auto | None = Field(
         "auto",
-        description="Scores beyond this are cut; null: none; auto: 5 with a model, else null.",
+        description="Scores beyond this are cut; null: none; auto: 5 of a model's own scores, else "
+        "null.",
     )
     missing_eos_penalty: float = Field(
         1.0, ge=0, description="Taken from the score of a response that does not end."
@@ -101,5 +102,6 @@ class PpoRewardSettings(StrictModel):
     def limit(self) -> float:
         """Beyond which scores are cut: `clip` as a number, infinite where nothing is."""
         if self.clip == "auto":
-            return math.inf if self.model is None else AUTO_CLIP
+            by_rule = self.grader is not None and self.grader["type"] != "score_model"
+            return math.inf if self.model is None or by_rule else AUTO_CLIP
         return math.inf if self.clip is None else self.clip

@@ -8,6 +8,7 @@ number of rewards ends the run, and names the prompt.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import multiprocessing
 import time
 from collections.abc import Mapping, Sequence
@@ -86,6 +87,7 @@ class FunctionReward:
         self._process = context.Process(target=serve_function, args=(name, theirs), daemon=True)
         self._process.start()
         theirs.close()
+        atexit.register(self.close)  # it is deaf to the signal by which Python would end it
         try:
             self._await_function()  # what is wrong is told before anything is trained
         except BaseException:
@@ -136,6 +138,7 @@ class FunctionReward:
         return f"the process of the reward function {self._name} ended{told}"
 
     def close(self) -> None:
+        atexit.unregister(self.close)
         if self._process.is_alive():
             self._process.kill()
         self._process.join()

@@ -134,7 +134,7 @@ def arguments(
         "eval_steps": every if evaluates else None,
         "save_strategy": "steps",
         "save_steps": every,
-        "save_total_limit": config.keep_checkpoints,
+        "save_total_limit": None,  # RunLog removes old ones, once a new one is whole
         "logging_steps": max(1, steps.total // 200),
         "logging_first_step": True,
         "logging_nan_inf_filter": False,
@@ -145,9 +145,11 @@ def arguments(
     }
 
 
-def callbacks(run: RunFolder, base: Base, stopper: Stopper, steps: Steps) -> list[Any]:
+def callbacks(
+    run: RunFolder, base: Base, config: TrlConfig, stopper: Stopper, steps: Steps
+) -> list[Any]:
     """Return what watches a run; every checkpoint becomes a model."""
-    log = RunLog(run, lambda step: True, base.origin)
+    log = RunLog(run, lambda step: True, base.origin, config.keep_checkpoints)
     return [stopper, SaveAt({steps.total}), Finite(), log]
 
 

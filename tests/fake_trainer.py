@@ -3,7 +3,7 @@
     python tests/fake_trainer.py --config FILE
 
 What it does is told by the JSON in the environment variable FAKE_TRAINER: `steps`, `step_s`,
-`checkpoint_every`, and a `fault` with the step `at` which it happens.
+`checkpoint_every`, the result's `gate`, and a `fault` with the step `at` which it happens.
 """
 
 from __future__ import annotations
@@ -88,9 +88,8 @@ def train(run: RunFolder, plan: dict[str, Any], config: dict[str, Any]) -> int:
             misbehave(run, plan, first)
     write_adapter(run.adapter, fingerprint="base-other" if plan["fault"] == "base" else FINGERPRINT)
     if plan["fault"] != "no_result":
-        write_json(
-            run.result, {"status": "succeeded", "trained_tokens": 123, "seed": config["seed"]}
-        )
+        result = {"status": "succeeded", "trained_tokens": 123, "seed": config["seed"]}
+        write_json(run.result, result | ({"gate": plan["gate"]} if "gate" in plan else {}))
     return 0
 
 

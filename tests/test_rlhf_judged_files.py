@@ -124,6 +124,21 @@ def test_rows_that_are_cut_and_rows_that_are_dropped_are_told_apart(tmp_path: Pa
         read_judged(config(KtoConfig, tmp_path, **given, on_long="error"), BASE)
 
 
+def test_a_prompt_that_is_cut_differently_is_on_one_side(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"{n:02}" + "x" * 12, "completion": "y" * size, "label": size == 1}
+        for n in range(20)
+        for size in (1, 6)
+    ]
+    path = write(tmp_path / "rows.jsonl", rows)
+    given = {"train_file": path, "validation_fraction": 0.5, "max_length": 18}
+    learned, held, _ = read_judged(config(KtoConfig, tmp_path, **given), BASE)
+    sides = [{(row["line"] - 1) // 2 for row in part} for part in (learned, held)]
+    assert sides[0] | sides[1] == set(range(20))
+    assert not sides[0] & sides[1]
+    assert len({len(row["prompt_ids"]) for row in learned}) == 2
+
+
 @pytest.mark.parametrize("side", ["train_file", "validation_file"])
 @pytest.mark.parametrize(
     ("on_long", "told"),

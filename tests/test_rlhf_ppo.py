@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny_base
 from train_runs import launch
 
@@ -300,6 +302,45 @@ def test_a_kl_that_explodes_ends_the_run_with_the_best_policy(place):
     events = [event["message"] for event in lines(place / "explodes" / "events.jsonl")]
     assert any("beyond kl.stop" in message for message in events)
     assert any("The adapter is the policy of update" in message for message in events)
+    (place / "explodes" / "result.json").unlink()  # as though it had been killed just before
+    assert run(place, "explodes", **{"reward.function": "my_rewards:vowels"}, **values) == 0
+    again = json.loads((place / "explodes" / "result.json").read_text())
+    assert [again[name] for name in ("updates", "kl")] == [
+        result[name] for name in ("updates", "kl")
+    ]
+
+
+def test_the_answers_of_the_end_are_told_once(place):
+    values = {"reward.function": "my_rewards:vowels", "total_episodes": 32}
+    assert run(place, "once", **values) == 0
+    (place / "once" / "result.json").unlink()
+    assert run(place, "once", **values) == 0
+    kinds = Counter(row["kind"] for row in lines(place / "once" / "completions.jsonl"))
+    assert kinds["final"] == 4
+
+
+def test_layers_by_name_are_those_of_policy_and_value(place):
+    values = {"reward.function": "my_rewards:vowels", "total_episodes": 32, "eval_prompts": 0}
+    assert run(place, "named", **values, **{"lora.target_modules": "[q_proj,v_proj]"}) == 0
+    names = load_file(place / "named/adapter/adapter_model.safetensors")
+    assert {name.split(".")[-3] for name in names} == {"q_proj", "v_proj"}
+
+
+def test_an_unfinished_run_is_not_resumed_from_another_adapter(place, monkeypatch):
+    assert run(place, "start", **{"reward.function": "my_rewards:vowels"}) == 0
+    start = place / "start-of-changed"
+    shutil.copytree(place / "start/adapter", start)
+    mood = place / "mood-of-adapter"
+    monkeypatch.setenv("HONE_TEST_MOOD", str(mood))
+    values = {"reward.function": "my_rewards:moody", "eval_prompts": 0, "start_adapter": start}
+    assert run(place, "other-start", **values, save_every=1) == 1
+    weights = load_file(start / "adapter_model.safetensors")
+    save_file(
+        {name: 2 * tensor for name, tensor in weights.items()}, start / "adapter_model.safetensors"
+    )
+    assert run(place, "other-start", **values, save_every=1) == 2
+    assert "start_adapter" in error_of(place, "other-start")
+    assert "has changed since the unfinished run" in error_of(place, "other-start")
 
 
 def test_after_a_failing_function_the_run_goes_on_where_it_was(place, monkeypatch):

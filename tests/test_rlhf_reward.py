@@ -349,6 +349,17 @@ def test_judgements_of_the_same_pair_become_its_probability(tmp_path):
     assert agreed == pytest.approx(3 / 6)  # of the six pairs of judgements, three agree
 
 
+@pytest.mark.parametrize(
+    ("wins", "losses", "prob", "margin"), [(1, 1, 0.5, 0.0), (2, 1, 2 / 3, 1 / 3), (0, 2, 1.0, 1.0)]
+)
+def test_margins_of_opposite_judgements_cancel(tmp_path, wins, losses, prob, margin):
+    rows = [{"prompt": "p", "chosen": "a", "rejected": "b", "margin": 1}] * wins
+    rows += [{"prompt": "p", "chosen": "b", "rejected": "a", "margin": 1}] * losses
+    found = load_comparisons(write(tmp_path / "d.jsonl", rows), tiny_tokenizer(), 1)
+    [pair] = found.groups[0].pairs
+    assert (pair.prob, pair.margin) == (pytest.approx(prob), pytest.approx(margin))
+
+
 def test_the_card_tells_whose_judgements_the_model_agrees_with(tmp_path):
     """Counted by hand: three answers of one prompt, scored a > b > c."""
     kim, lee = {"labeler": "kim", "confidence": 9}, {"labeler": "lee", "confidence": 1}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -75,6 +76,23 @@ def test_what_would_do_nothing_is_refused(
         (JUDGED, 5.0),
         (FUNCTION | {"reward.clip": 3}, 3.0),
         (JUDGED | {"reward.clip": "null"}, float("inf")),
+        (
+            JUDGED | {"reward.grader": json.dumps({"type": "score_model", "name": "j"})},
+            5.0,
+        ),
+        (
+            JUDGED
+            | {
+                "reward.grader": json.dumps(
+                    {
+                        "type": "multi",
+                        "graders": {"j": {"type": "score_model", "name": "j"}},
+                        "calculate_output": "10 * j",
+                    }
+                )
+            },
+            float("inf"),
+        ),
     ],
 )
 def test_only_scores_of_a_reward_model_are_cut_unless_told(

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -75,6 +81,32 @@ def test_an_import_that_does_not_end_is_refused(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(ConfigError, match=r"reward_sleeps:f was not imported within 1.5 s"):
         FunctionReward("reward_sleeps:f", 5)
     assert time.monotonic() - started < 20
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_is_the_trainers_to_answer(number: signal.Signals) -> None:
+    with closing(FunctionReward("reward_good:f", 20.0)) as source:
+        (process,) = multiprocessing.active_children()
+        assert process.pid is not None
+        os.kill(process.pid, number)
+        assert source.score(SAMPLES) == [3.0]
+
+
+def test_a_source_that_nobody_closed_holds_up_no_exit() -> None:
+    code = (
+        "from rlhf.rewards import FunctionReward\n"
+        "if __name__ == '__main__':\n"
+        "    kept = FunctionReward('reward_good:f', 20.0)\n"
+    )
+    path = os.pathsep.join([str(Path(rewards.__file__).parents[1]), *sys.path])
+    Path(sys.path[0], "leaves_it.py").write_text(code)
+    done = subprocess.run(
+        [sys.executable, str(Path(sys.path[0], "leaves_it.py"))],
+        env=os.environ | {"PYTHONPATH": path},
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0
 
 
 def test_a_function_whose_process_ended_is_told_with_the_prompt() -> None:

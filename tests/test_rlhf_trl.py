@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from test_rlhf_reward import vowel_rows, write
 from tiny_models import save_tiny_base
 from train_runs import launch
 
-from rlhf import dpo, grpo, kto, rloo
+from rlhf import dpo, group_run, grpo, kto, rloo
 from rlhf.comparisons import load_comparisons
+from rlhf.prompts import Prompt
+from rlhf.reward_settings import PpoRewardSettings
+from rlhf.rollout import Sample
 from serve.engine import base_model
+from train.run import RunFolder, step_of
 
 RULE = """
 def never(prompts, completions, **columns):
     return [None] * len(completions)
+def counted(prompts, completions, **columns):
+    with open(__file__ + ".count", "a") as stream:
+        stream.write("".join(f"{prompt}\\n" for prompt in prompts))
+    return vowels(prompts, completions)
 def vowels(prompts, completions, **columns):
     return [10 * sum(c in "aeiou" for c in text) / max(len(text), 1) for text in completions]
 """
@@ -225,6 +236,121 @@ def test_what_groups_cannot_learn_from_is_told(place, main, monkeypatch, capsys)
     assert "say" in message
     assert main(words(place, "refused", **given | {"max_new_tokens": 4000})) == 2
     assert "max_new_tokens is 4000, but tiny-base reads" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_every_prompt_is_asked_as_often_however_few_there_are(place, monkeypatch, passes):
+    """Three prompts, four of them a step: TRL's own order would leave out what fills no step."""
+    monkeypatch.syspath_prepend(str(place))
+    write(place / "few.jsonl", [{"prompt": f"say {i}: "} for i in range(3)])
+    counts = place / "rules_of_trl.py.count"
+    counts.unlink(missing_ok=True)
+    given = {
+        "prompts_file": place / "few.jsonl",
+        "batch_size": 16,
+        "total_episodes": 48,
+        "num_iterations": passes,
+        "max_new_tokens": 4,
+        "eval_prompts": 0,
+        "reward.function": "rules_of_trl:counted",
+    }
+    assert rloo.main(words(place, f"few-{passes}", **given)) == 0
+    result = json.loads((place / f"few-{passes}" / "result.json").read_text())
+    assert result["steps"] == 3 * passes
+    asked = Counter(counts.read_text().splitlines())
+    assert asked == {f"say {i}: ": 16 for i in range(3)}
+
+
+@pytest.mark.parametrize("method", ["rloo", "grpo"])
+def test_a_killed_run_goes_on_with_the_prompts_that_are_left(place, method, monkeypatch):
+    monkeypatch.syspath_prepend(str(place))
+    main = {"rloo": rloo.main, "grpo": grpo.main}[method]
+    given = {
+        "prompts_file": place / "prompts.jsonl",  # 20, of which a step takes 2
+        "total_episodes": 8 * 16,
+        "max_new_tokens": 4,
+        "eval_prompts": 0,
+        "save_every": 3,
+        "dtype": "float32",
+        "reward.function": "rules_of_trl:vowels",
+    }
+    whole, cut = f"whole-{method}", f"cut-{method}"
+    assert main(words(place, whole, **given)) == 0
+    mark = RunFolder.mark_complete
+
+    def killed(self: RunFolder, step: int) -> None:
+        mark(self, step)
+        if step == 12:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "mark_complete", killed)
+        with pytest.raises(KeyboardInterrupt):
+            main(words(place, cut, **given))
+    assert main(words(place, cut, **given)) == 0
+    one, other = (
+        load_file(place / out / "adapter/adapter_model.safetensors") for out in (whole, cut)
+    )
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    kept = [RunFolder(place / out) for out in (whole, cut)]
+    answers = [
+        [(row["step"], row["prompt"], row["response"]) for row in run.read(run.completions)]
+        for run in kept
+    ]
+    assert answers[0] == answers[1]
+
+
+def test_a_response_without_a_reward_is_left_out(tmp_path):
+    prompt = Prompt(7, (1, 2), "say it", {})
+    samples = [Sample(prompt, (3 + i,), "it", True, (-1.0,)) for i in range(3)]
+    job = SimpleNamespace(
+        config=SimpleNamespace(
+            reward=PpoRewardSettings(function="m:f"), seed=0, max_new_tokens=4, temperature=1.0
+        ),
+        prompts=[prompt],
+        roles=SimpleNamespace(policy_adapter=lambda: None),
+        sampler=SimpleNamespace(sample=lambda *_: samples),
+        source=SimpleNamespace(score=lambda _: [2.0, math.nan, 4.0]),
+    )
+    run = RunFolder(tmp_path)
+    episodes = group_run.Episodes(job, run)
+    episodes.step = 5
+    ids = episodes.sample(["0"] * 3)
+    assert episodes.score(["0"] * 3, ids) == [2.0, None, 4.0]
+    (event,) = run.read(run.events)
+    assert event["message"] == "1 responses without a finite reward skipped"
+    assert event["step"] == 5
+
+
+@pytest.mark.parametrize("method", ["dpo", "grpo"])
+def test_an_old_checkpoint_stays_until_the_new_one_is_whole(place, method, monkeypatch):
+    monkeypatch.syspath_prepend(str(place))
+    main = {"dpo": dpo.main, "grpo": grpo.main}[method]
+    given = {"keep_checkpoints": 1, "eval_prompts": 0}
+    if method == "dpo":
+        given |= {"train_file": place / "pairs.jsonl", "n_evals": 3}
+    else:
+        given |= {"prompts_file": place / "prompts.jsonl", "total_episodes": 32, "save_every": 2}
+        given |= {"reward.function": "rules_of_trl:vowels", "max_new_tokens": 4}
+    mark = RunFolder.mark_complete
+    done = []
+
+    def killed(self: RunFolder, step: int) -> None:
+        if done:
+            raise KeyboardInterrupt
+        mark(self, step)
+        done.append(step)
+
+    out = f"kept-{method}"
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "mark_complete", killed)
+        with pytest.raises(KeyboardInterrupt):
+            main(words(place, out, **given))
+    newest = RunFolder(place / out).newest_checkpoint()
+    assert newest is not None
+    assert step_of(newest) == done[0]
+    assert main(words(place, out, **given)) == 0
+    assert len(list((place / out / "checkpoints").glob("checkpoint-*"))) == 1
 
 
 def test_checkpoints_come_every_so_many_steps(place, monkeypatch):

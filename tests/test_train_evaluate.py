@@ -325,8 +325,22 @@ def test_an_adapter_of_another_base_is_refused(place: Workplace, tmp_path: Path)
     status, run = other.run("first", num_epochs=1)
     assert status == 0
     status, run = place.run("refused", validation_fraction=0.2, compare_with=run / "adapter")
-    assert status != 0
+    assert status == 2
     assert "compare_with" in read_json(run / "error.json")["message"]
+    assert not (run / "metrics.jsonl").exists()  # before anything was trained
+
+
+def test_what_to_compare_with_may_change_in_an_unfinished_run(
+    place: Workplace, tuned: Path
+) -> None:
+    status, run = place.run("mended", num_epochs=1, validation_fraction=0.2)
+    assert status == 0
+    (run / "result.json").unlink()
+    status, _ = place.run(
+        "mended", num_epochs=1, validation_fraction=0.2, compare_with=tuned / "adapter"
+    )
+    assert status == 0
+    assert "the adapter in use" in read_json(run / "result.json")["gate"]["reasons"][0]
 
 
 def test_the_report_holds_all_it_shows(place: Workplace, tuned: Path) -> None:

@@ -20,7 +20,7 @@ from train.run import RunFolder
 ROWS = [list(range(5 + i, 45 + i)) for i in range(3)]
 
 
-def publish(place: Path, dtype: str, served_scale: float) -> None:
+def publish(place: Path, dtype: str, served_scale: float, rows: list[list[int]] = ROWS) -> None:
     """Write an adapter whose saved B is `served_scale` times what the trainer computes with."""
     save_tiny_base(place / "tiny-base", "llama")
     config = RunConfig(
@@ -49,12 +49,17 @@ def publish(place: Path, dtype: str, served_scale: float) -> None:
 
     run = RunFolder(config.output_dir)
     run.prepare()
-    write_adapter(run, model, base, config, ROWS, {}, save=save)
+    write_adapter(run, model, base, config, rows, {}, save=save)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_adapter_that_answers_as_trained_is_put_in_place(tmp_path, dtype):
     publish(tmp_path, dtype, 1.0)
+    assert (tmp_path / "run/adapter/adapter_model.safetensors").is_file()
+
+
+def test_prompts_of_one_token_are_enough_for_a_trial(tmp_path):
+    publish(tmp_path, "float32", 1.0, [[5], [6], [7]])
     assert (tmp_path / "run/adapter/adapter_model.safetensors").is_file()
 
 

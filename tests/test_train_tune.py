@@ -150,6 +150,7 @@ def test_where_no_trial_has_a_result(place: Workplace, capsys: pytest.CaptureFix
     [
         ([], 6, ("learning_rate_multiplier", "lora.r")),
         (["lora.r=16"], 3, ("learning_rate_multiplier",)),
+        (["start_adapter=runs/a/adapter"], 3, ("learning_rate_multiplier",)),
         (["num_epochs=1,2,3"], 3, ("num_epochs",)),
         (["lora.use_rslora=true,false", "batch_size=4,8"], 4, ("lora.use_rslora", "batch_size")),
         (["lora.target_modules=[q_proj,v_proj]", "lora.r=4,8"], 2, ("lora.r",)),

@@ -16,14 +16,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import fake_trainer
 import fake_worker
 import psutil
 import pytest
 from sqlalchemy import select
+from sqlalchemy.exc import OperationalError
 
 from data import accounts, adapter_folders, job_lease, jobs, registry
 from data.job_spec import JobSpec
 from data.tables import AdapterVersion, File, Job, JobEvent, Project
+from train import worker
 from train.job_training import MAX_CRASHES, fail_job
 from train.lease import Lease
 from train.trainer_process import RUN_MARK
@@ -337,6 +340,52 @@ def test_a_worker_that_lost_its_lease_stops_and_writes_nothing(
         time.sleep(0.3)
         assert messages_of(shop, job) == told
         assert status_of(shop, job) == "running"
+
+
+@pytest.mark.parametrize("overtaken", [False, True])
+def test_a_model_replaces_only_the_one_that_it_was_compared_with(
+    shop: Workshop, project: Project, behave: Callable[..., None], tmp_path: Path, overtaken: bool
+) -> None:
+    behave(step_s=0.2, gate={"promote": True, "reasons": ["better"]})
+    rows = shop.files.create(
+        project.id, [b"\n".join(map(str.encode, ROWS))], "v.jsonl", "fine-tune"
+    )
+    job = add_job(shop, project, suffix="s", validation_file=rows.id)
+    alias = f"ft:{MODEL}:acme:s"
+    with worker_thread(shop):
+        wait_for(lambda: checkpoint_told(shop, job, 2))
+        if overtaken:
+            fake_trainer.write_adapter(tmp_path / "other", rank=5)
+            other = registry.publish(
+                *(shop.database, shop.settings.adapters_dir, project, tmp_path / "other"),
+                *(MODEL, fake_trainer.FINGERPRINT),
+                suffix="s",
+            )
+        wait_for(lambda: status_of(shop, job) in jobs.FINAL)
+    made = jobs.get(shop.database, project.id, job.id)
+    assert made.status == "succeeded"
+    named = registry.resolve(shop.database, project.id, alias).name
+    told = [message for message in messages_of(shop, job) if "romoted" in message]
+    if overtaken:
+        assert named == other.name
+        assert "came into use meanwhile" in told[0]
+    else:
+        assert named == made.fine_tuned_model
+        assert told == ["Promoted: better"]
+
+
+def test_a_database_that_is_away_ends_no_worker(
+    shop: Workshop, project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: Any) -> None:
+        raise OperationalError("DELETE", {}, Exception("the server closed the connection"))
+
+    monkeypatch.setattr(worker.webhooks, "sweep", away)
+    job = add_job(shop, project)
+    with worker_thread(shop) as thread:
+        wait_for(lambda: status_of(shop, job) in jobs.FINAL)
+        assert thread.is_alive()
+    check_succeeded(shop, job)
 
 
 def test_sigterm_gives_the_job_back(

@@ -160,6 +160,9 @@ def test_the_trainer_compares_with_the_old_base(shop: Workshop, project: Project
     assert f"compare_base: {OLD}\n" in text
     assert "validation_fraction: 0.1\n" in text
     assert (run.path / "data/compare_with/adapter_config.json").exists()
+    config.unlink()
+    plain = write_config(made, shop.settings, run, run.path / "t.jsonl", None, None, None)
+    assert "compare_base" not in plain.read_text("utf-8")  # the old version is damaged, say
     registry.delete(shop.database, project.id, recipe.version)
     (run.path / "data/compare_with").rename(run.path / "elsewhere")
     with pytest.raises(NotFound, match="which it replaces, was deleted"):

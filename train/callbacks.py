@@ -164,8 +164,7 @@ class RunLog(TrainerCallback):
         published: Tells of a step whether its checkpoint becomes a model; others are only for
             resuming.
         origin: Which base the adapter belongs to, written beside it.
-        keep: How many checkpoints stay, beside the best, once a new one is marked whole; None where
-            the trainer's own limit removes them.
+        keep: How many checkpoints stay, beside the best, once a new one is marked whole.
     """
 
     def __init__(
@@ -173,7 +172,7 @@ class RunLog(TrainerCallback):
         run: RunFolder,
         published: Callable[[int], bool],
         origin: Mapping[str, str],
-        keep: int | None = None,
+        keep: int,
     ) -> None:
         self._run = run
         self._keep = keep
@@ -186,6 +185,8 @@ class RunLog(TrainerCallback):
         self._evaluated_at = -1
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
+        told = (record.get("trained_tokens") for record in self._run.read(self._run.metrics))
+        self._tokens = max((float(tokens) for tokens in told if tokens is not None), default=0.0)
         self._since = time.monotonic()
 
     def on_log(
@@ -229,12 +230,10 @@ class RunLog(TrainerCallback):
             return
         step = state.global_step
         if self._published(step):
-            limit = self._keep or args.save_total_limit or 0
-            self._run.lay_out_model(step, self._origin, max(MODELS_KEPT, limit))
+            self._run.lay_out_model(step, self._origin, max(MODELS_KEPT, self._keep))
         self._run.mark_complete(step)
-        if self._keep is not None:
-            folder = str(self._run.checkpoints)
-            rotate_checkpoints(folder, self._keep, state.best_model_checkpoint)
+        folder = str(self._run.checkpoints)
+        rotate_checkpoints(folder, self._keep, state.best_model_checkpoint)
         if self._published(step):
             metrics: dict[str, float] = {"step": step, **self._training}
             if self._evaluated_at == step:

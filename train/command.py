@@ -33,12 +33,20 @@ FREE_TO_CHANGE = frozenset(
         *("micro_batch_tokens", "gradient_checkpointing"),
     }
 )
+COMPARED = frozenset({"compare_with", "compare_base"})  # with what was learned, at the end
 DATA = {  # parts of a run's provenance, and the settings that name their files
     "train_data": "train_file",
     "validation_data": "validation_file",
     "prompts_data": "prompts_file",
     "eval_prompts_data": "eval_prompts_file",
 }
+# Settings that name the folder of an adapter or a reward model, and parts of provenance likewise.
+ADAPTERS = {
+    "start_weights": "start_adapter",
+    "reward_weights": "reward.model",
+    "judge_weights": "reward_model",
+}
+ADAPTER_PARTS = ("adapter_model.safetensors", "head.safetensors", "reward.json")
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets")
 STARTED = time.time()  # of this process
 Config = TypeVar("Config", bound=RunConfig)
@@ -96,25 +104,25 @@ def refuse_other_settings(
 
 
 def refuse_other_data(config: RunConfig, run: RunFolder, facts: Mapping[str, Any]) -> None:
-    """Raise ConfigError if an unfinished run in the folder began with other rows or another base.
+    """Raise ConfigError if an unfinished run in the folder began with other rows, base or adapters.
 
     Args:
-        facts: `base`, with its fingerprint, and the parts of DATA, with their SHA-256, of what is
-            there now; `provenance` keeps them for the next time.
+        facts: `base`, with its fingerprint, and the parts of DATA and ADAPTERS, with their SHA-256,
+            of what is there now; `provenance` keeps them for the next time.
     """
     if run.newest_checkpoint() is None or not run.resolved.exists():
         return
     began = json.loads(run.resolved.read_text("utf-8"))
-    compared = [(part, "sha256", setting) for part, setting in DATA.items()]
+    compared = [(part, "sha256", setting) for part, setting in (DATA | ADAPTERS).items()]
     compared.append(("base", "fingerprint", "base_model"))
     problems = []
     for part, mark, setting in compared:
         old, new = ((kept.get(part) or {}).get(mark) for kept in (began, facts))
         if old is not None and new is not None and old != new:
             # What is held out of the training file is part of that.
-            name = setting if getattr(config, setting) is not None else "train_file"
+            name = setting if _setting(config, setting) is not None else "train_file"
             problems.append(
-                f"{name} {getattr(config, name)} has changed since the unfinished run in "
+                f"{name} {_setting(config, name)} has changed since the unfinished run in "
                 f"{run.path} began ({mark} was {old[:12]}..., is {new[:12]}...); put back what it "
                 "was, or give another output_dir"
             )
@@ -123,15 +131,44 @@ def refuse_other_data(config: RunConfig, run: RunFolder, facts: Mapping[str, Any
 
 
 def data_facts(config: RunConfig) -> dict[str, dict[str, str]]:
-    """Return path and SHA-256 of each data file that a configuration names, by its part of DATA."""
+    """Return path and SHA-256 of each data file and adapter that a configuration names, by its part
+    of DATA or ADAPTERS."""
     found = {}
     for part, setting in DATA.items():
-        path: Path | None = getattr(config, setting, None)
+        path = _setting(config, setting)
         if path is not None:
-            with path.open("rb") as stream:
-                digest = hashlib.file_digest(stream, "sha256").hexdigest()
-            found[part] = {"path": str(path), "sha256": digest}
+            found[part] = {"path": str(path), "sha256": _digest(path)}
+    return found | adapter_facts(config)
+
+
+def adapter_facts(config: RunConfig) -> dict[str, dict[str, str]]:
+    """Return path and SHA-256 of the adapters that a configuration names, by part of ADAPTERS.
+
+    The SHA-256 is of the digests of ADAPTER_PARTS in turn.
+    """
+    found = {}
+    for part, setting in ADAPTERS.items():
+        folder = _setting(config, setting)
+        files = [folder / name for name in ADAPTER_PARTS] if folder is not None else []
+        there = [file for file in files if file.is_file()]
+        if there:
+            digests = "".join(_digest(file) for file in there)
+            whole = hashlib.sha256(digests.encode()).hexdigest()
+            found[part] = {"path": str(folder), "sha256": whole}
     return found
+
+
+def _setting(config: RunConfig, name: str) -> Any:
+    """Return a setting by its dotted name, None where the configuration has no such one."""
+    found: Any = config
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def tell_finished(module: str, config: RunConfig, run: RunFolder) -> int:

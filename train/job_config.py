@@ -74,7 +74,8 @@ def write_config(
         values["compare_with"] = str(compare_with.resolve())
     if UPGRADE in job.options:
         upgrade = job.options[UPGRADE]
-        values["compare_base"] = upgrade["old_base"]
+        if compare_with is not None:
+            values["compare_base"] = upgrade["old_base"]
         if "held_out" in upgrade:
             values["validation_fraction"] = upgrade["held_out"]
     for section in ("early_stopping", "classification"):

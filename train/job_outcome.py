@@ -54,7 +54,8 @@ def publish_outcome(shop: Workshop, job: Job, lease: Lease, run: RunFolder) -> N
             else:
                 if job.status == "queued":  # it was paused when its trainer had just ended
                     jobs.move(session, job, "running")
-                gate = bias.limited(result.get("gate"), report, limits)
+                gate = _still_compared(shop.moved(session, job), result.get("gate"))
+                gate = bias.limited(gate, report, limits)
                 version = registry.record(
                     session,
                     session.get_one(Project, job.project_id),
@@ -82,6 +83,16 @@ def publish_outcome(shop: Workshop, job: Job, lease: Lease, run: RunFolder) -> N
     finally:
         if not published:
             adapter_folders.discard(adapters_dir, staged)
+
+
+def _still_compared(
+    moved: AdapterVersion | None, gate: Mapping[str, Any] | None
+) -> Mapping[str, Any] | None:
+    """Close a gate that compared with a version which the alias no longer names."""
+    if moved is None or gate is None or not gate["promote"]:
+        return gate
+    reason = f"{moved.name} came into use meanwhile, and the new model was not compared with it"
+    return {"promote": False, "reasons": [reason]}
 
 
 def _upgraded_from(job: Job) -> dict[str, str]:

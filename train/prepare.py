@@ -22,6 +22,7 @@ from train.base_model import Base, load_base
 from train.batches import Rendered, limit_length, load_file, name_lines, split
 from train.class_metrics import Classes, find_classes
 from train.config import Plan, SftConfig, auto_learning_rate, resolve, resolve_length
+from train.start import check_compared
 
 ABSURD = 30  # times the rate of auto
 KEPT_LINES = 1000  # of those that were truncated, in resolved_config.json
@@ -55,6 +56,7 @@ def prepare(config: SftConfig, tokens: Path | None = None, base: Base | None = N
     _require_files(config)
     set_seed(config.seed)
     base = base or load_base(config)
+    check_compared(config, base)
     tokenizer, fingerprint = base.tokenizer, base.fingerprint
     place = _below(tokens, "train")
     train = load_file(config.train_file, tokenizer, config.min_examples, place, fingerprint)

@@ -80,7 +80,8 @@ def write_adapter(
     write_json(folder / ORIGIN, base.origin)
     (folder / "README.md").write_text(model_card(base, summary), encoding="utf-8")
     plot_curves(run.metrics, folder / "loss.png", curves)
-    rows = [list(row[:PROBE_TOKENS]) for row in rows[:PROBE_ROWS]]
+    kept = [list(row[:PROBE_TOKENS]) for row in rows[:PROBE_ROWS]]
+    rows = [row if len(row) > 1 else row * 2 for row in kept]  # a token is scored after another
     probe = {"token_ids": rows, "logprobs": _score(model, rows)}
     tolerance = TOLERANCE[base.model.dtype]
     if serves:

@@ -108,11 +108,12 @@ class RunFolder:
         return max(whole, key=step_of, default=None)
 
     def trim_logs(self, step: int) -> None:
-        """Forget what was logged beyond a step, as a resumed run will log it again."""
+        """Forget what was logged beyond a step, and the answers of a run's end, as a resumed run
+        will log them again."""
         for path in (self.metrics, self.events, self.completions):
             if path.exists():
                 lines = path.read_text("utf-8").splitlines(keepends=True)
-                kept = [line for line in lines if _step(line) <= step]
+                kept = [line for line in lines if _is_of(line, step)]
                 replace_text(path, "".join(kept))
 
     def append(self, path: Path, record: Mapping[str, Any]) -> None:
@@ -172,11 +173,13 @@ def is_disk_full(error: BaseException, folder: Path) -> bool:
     return "PytorchStreamWriter" in text or shutil.disk_usage(folder).free < 1 << 20
 
 
-def _step(line: str) -> int:
+def _is_of(line: str, step: int) -> bool:
+    """Tell whether a line was logged on the way to a step."""
     try:
-        return int(json.loads(line)["step"])
+        record = json.loads(line)
+        return int(record["step"]) <= step and record.get("kind") != "final"
     except (ValueError, KeyError):
-        return 1 << 62  # a line that a crash cut off
+        return False  # a line that a crash cut off
 
 
 def _sync(path: Path) -> None:

@@ -19,7 +19,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from train.command import (
+    COMPARED,
+    FREE_TO_CHANGE,
     STOPPED,
+    adapter_facts,
     as_yaml,
     is_main_process,
     provenance,
@@ -84,10 +87,11 @@ def run_one(
     """
     from train import prepare, trainer
 
-    refuse_other_settings(config, run)
+    refuse_other_settings(config, run, FREE_TO_CHANGE | COMPARED)
     job = prepare.prepare(config, run.tokens, base)
-    refuse_other_data(config, run, job.facts)
-    resolved = provenance(config, job.plan, **job.facts)
+    facts = job.facts | adapter_facts(config)
+    refuse_other_data(config, run, facts)
+    resolved = provenance(config, job.plan, **facts)
     checkpoint = run.newest_checkpoint()
     if is_main_process():
         run.prepare()

@@ -8,7 +8,9 @@ from pathlib import Path
 from peft import LoraConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
 
 from data.errors import AdapterRefused
+from serve.engine.base_spec import find_spec
 from train.base_model import Base
+from train.config import SftConfig
 from train.run import ORIGIN
 
 
@@ -20,12 +22,7 @@ def read_shape(
     Raises:
         AdapterRefused: There is none in the folder, or it belongs to another base.
     """
-    try:
-        config = LoraConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, TypeError) as error:
-        raise AdapterRefused(
-            f"{setting} {folder} holds no LoRA adapter ({error})", code="adapter_incomplete"
-        ) from error
+    config = _read(folder, setting)
     origin = folder / ORIGIN
     made_for = json.loads(origin.read_text("utf-8")) if origin.exists() else base.origin
     if made_for.get("base_fingerprint") != base.fingerprint:
@@ -39,6 +36,31 @@ def read_shape(
     config.inference_mode = False
     config.lora_dropout = dropout
     return config
+
+
+def check_compared(config: SftConfig, base: Base) -> None:
+    """Refuse a `compare_with` that could not be compared with when all is trained.
+
+    Raises:
+        AdapterRefused: It is no adapter, or not of this base, where `compare_base` names no other.
+        ModelUnavailable: There is no such `compare_base`.
+    """
+    if config.compare_with is None:
+        return
+    if config.compare_base is None:
+        read_shape(config.compare_with, base, dropout=0.0, setting="compare_with")
+    else:
+        _read(config.compare_with, "compare_with")
+        find_spec(config.compare_base)
+
+
+def _read(folder: Path, setting: str) -> LoraConfig:
+    try:
+        return LoraConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, TypeError) as error:
+        raise AdapterRefused(
+            f"{setting} {folder} holds no LoRA adapter ({error})", code="adapter_incomplete"
+        ) from error
 
 
 def set_weights(model: PeftModel, folder: Path) -> None:

@@ -166,7 +166,8 @@ def _parse(words: Sequence[str]) -> tuple[dict[str, str], dict[str, list[str]]]:
     if problems:
         raise ConfigError(problems)
     defaults = DEFAULTS if "validation_file" in values else {**DEFAULTS, **HELD_OUT}
-    default_axes = {name: tried for name, tried in DEFAULT_AXES.items() if name not in values}
+    fixed = set(values) | ({"lora.r"} if "start_adapter" in values else set())  # of its shape
+    default_axes = {name: tried for name, tried in DEFAULT_AXES.items() if name not in fixed}
     return {**defaults, **values}, axes or default_axes
 
 

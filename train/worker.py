@@ -120,7 +120,7 @@ class Worker:
             removed += adapter_folders.sweep(self._shop.database, self._shop.settings.adapters_dir)
             runs = self._shop.settings.runs_dir
             self._shop.forget_bulk([path.name for path in runs.glob("*")])
-        except OSError:
+        except Exception:  # a database that is away for a moment, say: jobs go on
             log.exception("what crashes left behind could not be removed")
         else:
             if removed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 import threading
@@ -23,10 +24,11 @@ from data.settings import Settings
 from data.tables import AdapterVersion, Job, Project
 from data.upgrades import UPGRADE
 from train.lease import Lease
-from train.run import RunFolder
+from train.run import RunFolder, write_json
 
 ACCELERATE = Path(__file__).parents[1] / "configs" / "accelerate" / "one_process.yaml"
 INPUTS = "data"  # folder of a run for the job's files
+CURRENT = "current.json"  # in it: the version that the job's alias named when it began
 MODELS = "models"  # of checkpoints, for publishing
 TOKENS = "tokens"  # of the rendered rows
 BULK = {  # folders of a run that nobody needs once its job has ended so
@@ -153,16 +155,33 @@ class Workshop:
                 raise NotFound(f"The model {old.name}, which it replaces, was deleted.")
             return adapter_folders.export(old, self.settings.adapters_dir, folder)
         with self.database.read() as session:
-            slug = session.get_one(Project, job.project_id).slug
-            try:
-                alias = registry.alias_name(job.base, slug, job.suffix)
-                version = registry.find_own(session, job.project_id, alias)
-            except ModelNotFound:
-                return None
+            version = self._named(session, job)
+        note = self.run_of(job).path / INPUTS / CURRENT
+        if not note.exists():
+            write_json(note, {"version": version.id if version else None})
+        if version is None:
+            return None
         is_judge = version.lineage.get("kind") == "reward_model"
         if is_judge or version.base_fingerprint != self.fingerprint_of(job):
             return None
         return adapter_folders.export(version, self.settings.adapters_dir, folder)
+
+    def moved(self, session: Session, job: Job) -> AdapterVersion | None:
+        """Return what the job's alias names now, where its model was compared with another."""
+        note = self.run_of(job).path / INPUTS / CURRENT
+        if not note.exists():
+            return None
+        now = self._named(session, job)
+        began = json.loads(note.read_text("utf-8"))["version"]
+        return now if now is not None and now.id != began else None
+
+    def _named(self, session: Session, job: Job) -> AdapterVersion | None:
+        slug = session.get_one(Project, job.project_id).slug
+        try:
+            alias = registry.alias_name(job.base, slug, job.suffix)
+            return registry.find_own(session, job.project_id, alias)
+        except ModelNotFound:
+            return None
 
     def forget_bulk(self, job_ids: Sequence[str]) -> None:
         """Remove from the runs of jobs that have ended what nobody needs any more.
