@@ -95,7 +95,7 @@ def test_a_run_that_was_killed_at_its_end_is_judged_alike(place):
     assert run(place, "ended", **given) == 0
     after = json.loads(path.read_text())
     for name in ("gate", "kl", "score", "eos_rate", "comparison", "chosen_update"):
-        assert after[name] == before[name]
+        assert after.get(name) == before.get(name)
 
 
 def test_no_gate_opens_without_rewards_or_far_from_the_start():

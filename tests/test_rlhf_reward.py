@@ -355,6 +355,7 @@ def test_judgements_of_the_same_pair_become_its_probability(tmp_path):
 def test_margins_of_opposite_judgements_cancel(tmp_path, wins, losses, prob, margin):
     rows = [{"prompt": "p", "chosen": "a", "rejected": "b", "margin": 1}] * wins
     rows += [{"prompt": "p", "chosen": "b", "rejected": "a", "margin": 1}] * losses
+    rows += [{"prompt": "q", "chosen": "a", "rejected": "b"}]
     found = load_comparisons(write(tmp_path / "d.jsonl", rows), tiny_tokenizer(), 1)
     [pair] = found.groups[0].pairs
     assert (pair.prob, pair.margin) == (pytest.approx(prob), pytest.approx(margin))

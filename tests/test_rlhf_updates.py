@@ -170,7 +170,7 @@ def test_a_huge_advantage_gives_a_gradient_of_norm_1_at_most():
 
 def test_in_its_warm_up_the_value_learns_alone():
     roles = make_roles()
-    settings = config(value={"warmup_updates": 1})
+    settings = config(value={"warmup_updates": 1}, total_episodes=12)
     before = [p.detach().clone() for p in roles.parameters_of(POLICY)]
     learner = Learner(roles, settings, 1000)
     learner.update(experience_of(roles, settings), 0)
