@@ -102,7 +102,8 @@ def start_policy(config: TrlConfig, base: Base) -> PeftModel:
 def checkpoint_every(config: TrlConfig, total: int) -> int:
     """Return the steps between checkpoints of a run of `total`; DPO and KTO evaluate at each."""
     if isinstance(config, GroupConfig):
-        return config.save_every
+        passes = config.num_iterations  # a batch is learned from whole, then saved
+        return math.ceil(config.save_every / passes) * passes
     if isinstance(config, OfflineConfig):
         return max(1, math.ceil(total / config.n_evals))
     raise TypeError(f"{type(config).__name__} says nothing of checkpoints")

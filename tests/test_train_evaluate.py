@@ -325,7 +325,7 @@ def test_an_adapter_of_another_base_is_refused(place: Workplace, tmp_path: Path)
     status, run = other.run("first", num_epochs=1)
     assert status == 0
     status, run = place.run("refused", validation_fraction=0.2, compare_with=run / "adapter")
-    assert status == 2
+    assert status != 0
     assert "compare_with" in read_json(run / "error.json")["message"]
     assert not (run / "metrics.jsonl").exists()  # before anything was trained
 
