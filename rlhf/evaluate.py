@@ -10,7 +10,7 @@ from typing import Any
 from data.intervals import wilson
 from rlhf.rollout import Sample
 
-EOS_LOSS = 0.2  # of the share of answers that end, that a better policy may lose
+EOS_LOSS = 0.2  # of the share of answers that end, or say something, that a policy may lose
 MOST_KL = 25.0  # nats a response; rewards are no longer worth much that far from the start
 MOST_GROWTH = 2.0  # of the mean length
 
@@ -29,7 +29,8 @@ class Answers:
 
 
 def summarize(answers: Answers) -> dict[str, float]:
-    """Return mean reward, if there is any, length in tokens and the share that ended by itself."""
+    """Return mean reward, if there is any, length in tokens, and of all answers the shares that
+    ended by themselves and that have no text."""
     count = len(answers.samples)
     if not count:
         return {}
@@ -38,6 +39,7 @@ def summarize(answers: Answers) -> dict[str, float]:
         **({"reward": mean} if math.isfinite(mean) else {}),
         "length_mean": sum(len(sample.response) for sample in answers.samples) / count,
         "eos_rate": sum(sample.ended for sample in answers.samples) / count,
+        "empty_rate": sum(not sample.text.strip() for sample in answers.samples) / count,
     }
 
 
@@ -65,8 +67,9 @@ def gate(outcome: Mapping[str, Any], kl_limit: float = MOST_KL) -> dict[str, Any
     """Decide whether a policy may take the place of the one it started from, and say why.
 
     It may when it orders held-out answers better than chance, its reward rose, it wins at least as
-    often as it loses, it still ends its answers, they did not double in length, and its KL is
-    within the limit; of these what was measured counts. None where nothing was.
+    often as it loses, it still ends its answers, they did not double in length and still say
+    something, and its KL is within the limit; of these what was measured counts. None where nothing
+    was.
 
     Args:
         outcome: `held_out`, of `rlhf.held_out.order`; `comparison`, of `compare`, or of
@@ -105,8 +108,12 @@ def _answer_rules(found: Mapping[str, Any]) -> list[tuple[bool, str]]:
     ends = f"answers that end {start['eos_rate']:.0%} to {end['eos_rate']:.0%}"
     length = f"length {start['length_mean']:.0f} to {end['length_mean']:.0f} tokens"
     most = MOST_GROWTH * max(start["length_mean"], 1.0)
+    empty = f"answers without text {start['empty_rate']:.0%} to {end['empty_rate']:.0%}"
+    more = end["empty_rate"] > start["empty_rate"] + EOS_LOSS
+    silenced = end["empty_rate"] == 1 > start["empty_rate"]
     return [
         *rules,
         (end["eos_rate"] >= start["eos_rate"] - EOS_LOSS, ends),
         (end["length_mean"] <= most, length),
+        (not more and not silenced, empty),
     ]

@@ -112,6 +112,27 @@ def test_no_gate_opens_without_rewards_or_far_from_the_start():
     assert far["reasons"] == ["KL 26.00 of at most 25"]
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "promoted"),
+    [
+        (["a", "b", "c", "d", "e"], ["a", "b", "c", "d", ""], True),
+        (["a", "b", "c", "d", "e"], ["a", "b", "c", "", " "], False),
+        (["a", "", "", "", ""], [""] * 5, False),  # it fell silent
+        ([""] * 5, [""] * 5, True),  # the start said nothing either
+        ([""] * 5, ["a"] * 5, True),
+    ],
+)
+def test_a_policy_that_falls_silent_is_not_promoted(before, after, promoted):
+    start, end = (
+        Answers([sample((1,), (2,), text) for text in texts], [score] * 5)
+        for texts, score in ((before, 0.0), (after, 1.0))
+    )
+    found = gate({"comparison": compare(start, end), "kl": 1.0})
+    assert found["promote"] is promoted
+    if not promoted:
+        assert found["reasons"][0].startswith("answers without text")
+
+
 def test_a_reward_model_no_better_than_chance_is_not_promoted():
     cards = [
         {"accuracy": report_card.accuracy(pairs), "accuracy_interval": report_card.bootstrap(pairs)}
