@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -285,6 +287,19 @@ def test_closing_tells_everyone() -> None:
     assert [recorder.reason for recorder in recorders] == ["error"] * 3
     with pytest.raises(EngineFailure, match="not running"):
         engine.submit(request(), Recorder())
+
+
+def test_a_closed_engine_leaves_memory_at_once() -> None:
+    gc.collect()
+    gc.disable()  # it looks for circles when many objects were made, not when memory is short
+    try:
+        with make() as engine:
+            one(engine)
+            model = weakref.ref(engine._runner.model)
+        del engine
+        assert model() is None
+    finally:
+        gc.enable()
 
 
 def test_what_it_says_of_itself(engine: LocalEngine) -> None:

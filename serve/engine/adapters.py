@@ -238,6 +238,7 @@ class AdapterStore:
 
     def close(self) -> None:
         """Stop reading; whoever waits gets an error."""
+        self._wake = _nobody  # the engine would hold itself, and its base, until Python looks
         self._reader.shutdown(wait=False, cancel_futures=True)
         with self._lock:
             loads, self._loads = list(self._loads.values()), {}
@@ -328,6 +329,10 @@ class AdapterStore:
         if digest not in self._held:
             return "disk"
         return "resident" if digest in resident else "memory"
+
+
+def _nobody() -> None:
+    """Wake nobody."""
 
 
 _LATER = EngineFailure("no room yet")  # a mark, never raised
