@@ -30,7 +30,8 @@ def find_start(
 
     Raises:
         InvalidInput: There is no such model of this account, it belongs to a base that is not
-            served here, or the job asks for another shape than the adapter has.
+            served here, it scores and the job trains one that writes, or the job asks for another
+            shape than the adapter has.
     """
     given = spec.options.get("from_checkpoint")
     start = None
@@ -62,6 +63,14 @@ def find_start(
             )
         start = found
     if start is not None:
+        if start.lineage.get("kind") == REWARD_MODEL and spec.method_type != REWARD_MODEL:
+            param = "model" if given is None else "from_checkpoint"
+            raise InvalidInput(
+                f"Invalid '{param}': `{start.name}` is a reward model, which scores text and never "
+                f"learned to write it; the method '{spec.method_type}' starts from the base "
+                f"`{start.base_model}` or a model that answers.",
+                param=param,
+            )
         _check_shape(spec)
     return start
 

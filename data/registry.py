@@ -299,7 +299,9 @@ def _in_use(session: Session, alias: Alias) -> list[AdapterVersion]:
 
 
 def delete(database: Database, project_id: str, name: str) -> AdapterVersion:
-    """Take a version out of use; an alias that points at it falls away.
+    """Take a version out of use: its alias falls away if it points at it.
+
+    Another alias that does names again what it named before, or falls away if nothing is left.
 
     Raises:
         ModelNotFound: There is no such version of this account.
@@ -307,9 +309,12 @@ def delete(database: Database, project_id: str, name: str) -> AdapterVersion:
     with database.write() as session:
         version = find_own(session, project_id, name)
         version.deleted_at = now()
-        alias = session.get(Alias, alias_of(version.name))
-        if alias is not None and alias.version_id == version.id:
-            session.delete(alias)
+        for alias in session.scalars(select(Alias).where(Alias.version_id == version.id)).all():
+            before = [] if alias.name == alias_of(version.name) else _in_use(session, alias)
+            if before:
+                point_alias(session, before[-1], "rollback", alias.name)
+            else:
+                session.delete(alias)
         audit.record(session, "model.deleted", version.name, project_id)
     return version
 

@@ -191,7 +191,7 @@ def truncate(example: Example, max_length: int) -> Example:
 
 
 def _render_pair(tokenizer: Any, prompt: str, completion: str) -> Example:
-    return _with_end(tokenizer, prompt_ids(tokenizer, prompt), _continuation(tokenizer, completion))
+    return _with_end(tokenizer, prompt_ids(tokenizer, prompt), continuation(tokenizer, completion))
 
 
 def _with_end(tokenizer: Any, context: Sequence[int], learned: Sequence[int]) -> Example:
@@ -255,7 +255,7 @@ def _render_chat(
 
 def _part(tokenizer: Any, text: str, is_first: bool = False) -> list[int]:
     """Tokenize a part of a rendered conversation, cut where serving cuts prompt from answer."""
-    return _plain(tokenizer, text) if is_first else _continuation(tokenizer, text)
+    return _plain(tokenizer, text) if is_first else continuation(tokenizer, text)
 
 
 def _end_of_turn(eos: int, turn: Sequence[int]) -> int:
@@ -311,7 +311,7 @@ def _plain(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _continuation(tokenizer: Any, text: str) -> list[int]:
+def continuation(tokenizer: Any, text: str) -> list[int]:
     """Tokenize text that follows other text.
 
     Tokenizers of the SentencePiece kind put a space before any text they are given; a character

@@ -47,8 +47,8 @@ class Recipe:
     Attributes:
         aliases, moved: Aliases that name it, and those that name the version on the new base now.
         rows: On which both are compared.
-        standing: `due` (no job yet, or the last one failed), `running`, `promoted`, `refused` by
-            the comparison, `rolled_back`, or `skipped`.
+        standing: `due` (no job yet, the last one failed, or its model was deleted), `running`,
+            `promoted`, `refused` by the comparison, `rolled_back`, or `skipped`.
         reason: Why it is skipped or was refused.
         job_id: Of the upgrade.
         candidate: The version on the new base.
@@ -187,8 +187,14 @@ def _of(found: dict[str, Recipe], project: Project, version: AdapterVersion) -> 
 
 
 def _upgrades(session: Session, project: Project, bases: Bases) -> dict[str, Job]:
-    """Return of each version the job that upgrades it: the newest, of those that did not fail."""
-    query = select(Job).where(Job.project_id == project.id)
+    """Return of each version the job that upgrades it: the newest, of those that did not fail.
+
+    A job whose model was deleted does not count.
+    """
+    gone = select(AdapterVersion.job_id).where(
+        AdapterVersion.name == Job.fine_tuned_model, AdapterVersion.deleted_at.is_not(None)
+    )
+    query = select(Job).where(Job.project_id == project.id, ~gone.exists())
     found = [
         job for job in session.scalars(query) if UPGRADE in job.options and job.base == bases.new
     ]
@@ -205,7 +211,7 @@ def _judge(session: Session, recipe: Recipe, upgrade: Job | None) -> None:
             return
         name = AdapterVersion.name == upgrade.fine_tuned_model
         made = session.scalar(select(AdapterVersion).where(name))
-        if made is not None and made.deleted_at is None:
+        if made is not None:
             gate = made.lineage.get("gate") or made.lineage.get("result", {}).get("gate") or {}
             recipe.candidate = made.name
             recipe.standing = "refused" if not gate.get("promote", True) else "rolled_back"

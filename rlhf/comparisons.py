@@ -7,10 +7,11 @@ probability is the share of judgements, which is how disagreement among labelers
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,8 @@ class Pair:
     Attributes:
         margin: By how much it should score higher at least.
         judgements: How often the two were compared.
-        votes: Each of the judgements, where rows tell whose they are, of which batch or how sure.
+        votes: Each of the judgements, where there are several, or a row tells whose it is, of which
+            batch or how sure.
     """
 
     better: int
@@ -115,20 +117,24 @@ def load_comparisons(path: Path, tokenizer: Any, min_examples: int) -> Compariso
 def limit_length(comparisons: Comparisons, max_length: int, on_long: str) -> None:
     """Cut, drop or refuse answers of more than `max_length` tokens, prompt included.
 
-    Cutting takes the same part of the prompt's start from all its answers.
+    Cutting takes the same part of the prompt's start from all its answers, down to half of
+    `max_length`; what is longer then loses its own end. Dropping takes the pairs of such answers.
 
     Raises:
         DataError: Some are longer and `on_long` is "error", or all are dropped.
     """
     kept = []
     for group in comparisons.groups:
-        excess = max(map(len, group.answers)) - max_length
-        if excess > 0:
-            comparisons.long += sorted({pair.line for pair in group.pairs})
+        long = {index for index, ids in enumerate(group.answers) if len(ids) > max_length}
+        if long:
+            rest = [pair for pair in group.pairs if not long & {pair.better, pair.worse}]
+            comparisons.long += sorted({p.line for p in group.pairs if p not in rest})
             if on_long == "drop":
-                continue
-            _cut(group, excess, max_length)
-        kept.append(group)
+                group = _only(group, rest)
+            else:
+                _cut(group, max_length)
+        if group.pairs:
+            kept.append(group)
     if comparisons.long and on_long == "error":
         lines = ", ".join(map(str, comparisons.long[:20]))
         raise DataError(
@@ -182,14 +188,18 @@ def noise_ceiling(groups: Iterable[Group]) -> tuple[float | None, str | None]:
 
 
 def agreement(groups: Iterable[Group]) -> tuple[float | None, str | None]:
-    """Return how often two judgements of one pair agree, or None and why it is not known."""
-    agreeing, chances = 0.0, 0.0
-    for pair in (pair for group in groups for pair in group.pairs if pair.judgements > 1):
-        count, wins = pair.judgements, pair.prob * pair.judgements
-        chances += count * (count - 1)
-        agreeing += wins * (wins - 1) + (count - wins) * (count - wins - 1)
+    """Return how often two decided judgements of one pair agree, or None and why it is not known.
+
+    Two that prefer an answer with probabilities p and q agree with p q + (1 - p) (1 - q).
+    """
+    agreeing, chances = 0.0, 0
+    for pair in (pair for group in groups for pair in group.pairs):
+        probs = [vote.prob for vote in pair.votes if vote.prob != 0.5]
+        for p, q in itertools.permutations(probs, 2):
+            agreeing += p * q + (1 - p) * (1 - q)
+            chances += 1
     if not chances:
-        return None, "no pair was judged twice"
+        return None, "no pair was decided twice"
     return agreeing / chances, None
 
 
@@ -221,7 +231,7 @@ def _group(tokenizer: Any, rows: Iterable[tuple[int, Row]]) -> list[Group]:
         better, worse, margin = (first, second, margin) if prob >= 0.5 else (second, first, -margin)
         margin = max(margin, 0.0) if prob != 0.5 else 0.0  # those of opposite judgements cancel
         told: tuple[Vote, ...] = ()
-        if any(vote[3] for vote in votes):
+        if len(votes) > 1 or votes[0][3]:
             told = tuple(Vote(v[0] if prob >= 0.5 else 1 - v[0], v[3]) for v in votes)
         groups[prompt].pairs.append(
             Pair(better, worse, max(prob, 1 - prob), margin, votes[0][2], len(votes), told)
@@ -247,20 +257,30 @@ def _answers(
     return prompt, places
 
 
-def _cut(group: Group, excess: int, max_length: int) -> None:
+def _cut(group: Group, max_length: int) -> None:
     """Take the prompt's start away, its first token aside; then the end of answers, EOS aside."""
     prompt, size = group.prompt, len(group.prompt)
-    if excess < size:
-        group.prompt = (prompt[0], *prompt[1 + excess :])
-        group.answers = [(*group.prompt, *ids[size:]) for ids in group.answers]
-        return
-    group.prompt = prompt[-1:]
     bodies = [ids[size:] for ids in group.answers]
-    room = max_length - 1
+    keep = max(max_length - max(map(len, bodies)), min(size, max_length // 2))
+    if keep < size:
+        group.prompt = (prompt[0], *prompt[size - keep + 1 :])
+    room = max_length - len(group.prompt)
     group.answers = [
         (*group.prompt, *(body if len(body) <= room else (*body[: room - 1], body[-1])))
         for body in bodies
     ]
+
+
+def _only(group: Group, pairs: Sequence[Pair]) -> Group:
+    """Return a group of some of its pairs, without the answers that are in none of them."""
+    used = sorted({index for pair in pairs for index in (pair.better, pair.worse)})
+    places = {index: place for place, index in enumerate(used)}
+    return Group(
+        group.prompt,
+        [group.answers[index] for index in used],
+        [group.lengths[index] for index in used],
+        [replace(p, better=places[p.better], worse=places[p.worse]) for p in pairs],
+    )
 
 
 def _num_chars(answer: Content) -> int:

@@ -94,5 +94,10 @@ class RewardConfig(RunConfig):
             raise ValueError("bias_report is true, but a reward model writes no text: leave it out")
         if self.lora.dropout:
             raise ValueError(NO_DROPOUT)
+        given = self.lora.model_fields_set - {"dropout"}
+        if self.start_adapter is not None and given:
+            raise ValueError(
+                f"start_adapter keeps its adapter's shape; leave out lora.{', lora.'.join(given)}"
+            )
         check_held_out(self)
         return self

@@ -103,6 +103,7 @@ def train(
 ) -> dict[str, Any] | None:
     """Train; returns the outcome, or None when told to stop."""
     config = job.config
+    stopper.every = config.num_iterations  # TRL begins a batch anew where a run is resumed
     start = _answer(job, run, None, 0)
     trainer = _make_trainer(job, run, stopper)
     evaluations = Evaluations(job, run, trainer, trainer.episodes.clock)
@@ -189,6 +190,7 @@ class Episodes:
         self._made: dict[tuple[str, tuple[int, ...]], Sample] = {}
         self.step = 0
         self.rank, self.size = 0, 1  # of the processes
+        self.accelerator: Any = None  # joins them, once there is one
 
     def prompt_ids(self, indices: Sequence[str]) -> list[list[int]]:
         return [list(self._job.prompts[int(index)].ids) for index in indices]
@@ -227,17 +229,27 @@ class Episodes:
         with self.clock.timing("score"):
             raw = self._job.source.score(samples)
         skipped = [math.isnan(score) for score in raw]
-        if all(skipped):
+        num_skipped, num_scored = self._of_all(sum(skipped), len(skipped))
+        if num_skipped == num_scored:
             raise without_numbers(self._job.config.reward, samples)
         if self.rank == 0:
-            if any(skipped):
-                message = f"{sum(skipped)} responses without a finite reward skipped"
+            if num_skipped:
+                message = f"{num_skipped} responses without a finite reward skipped"
                 self._run.tell(message, level="warn", step=self.step)
             for sample, score in zip(samples[:SHOWN], raw, strict=False):
                 row = describe(sample, score=score, step=self.step, kind="rollout")
                 self._run.append(self._run.completions, row)
         shaped = shape_scores(raw, samples, self._job.config.reward, stops=True)
         return [None if skip else score for skip, score in zip(skipped, shaped, strict=True)]
+
+    def _of_all(self, *counts: int) -> list[int]:
+        """Return the sums of counts over all processes."""
+        if self.accelerator is None:
+            return list(counts)
+        found: torch.Tensor = self.accelerator.reduce(
+            torch.tensor(counts, device=self.accelerator.device), "sum"
+        )
+        return [int(count) for count in found]
 
 
 class Evaluations(TrainerCallback):
@@ -326,6 +338,7 @@ class _Sampling:
         accelerator: Any = getattr(self, "accelerator")  # noqa: B009
         self.episodes.rank = int(accelerator.process_index)
         self.episodes.size = int(accelerator.num_processes)
+        self.episodes.accelerator = accelerator
         return self.episodes.sample(self.indices)
 
 

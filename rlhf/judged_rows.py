@@ -25,14 +25,27 @@ from rlhf.trl_config import DpoConfig, KtoConfig, OfflineConfig
 from train.base_model import Base
 from train.batches import name_lines
 
+_HELD_OUT = (
+    ", as others are held out, cut or dropped: give more rows, a smaller validation_fraction, or a "
+    "validation_file"
+)
 Row = dict[str, Any]
 Rows = list[Row]
 
 
 def read_pairs(config: DpoConfig, base: Base) -> tuple[Rows, Rows, list[str]]:
-    """Return the decided pairs to learn and those held out, and what to warn of."""
+    """Return the decided pairs to learn and those held out, and what to warn of.
+
+    Raises:
+        DataError: The files have problems, or no decided pair is left to learn.
+    """
     parts, warnings = _read_comparisons(config, base)
     train, valid = ([] if part is None else _pair_rows(part.groups) for part in parts)
+    if not train:
+        raise DataError(
+            f"{config.train_file}: no decided comparison is left to learn{_HELD_OUT}",
+            code="only_ties",
+        )
     return train, valid, warnings
 
 
@@ -55,14 +68,23 @@ def read_judged(config: KtoConfig, base: Base) -> tuple[Rows, Rows, list[str]]:
     else:
         parts, warnings = _read_comparisons(config, base)
         rows, valid = ([] if part is None else _side_rows(part.groups) for part in parts)
-    labels = {row["label"] for row in rows}
-    if len(labels) < 2:
-        kind = "good" if labels == {True} else "bad"
-        raise DataError(
-            f"{config.train_file}: every answer is {kind}; KTO learns from good and bad ones",
-            code="one_label",
-        )
+    _check_labels(config, rows, valid)
     return rows, valid, warnings
+
+
+def _check_labels(config: KtoConfig, rows: Rows, valid: Rows) -> None:
+    labels = {row["label"] for row in rows}
+    if len(labels) == 2:
+        return
+    held_out = set() if config.validation_file else {row["label"] for row in valid} - labels
+    told = "no decided answer is left to learn"
+    if rows:
+        left = " left to learn" if held_out else ""
+        told = f"every answer{left} is {'good' if True in labels else 'bad'}"
+    why = _HELD_OUT if held_out or not rows else ""
+    raise DataError(
+        f"{config.train_file}: {told}{why}; KTO learns from good and bad ones", code="one_label"
+    )
 
 
 def _read_comparisons(

@@ -47,7 +47,8 @@ class ValueSettings(StrictModel):
     )
     start: Literal["auto", "reward", "zero"] = Field(
         "auto",
-        description="A copy of the reward model, or a head of zeros; auto: the first if any.",
+        description="A copy of the reward model, or a head of zeros; auto: the first where its "
+        "scores are the reward.",
     )
     learning_rate: float = Field(1e-4, gt=0, description="At its highest.")
     coef: float = Field(0.1, gt=0, description="Of the value's loss beside the policy's.")
@@ -109,6 +110,12 @@ class PpoConfig(PolicyConfig, SampledConfig):
             problems.append(
                 f"total_episodes {self.total_episodes} is less than batch_size {self.batch_size}"
             )
+        if self.kl.target is not None and self.batch_size >= 5 * self.kl.horizon:
+            problems.append(
+                f"kl.horizon {self.kl.horizon} is at most a fifth of batch_size "
+                f"{self.batch_size}, so that one update could steer kl.coef to 0 or below; give "
+                f"batch_size or more"
+            )
         if self.gold is not None and self.gold.model is not None:
             problems.append("gold takes function, url or grader; the reward model is the proxy")
         ignored = self.gold.model_fields_set & SHAPING if self.gold is not None else set()
@@ -148,5 +155,8 @@ class PpoConfig(PolicyConfig, SampledConfig):
     @property
     def value_starts_as_reward(self) -> bool:
         """Whether the value begins as a copy of the reward model."""
-        separate = self.value.trunk == "separate"
-        return separate and self.reward.model is not None and self.value.start != "zero"
+        if self.value.trunk != "separate" or self.reward.model is None:
+            return False
+        return self.value.start == "reward" or (
+            self.value.start == "auto" and not self.reward.by_rule
+        )

@@ -163,10 +163,13 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
 class AdaptiveKL:
     """Ziegler et al.'s controller: keeps the KL of a response near a target.
 
+    An update of n episodes multiplies the coefficient by 1 +- 0.2 n / horizon at most, so a horizon
+    of n / 5 could make it 0, where it stays, or negative, which rewards what it should keep small.
+
     Args:
         coef: The first coefficient.
         target: KL of a response, nats; None keeps the coefficient as it is.
-        horizon: Episodes over which it adapts.
+        horizon: Episodes over which it adapts; above a fifth of an update's.
     """
 
     def __init__(self, coef: float, target: float | None, horizon: int):

@@ -120,7 +120,8 @@ class PpoTrainer:
         read = sum(len(s.prompt.ids) + len(s.response) for s in experience.samples)
         progress.tokens += int(self._team.sum(torch.tensor(float(read), dtype=torch.float64)))
         record = self._record(experience, stats, controller.coef) | self._gold(experience.samples)
-        controller.update(record["objective/kl"], config.batch_size)
+        if number >= config.value_warmup:  # before, the policy does not move
+            controller.update(record["objective/kl"], config.batch_size)
         progress.kl_coef = controller.coef
         if progress.update % config.eval_every == 0 or progress.update == config.num_updates:
             record |= self._judge(experience.samples)

@@ -153,13 +153,10 @@ def _summary(votes: Sequence[tuple[float, float | None]]) -> dict[str, Any]:
     }
 
 
-def gate(card: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Decide by a report card whether a reward model is worth more than a coin, and say why.
-
-    None where no held-out pair is decided.
-    """
+def gate(card: Mapping[str, Any]) -> dict[str, Any]:
+    """Decide by a report card whether a reward model is worth more than a coin, and say why."""
     if card["accuracy"] is None:
-        return None
+        return {"promote": False, "reasons": ["no held-out comparison is decided"]}
     within = card["accuracy_interval"]
     told = f"held-out accuracy {card['accuracy']:.3f}"
     told += f" ({within[0]:.3f} to {within[1]:.3f})" if within else ""

@@ -132,7 +132,7 @@ def train(
     if config.start_adapter is None:
         shape = lora_config(config.lora, base.model)
     else:
-        shape = read_shape(config.start_adapter, base, config.lora.dropout)
+        shape = read_shape(config.start_adapter, base, config.lora.dropout, may_score=True)
     set_seed(config.seed)
     scored = ScoredBase(base.model, shape)
     if config.start_adapter is not None:

@@ -99,9 +99,13 @@ class PpoRewardSettings(StrictModel):
         return f"the reward model {self.model}"
 
     @property
+    def by_rule(self) -> bool:
+        """Whether rewards are of a rule, which may use a model's scores, not such scores."""
+        return self.grader is not None and self.grader["type"] != "score_model"
+
+    @property
     def limit(self) -> float:
         """Beyond which scores are cut: `clip` as a number, infinite where nothing is."""
         if self.clip == "auto":
-            by_rule = self.grader is not None and self.grader["type"] != "score_model"
-            return math.inf if self.model is None or by_rule else AUTO_CLIP
+            return math.inf if self.model is None or self.by_rule else AUTO_CLIP
         return math.inf if self.clip is None else self.clip

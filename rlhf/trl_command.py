@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from train.command import (
+    ADAPTERS,
     FREE_TO_CHANGE,
     STOPPED,
     as_yaml,
@@ -48,7 +49,9 @@ def execute(module: Any, config: Any, run: RunFolder, options: argparse.Namespac
             "rows": len(job.train) if hasattr(job, "train") else len(job.prompts),
         }
         facts |= data_facts(config)
-        refuse_other_data(config, run, facts)
+        judging = {part for part, setting in ADAPTERS.items() if setting in module.JUDGING}
+        learned = {name: fact for name, fact in facts.items() if name not in judging}
+        refuse_other_data(config, run, learned)
         resolved = provenance(config, None, **facts)
         if options.dry_run:
             print(as_yaml(resolved))

@@ -85,6 +85,13 @@ def measure(
         else math.nan
     )
     total = sum(seconds.values())
+    of_lengths = torch.bincount(lengths.long(), minlength=max_new_tokens + 1).double()
+    longest = team.sum(of_lengths).nonzero()
+    learned = stats if stats.ratios else None  # None: the value alone, whose policy is not measured
+
+    def policy(name: str) -> float:
+        return learned.mean(name) if learned else math.nan
+
     return {
         "eps": count / total if total else 0.0,
         "objective/kl": totals["kl"] / count,
@@ -94,11 +101,11 @@ def measure(
         "objective/scores": score,
         "objective/score_std": math.sqrt(score_var),
         "objective/raw_scores": totals["raw"] / count,
-        "policy/approxkl_avg": stats.mean("approx_kl"),
-        "policy/clipfrac_avg": stats.mean("clipped"),
-        "policy/entropy_avg": stats.mean("entropy"),
+        "policy/approxkl_avg": policy("approx_kl"),
+        "policy/clipfrac_avg": policy("clipped"),
+        "policy/entropy_avg": policy("entropy"),
         "policy/epochs_done": stats.epochs,
-        "loss/policy_avg": stats.mean("loss/policy"),
+        "loss/policy_avg": policy("loss/policy"),
         "loss/value_avg": stats.mean("loss/value"),
         "val/clipfrac_avg": stats.mean("value_clipped"),
         "val/ratio": mean_ratio,
@@ -114,7 +121,7 @@ def measure(
         "score/eos_rate": totals["ended"] / count,
         "score/length_corr": together / spread if spread > 1e-12 else math.nan,
         "response/length_mean": length,
-        "response/length_max": float(lengths.max()) if len(lengths) else 0.0,
+        "response/length_max": float(longest.max()) if len(longest) else 0.0,
         "response/length_clip_ratio": totals["at_limit"] / count,
         "rollout/logprob_gap": totals["gap"] / team.size,
         **{f"time/{name}": value for name, value in seconds.items()},
@@ -251,4 +258,4 @@ class Bar:
 
 
 def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
+    return sum(values) / len(values) if values else math.nan

@@ -56,12 +56,22 @@ def main() -> int:
         raise
     if plan["fault"] == "deaf":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    elif plan["fault"] == "slow_stop":
+        signal.signal(signal.SIGTERM, lambda *_: stop_slowly(run))
     else:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with (run.path / "starts").open("a") as stream:
         stream.write(f"{os.getpid()}\n")
     run.prepare()
     return train(run, plan, config)
+
+
+def stop_slowly(run: RunFolder) -> None:
+    """Do what takes a trainer a while when it is told to stop: write a checkpoint."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(1)
+    (run.path / "stopped-in-order").touch()
+    sys.exit(143)
 
 
 def train(run: RunFolder, plan: dict[str, Any], config: dict[str, Any]) -> int:
@@ -97,6 +107,8 @@ def misbehave(run: RunFolder, plan: dict[str, Any], first: int) -> None:
     fault = plan["fault"]
     if fault == "killed_once" and first == 0:
         os.kill(os.getpid(), signal.SIGKILL)
+    if fault == "stopped_once" and first == 0:
+        os.kill(os.getpid(), signal.SIGTERM)
     if fault == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     if fault == "told":

@@ -360,3 +360,19 @@ def test_a_jobs_reward_model_takes_nothing_that_it_would_not_read(
     assert caught.value.param == f"method.ppo.grader.{next(iter(given))}"
     grader = create(plain).method.ppo["grader"]
     assert (grader["graders"]["j"] if inside else grader) == plain
+
+
+@pytest.mark.parametrize("method", ["supervised", "dpo"])
+def test_nothing_that_writes_starts_from_a_reward_model(
+    server: Server, judge: str, method: str
+) -> None:
+    client = server.client()
+    rows = vowel_rows(12) if method == "dpo" else [{"prompt": "a", "completion": "b"}] * 12
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    file = client.files.create(file=("rows.jsonl", text.encode()), purpose="fine-tune").id
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.fine_tuning.jobs.create(
+            model=judge, training_file=file, method={"type": method, method: {}}
+        )
+    assert caught.value.param == "model"
+    assert "is a reward model" in caught.value.message

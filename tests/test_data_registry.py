@@ -172,6 +172,27 @@ def test_a_deleted_version_is_gone_and_never_rolled_back_to(
     assert [path.name for path in adapters.iterdir()] == [third.path]
 
 
+def test_other_aliases_of_a_deleted_version_go_back_or_fall_away(
+    database: Database, adapters: Path, project: Project, source: Path
+) -> None:
+    first, other = (publish(database, adapters, project, source, name) for name in ("mail", "x"))
+    registry.promote(database, project.id, other.name, "ft:tiny:acme:mail")
+    refused = registry.publish(
+        *(database, adapters, project, source, "tiny", FINGERPRINT), suffix="mail", promoted=False
+    )
+    registry.delete(database, project.id, other.name)
+    (alias,) = registry.list_aliases(database, project.id)
+    assert (alias.name, alias.version_id) == ("ft:tiny:acme:mail", first.id)
+    another = publish(database, adapters, project, source, "y")
+    registry.promote(database, project.id, another.name, alias.name)
+    assert registry.rollback(database, project.id, alias.name).id == first.id
+    registry.promote(database, project.id, another.name, alias.name)
+    registry.delete(database, project.id, first.name)
+    registry.delete(database, project.id, another.name)
+    assert registry.list_aliases(database, project.id) == []
+    assert registry.resolve(database, project.id, refused.name).id == refused.id
+
+
 def test_verification_finds_any_change(
     database: Database, adapters: Path, project: Project, source: Path, tmp_path: Path
 ) -> None:

@@ -139,7 +139,8 @@ def test_a_reward_model_no_better_than_chance_is_not_promoted():
         for pairs in (pairs_of([1.0, -1.0] * 4), pairs_of([1.0, 1.0, -1.0]))
     ]
     assert [report_card.gate(card)["promote"] for card in cards] == [False, True]
-    assert report_card.gate({"accuracy": None, "accuracy_interval": None}) is None
+    undecided = report_card.gate({"accuracy": None, "accuracy_interval": None})
+    assert undecided == {"promote": False, "reasons": ["no held-out comparison is decided"]}
 
 
 def test_pairs_that_labelers_disagree_on_count_as_often_as_they_agree():

@@ -181,6 +181,16 @@ def test_a_reward_model_says_which_answers_are_better(place, judged_by):
     assert gate(found) == found["gate"]
 
 
+def test_an_unfinished_run_may_be_judged_by_another_model(place, judged_by):
+    given = files(place) | OF_DPO | {"reward_model": judged_by / "adapter"}
+    assert dpo.main(words(place, "rejudged", **given)) == 0
+    (place / "rejudged/result.json").unlink()
+    shutil.copytree(judged_by / "adapter", place / "second")
+    scale = json.loads((place / "second/reward.json").read_text())
+    (place / "second/reward.json").write_text(json.dumps(scale, indent=4))
+    assert dpo.main(words(place, "rejudged", **given | {"reward_model": place / "second"})) == 0
+
+
 @pytest.mark.parametrize(
     ("values", "status", "told"),
     [

@@ -19,6 +19,7 @@ from rlhf.ppo_setup import read_prompts
 from rlhf.trl_config import DpoConfig, GrpoConfig, KtoConfig
 
 BASE: Any = SimpleNamespace(tokenizer=tiny_tokenizer(), name="tiny", context_length=64)
+PAIRS = vowel_rows(4)
 TOLD = "2 rows of {} have a prompt that the training file has too"
 
 
@@ -157,3 +158,37 @@ def test_a_file_of_which_nothing_is_left_is_refused_for_that(
     with pytest.raises(DataError, match=told) as caught:
         read_judged(given, BASE)
     assert "long.jsonl" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reader", "rows", "told"),
+    [
+        (DpoConfig, read_pairs, "pairs", "no decided comparison is left to learn, as others are"),
+        (KtoConfig, read_judged, "pairs", "no decided answer is left to learn, as others are"),
+        (KtoConfig, read_judged, "answers", "every answer left to learn is good, as others are"),
+    ],
+)
+def test_what_is_held_out_is_not_missed_elsewhere(
+    tmp_path: Path, kind: type[Any], reader: Any, rows: str, told: str
+) -> None:
+    """One of four prompts is held out: whichever it is, what only it has is not elsewhere."""
+    found = []
+    for odd in range(4):
+        if rows == "pairs":
+            given = [row | {"prompt": f"{n}", "label_prob": 0.5} for n, row in enumerate(PAIRS)]
+            given[odd] |= {"label_prob": 1.0}
+        else:
+            given = [{"prompt": f"{n}", "completion": "a", "label": n != odd} for n in range(4)]
+        path = write(tmp_path / f"{odd}.jsonl", given)
+        settings = config(kind, tmp_path, train_file=path, validation_fraction=0.25, min_examples=1)
+        found.append(_refusal(reader, settings))
+    [refusal] = filter(None, found)
+    assert told in refusal
+
+
+def _refusal(reader: Any, settings: Any) -> str | None:
+    try:
+        reader(settings, BASE)
+    except DataError as error:
+        return str(error)
+    return None

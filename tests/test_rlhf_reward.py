@@ -22,7 +22,13 @@ from train_runs import launch
 from data.errors import DataError
 from data.rows import Ranking
 from rlhf import ppo, report_card, reward
-from rlhf.comparisons import agreement, load_comparisons, noise_ceiling, split_prompts
+from rlhf.comparisons import (
+    agreement,
+    limit_length,
+    load_comparisons,
+    noise_ceiling,
+    split_prompts,
+)
 from rlhf.reward_run import groups_a_step
 from rlhf.reward_trainer import pair_loss
 from rlhf.rewards import by_length
@@ -391,6 +397,51 @@ def test_the_card_tells_whose_judgements_the_model_agrees_with(tmp_path):
     page = report_card.card_page(report_card.report_card([group], [[0.0, 0.0]]), "<b>")
     assert "<h2>By labeler</h2>" in page
     assert "<td>ann</td><td>1</td><td>0.500</td><td>not known</td>" in page
+
+
+@pytest.mark.parametrize(
+    ("probs", "agreed"),
+    [
+        ((0.8, 0.8), 0.8**2 + 0.2**2),
+        ((1.0, 1.0, 0.0), 1 / 3),
+        ((0.9, 0.5, 0.6), 0.9 * 0.6 + 0.1 * 0.4),  # one that cannot decide is left out
+        ((0.5, 0.5), None),
+    ],
+)
+def test_soft_judgements_agree_as_often_as_they_would_choose_alike(tmp_path, probs, agreed):
+    row = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    rows = [row | {"label_prob": prob} for prob in probs]
+    rows += [{"prompt": "q", "chosen": "a", "rejected": "b"}]
+    found = load_comparisons(write(tmp_path / "d.jsonl", rows), tiny_tokenizer(), 1)
+    assert agreement(found.groups)[0] == (None if agreed is None else pytest.approx(agreed))
+
+
+@pytest.mark.parametrize("on_long", ["truncate", "drop"])
+def test_one_long_answer_costs_the_others_no_more_than_it_must(tmp_path, on_long):
+    """A token is a byte: prompts of 10, answers of 2 and 3, and one of 30, with EOS."""
+    rows = [
+        {"prompt": "0123456789", "completions": ["a", "bb", "c" * 29], "ranks": [1, 2, 3]},
+        {"prompt": "other", "chosen": "a", "rejected": "b"},
+    ]
+    ranked = write(tmp_path / "r.jsonl", rows[:1])
+    found = load_comparisons(ranked, tiny_tokenizer(), 1)
+    [group] = found.groups
+    size = len(group.prompt)
+    before = [ids[size:] for ids in group.answers]
+    limit_length(found, 24, on_long)
+    assert found.long == [1]
+    [kept] = found.groups
+    after = [ids[len(kept.prompt) :] for ids in kept.answers]
+    assert kept.prompt == group.prompt[:1] + group.prompt[-len(kept.prompt) + 1 :]
+    if on_long == "drop":
+        assert len(kept.prompt) == size
+        assert after == before[:2]
+        assert [(p.better, p.worse) for p in kept.pairs] == [(0, 1)]
+    else:
+        assert len(kept.prompt) == min(size, 12)
+        assert after[:2] == before[:2]
+        assert len(kept.prompt) + len(after[2]) == 24
+        assert after[2] == (*before[2][: len(after[2]) - 1], before[2][-1])
 
 
 def test_prompts_never_straddle_a_split(tmp_path):

@@ -45,6 +45,11 @@ def read(kind: type[Any], values: dict[str, object]) -> Any:
         (PpoConfig, FUNCTION | {"kl.horizon": 50}, "give target too"),
         (
             PpoConfig,
+            FUNCTION | {"kl.target": 6, "kl.horizon": 128, "batch_size": 640},
+            "kl.horizon 128 is at most a fifth of batch_size 640",
+        ),
+        (
+            PpoConfig,
             FUNCTION | {"total_episodes": 128, "value.warmup_updates": 2},
             "leaves no update to the policy",
         ),
@@ -55,6 +60,7 @@ def read(kind: type[Any], values: dict[str, object]) -> Any:
         (GrpoConfig, FUNCTION | {"reward.whiten": "true"}, "reward.whiten scales PPO's"),
         (RlooConfig, FUNCTION | {"n_evals": 2}, 'unknown key "n_evals"'),
         (GrpoConfig, FUNCTION | {"n_evals": 2}, 'unknown key "n_evals"'),
+        (RewardConfig, {"start_adapter": "a", "lora.r": 4}, "leave out lora.r"),
         *(
             (kind, {"validation_file": "v.jsonl", "validation_fraction": 0.2}, "exclude each other")
             for kind in (RewardConfig, DpoConfig, KtoConfig)
@@ -185,6 +191,8 @@ def test_a_reward_model_that_no_grader_uses_is_refused() -> None:
         (FUNCTION | {"value.warmup_updates": 3}, 3),
         (JUDGED, 0),
         (JUDGED | {"value.start": "zero"}, 10),
+        (JUDGED | {"reward.grader": json.dumps(JUDGE)}, 0),
+        (JUDGED | {"reward.grader": json.dumps(multi("10 * a", a=JUDGE))}, 10),
     ],
 )
 def test_the_value_learns_alone_for_a_fifth_of_a_run_at_most(

@@ -16,12 +16,14 @@ from test_rlhf_reward import vowel_rows, write
 from tiny_models import save_tiny_base
 from train_runs import launch
 
+from data.errors import TrainingFailed
 from rlhf import dpo, group_run, grpo, kto, rloo
 from rlhf.comparisons import load_comparisons
 from rlhf.prompts import Prompt
 from rlhf.reward_settings import PpoRewardSettings
 from rlhf.rollout import Sample
 from serve.engine import base_model
+from train.callbacks import STOPPED, Stopper
 from train.run import RunFolder, step_of
 
 RULE = """
@@ -300,6 +302,30 @@ def test_a_killed_run_goes_on_with_the_prompts_that_are_left(place, method, monk
     assert answers[0] == answers[1]
 
 
+def test_a_run_that_is_told_to_stop_ends_with_a_batch(place, monkeypatch):
+    """Its second pass would be one over another batch, sampled anew, where it goes on."""
+    monkeypatch.syspath_prepend(str(place))
+    given = {
+        "prompts_file": place / "prompts.jsonl",
+        "total_episodes": 4 * 8,
+        "num_iterations": 2,
+        "max_new_tokens": 4,
+        "eval_prompts": 0,
+        "dtype": "float32",
+        "reward.function": "rules_of_trl:vowels",
+    }
+    assert grpo.main(words(place, "passes", **given)) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Stopper, "on_step_begin", lambda self, *_, **__: self.asked.set())
+        assert grpo.main(words(place, "halted", **given)) == STOPPED
+    assert step_of(RunFolder(place / "halted").newest_checkpoint()) == 2
+    assert grpo.main(words(place, "halted", **given)) == 0
+    one, other = (
+        load_file(place / out / "adapter/adapter_model.safetensors") for out in ("passes", "halted")
+    )
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_a_response_without_a_reward_is_left_out(tmp_path):
     prompt = Prompt(7, (1, 2), "say it", {})
     samples = [Sample(prompt, (3 + i,), "it", True, (-1.0,)) for i in range(3)]
@@ -320,6 +346,17 @@ def test_a_response_without_a_reward_is_left_out(tmp_path):
     (event,) = run.read(run.events)
     assert event["message"] == "1 responses without a finite reward skipped"
     assert event["step"] == 5
+
+    job.source.score = lambda _: [math.nan] * 3
+    for others, told in ((1, "5 responses"), (0, None)):  # of which the other process scored one
+        reduced = torch.tensor([2, 2 + others])
+        episodes.accelerator = SimpleNamespace(device="cpu", reduce=lambda x, _, r=reduced: x + r)
+        if told:
+            assert episodes.score(["0"] * 3, ids) == [None] * 3
+            assert told in run.read(run.events)[-1]["message"]
+        else:
+            with pytest.raises(TrainingFailed):
+                episodes.score(["0"] * 3, ids)
 
 
 @pytest.mark.parametrize("method", ["dpo", "grpo"])

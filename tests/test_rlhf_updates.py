@@ -180,6 +180,31 @@ def test_in_its_warm_up_the_value_learns_alone():
     assert not all(map(torch.equal, before, roles.parameters_of(POLICY)))
 
 
+def test_an_update_of_the_value_alone_says_nothing_of_the_policy():
+    roles = make_roles()
+    settings = config(value={"warmup_updates": 1}, total_episodes=12)
+    found = experience_of(roles, settings)
+    learner, team = Learner(roles, settings, 1000), Team(0, 1, None)
+    for update, known in ((0, False), (1, True)):
+        numbers = measure(found, learner.update(found, update), {}, team, 8, math.inf)
+        names = ("policy/entropy_avg", "policy/approxkl_avg", "loss/policy_avg", "grad_norm/policy")
+        assert [math.isfinite(numbers[name]) for name in names] == [known] * 4
+        assert math.isfinite(numbers["loss/value_avg"])
+
+
+def test_the_longest_response_is_that_of_all_processes():
+    found = experience_of(make_roles(), config())
+    own = int(found.mask.sum(1).max())
+
+    def with_a_response_of_7(value: torch.Tensor) -> torch.Tensor:
+        return value + torch.eye(9, dtype=value.dtype)[7] if value.shape == (9,) else value
+
+    for reduce, longest in ((None, own), (with_a_response_of_7, 7)):
+        team = Team(0, 1 if reduce is None else 2, reduce)
+        numbers = measure(found, UpdateStats(), {}, team, 8, math.inf)
+        assert numbers["response/length_max"] == longest
+
+
 def test_an_update_ends_when_the_policy_moves_too_far():
     roles = make_roles()
     settings = config(num_epochs=10, learning_rate=0.05, target_kl=0.01)

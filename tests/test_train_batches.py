@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -14,9 +15,17 @@ from train_runs import write_rows
 
 from data.errors import DataError
 from data.render import Example
-from train.batches import LengthGroupedSampler, Rendered, limit_length, load_file, name_lines, split
+from train.batches import (
+    META,
+    LengthGroupedSampler,
+    Rendered,
+    limit_length,
+    load_file,
+    name_lines,
+    split,
+)
 from train.sft_trainer import ROUND, cut_batch
-from train.token_store import open_rows
+from train.token_store import ROWS, TOKENS, open_rows
 from train.token_store import write_rows as store_rows
 
 
@@ -129,6 +138,33 @@ def test_files_are_checked_before_they_are_rendered(tmp_path: Path) -> None:
     path.write_text('{"prompt": "a", "completion": ""}\n' * 12)
     with pytest.raises(DataError, match="empty_completion"):
         load_file(path, tiny_tokenizer(), 10)
+
+
+def test_rows_are_on_disk_before_their_store_counts_as_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync, synced = os.fsync, list[str]()
+
+    def note(handle: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", note)
+    load_file(write_rows(tmp_path / "rows.jsonl"), tiny_tokenizer(), 10, tmp_path / "store")
+    assert synced[:2] == [TOKENS, ROWS]
+    assert synced[2].startswith(f".{META}")
+
+
+@pytest.mark.parametrize("name", [TOKENS, ROWS])
+def test_a_store_that_was_cut_short_is_rendered_again(tmp_path: Path, name: str) -> None:
+    path, store = write_rows(tmp_path / "rows.jsonl"), tmp_path / "store"
+    wanted = list(load_file(path, tiny_tokenizer(), 10, store).examples)
+    cut = store / name
+    os.truncate(cut, cut.stat().st_size // 2)
+    assert list(load_file(path, tiny_tokenizer(), 10, store).examples) == wanted
+    os.truncate(store / TOKENS, 8)
+    with pytest.raises(DataError, match=r"tokens\.bin was cut short"):
+        list(open_rows(store))
 
 
 def test_special_tokens_in_rows_are_refused(tmp_path: Path) -> None:

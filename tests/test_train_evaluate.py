@@ -7,7 +7,9 @@ import json
 import math
 import re
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,18 +20,20 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_rlhf_reward import vowel_rows, words, write
+from tiny_models import tiny_tokenizer
 from train_runs import Workplace, read_json, read_lines
 from transformers import AutoModelForCausalLM
 
-from data.errors import ConfigError, InvalidInput
+from data.errors import ConfigError, DataError, InvalidInput
+from data.rows import PromptCompletion
 from rlhf import reward
 from rlhf.actor_critic import REWARD, ActorCritic
 from rlhf.reward_model import read_head
 from serve.engine import base_model
-from train import evaluate
+from train import evaluate, merged
 from train.answer_metrics import METRICS, classification, token_f1
 from train.evaluate_output import make_room
-from train.questions import Question
+from train.questions import Question, read_questions
 from train.significance import compare, p_value
 
 
@@ -66,6 +70,27 @@ def test_rouge_l_by_hand() -> None:
 def test_rouge_l_knows_words_of_any_script() -> None:
     questions = asked(("Δευτέρα και Τρίτη", "δευτέρα και πέμπτη"), ("москва", "Москва."))
     assert METRICS["rouge_l"].scores(questions) == pytest.approx([2 / 3, 1])
+
+
+def test_references_are_a_text_or_texts(tmp_path: Path) -> None:
+    def answers(*references: Any) -> list[list[str]]:
+        rows = [
+            {"prompt": f"q{i}", "completion": "a", "references": given}
+            for i, given in enumerate(references)
+        ]
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        numbered = [(i, PromptCompletion(f"q{i}", "a")) for i in range(1, len(rows) + 1)]
+        return [found.answers for found in read_questions(path, tiny_tokenizer(), numbered)]
+
+    assert answers("Paris", ["Rome", "Roma"], [], None) == [
+        ["Paris"],
+        ["Rome", "Roma"],
+        *[["a"]] * 2,
+    ]
+    for wrong in (5, ["Rome", 5], {"a": "b"}):
+        with pytest.raises(DataError, match=r'rows\.jsonl:2: "references" is .*give a string or'):
+            answers("Paris", wrong)
 
 
 def test_what_cannot_be_measured_is_told_before_anything_is_asked(
@@ -202,6 +227,28 @@ def evaluated(
     return dict(json.loads(capsys.readouterr().out))
 
 
+def test_one_long_answer_takes_no_room_from_other_questions(place: Workplace) -> None:
+    evaluation = evaluate.Evaluation(str(place.base), [None], place.folder / "models", 1)
+    evaluation.engine.max_context = most = 20
+    try:
+
+        def answer(length: int, max_tokens: int | None = None) -> int:
+            questions = [Question(1, (5,) * length, ["a"]), Question(2, (5,), ["a" * 50])]
+            evaluation.answer(questions, None, max_tokens, show=False)
+            return len(questions[0].said_ids)
+
+        assert 1 <= answer(most - 3) <= 3
+        with pytest.raises(
+            DataError, match=r"line 1: more than 19 tokens; the model reads 20"
+        ) as e:
+            answer(most)
+        assert "--max-tokens" not in e.value.message
+        with pytest.raises(DataError, match=r"line 1: more than 14 .*--max-tokens, which is 6$"):
+            answer(most - 5, 6)
+    finally:
+        evaluation.close()
+
+
 def accuracy_by_hand(place: Workplace, rows: Path) -> float:
     """Return the base's share of right tokens of the completions, by transformers."""
     model, tokenizer = base_model.load(place.base, "float32")
@@ -319,6 +366,18 @@ def test_a_worse_adapter_is_not_promoted(place: Workplace, letters: Path, tuned:
     assert all(min(tensor.shape) == 2 for tensor in weights.values())  # its own, not the other's
 
 
+def test_the_adapter_in_use_is_scored_without_its_dropout(place: Workplace, letters: Path) -> None:
+    files = {"train_file": letters, "validation_file": letters}
+    shape = {"num_epochs": 1, "learning_rate": 0.02}
+    status, used = place.run("dropped", **files, **shape, lora__dropout=0.5)
+    assert status == 0
+    status, run = place.run("after", **files, **shape, compare_with=used / "adapter")
+    assert status == 0
+    known = read_json(used / "result.json")["comparison"]["loss_after"]
+    found = read_json(run / "result.json")["comparison"]["loss_before"]
+    assert found == pytest.approx(known, abs=1e-5)
+
+
 def test_an_adapter_of_another_base_is_refused(place: Workplace, tmp_path: Path) -> None:
     tmp_path.joinpath("other").mkdir()
     other = Workplace(tmp_path / "other", "llama")
@@ -398,6 +457,15 @@ def test_dora_is_learned_and_merged(place: Workplace) -> None:
         wanted, found = (model(input_ids=ids).logits for model in (peft, merged))
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
     assert any("serves as a base model" in e["message"] for e in read_lines(run / "events.jsonl"))
+
+
+def test_a_merged_model_that_says_nan_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = [SimpleNamespace(logprob=value) for value in (-1.0, math.nan, -1.0)]
+    completions = [SimpleNamespace(prompt_logprobs=(None, *scores))] * 2
+    engine = SimpleNamespace(generate=lambda _: completions)
+    monkeypatch.setattr(merged.LocalEngine, "open", lambda *_: nullcontext(engine))
+    probe = {"token_ids": [[1, 2, 3, 4]] * 2, "logprobs": [[-1.0, -1.0, -1.5]] * 2}
+    assert math.isnan(merged._worst(Path("merged"), "float32", "cpu", probe))
 
 
 def test_a_broken_step_names_its_lines(place: Workplace) -> None:

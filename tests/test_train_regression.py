@@ -76,3 +76,17 @@ def test_a_loss_that_is_not_finite_never_promotes(broken: float, side: int) -> N
     gate = found.gate()
     assert not gate["promote"]
     assert "not finite on" in gate["reasons"][0]
+
+
+@pytest.mark.parametrize(("rows", "promoted"), [(1, False), (5, False), (6, True), (40, False)])
+def test_where_no_test_can_tell_the_mean_decides(rows: int, promoted: bool) -> None:
+    """Every row is worse but one of six; 2 / 2^5 is above 0.05, so five say nothing by a test."""
+    before = [1.0] * rows
+    after = [1.5] * rows
+    if rows == 6:
+        after[0] = 0.5
+    negated = [[-x for x in one] for one in (before, after)]
+    found = regression.Regression("x", before, after, compare(*negated), list(range(rows)))
+    assert found.gate()["promote"] is promoted
+    better = regression.Regression("x", after, before, compare(*negated[::-1]), list(range(rows)))
+    assert better.gate()["promote"]

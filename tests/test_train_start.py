@@ -108,7 +108,7 @@ def test_the_loss_goes_on_where_it_was(place: Workplace, first: Path) -> None:
     assert again < early - 0.3
 
 
-@pytest.mark.parametrize("case", ["shape", "base", "missing"])
+@pytest.mark.parametrize("case", ["shape", "base", "missing", "scores"])
 def test_adapters_that_cannot_be_gone_on_from(place: Workplace, tmp_path: Path, case: str) -> None:
     folder = tmp_path / "adapter"
     settings = {}
@@ -119,10 +119,28 @@ def test_adapters_that_cannot_be_gone_on_from(place: Workplace, tmp_path: Path, 
         (folder / "hone.json").write_text(json.dumps(origin))
     if case == "shape":
         settings["lora__r"] = 8
+    if case == "scores":
+        (folder / "head.safetensors").write_bytes(b"")
     status, run = place.run(f"refused-{case}", start_adapter=folder, **settings)
     assert status in (1, 2)
     if case == "base":
         assert read_json(run / "error.json")["code"] == "adapter_wrong_base"
+    if case == "scores":
+        assert "is a reward model" in read_json(run / "error.json")["message"]
+
+
+def test_what_is_no_adapter_of_the_other_base_is_refused_before_training(
+    place: Workplace, tmp_path: Path
+) -> None:
+    folder = tmp_path / "adapter"
+    random_adapter(tiny_model("llama"), folder)
+    origin = {"base_model": "another", "base_fingerprint": "base-another"}
+    (folder / "hone.json").write_text(json.dumps(origin))
+    given = {"compare_with": folder, "compare_base": place.base, "validation_fraction": 0.2}
+    status, run = place.run("far", **given)
+    assert status == 1
+    assert "compare_with" in read_json(run / "error.json")["message"]
+    assert not (run / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from sqlalchemy.exc import OperationalError
 from data import accounts, adapter_folders, job_lease, jobs, registry
 from data.job_spec import JobSpec
 from data.tables import AdapterVersion, File, Job, JobEvent, Project
-from train import worker
+from train import job_training, worker
 from train.job_training import MAX_CRASHES, fail_job
 from train.lease import Lease
 from train.trainer_process import RUN_MARK
@@ -274,15 +274,16 @@ def test_failures_tell_their_cause(
     assert not list(shop.run_of(job).checkpoints.glob("checkpoint-99"))
 
 
+@pytest.mark.parametrize(("fault", "name"), [("killed_once", "KILL"), ("stopped_once", "TERM")])
 def test_a_killed_trainer_goes_on_from_its_checkpoint(
-    shop: Workshop, project: Project, behave: Callable[..., None]
+    shop: Workshop, project: Project, behave: Callable[..., None], fault: str, name: str
 ) -> None:
-    behave(fault="killed_once")
+    behave(fault=fault)
     job = add_job(shop, project)
     Worker(shop).run(once=True)
     check_succeeded(shop, job)
     assert any(
-        "killed by SIGKILL" in text and "goes on from the checkpoint of step 2" in text
+        f"killed by SIG{name}" in text and "goes on from the checkpoint of step 2" in text
         for text in messages_of(shop, job)
     )
 
@@ -374,6 +375,30 @@ def test_a_model_replaces_only_the_one_that_it_was_compared_with(
         assert told == ["Promoted: better"]
 
 
+@pytest.mark.parametrize("first", ["supervised", "reward_model"])
+def test_an_alias_names_models_that_answer_or_reward_models(
+    shop: Workshop, project: Project, first: str
+) -> None:
+    second = "supervised" if first == "reward_model" else "reward_model"
+    pairs = [
+        json.dumps({"prompt": f"question {i}", "chosen": "a", "rejected": "b"}) for i in range(12)
+    ]
+    made: list[Job] = []
+    for kind in (first, second, second):
+        rows = pairs if kind == "reward_model" else ROWS
+        suffix = "judge" if len(made) == 2 else None
+        made.append(add_job(shop, project, rows, method={"type": kind}, suffix=suffix))
+        Worker(shop).run(once=True)
+    models = [jobs.get(shop.database, project.id, job.id).fine_tuned_model for job in made]
+    for alias, model in (("default", models[0]), ("judge", models[2])):
+        named = registry.resolve(shop.database, project.id, f"ft:{MODEL}:acme:{alias}")
+        assert named.name == model
+    (told,) = [m for m in messages_of(shop, made[1]) if "romoted" in m]
+    kinds = {"supervised": "a model that answers", "reward_model": "a reward model"}
+    assert f"names {models[0]}, {kinds[first]}, and the new one is {kinds[second]}" in told
+    assert "a suffix of their own" in told
+
+
 def test_a_database_that_is_away_ends_no_worker(
     shop: Workshop, project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -386,6 +411,46 @@ def test_a_database_that_is_away_ends_no_worker(
         wait_for(lambda: status_of(shop, job) in jobs.FINAL)
         assert thread.is_alive()
     check_succeeded(shop, job)
+
+
+def test_a_database_that_is_away_for_a_moment_ends_no_job(
+    shop: Workshop, project: Project, behave: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tell, missed = jobs.record_event, ["Fine-tuning job started", "Step 2/", "Uploaded"]
+
+    def away(session: Any, job_id: str, message: str, **more: Any) -> None:
+        for start in [*missed]:
+            if message.startswith(start):
+                missed.remove(start)
+                raise OperationalError("INSERT", {}, Exception("database is locked"))
+        tell(session, job_id, message, **more)
+
+    monkeypatch.setattr(jobs, "record_event", away)
+    monkeypatch.setattr(worker, "AFTER_ERROR_S", 0.1)
+    monkeypatch.setattr(job_training, "RETRY_S", 0.1)
+    behave(step_s=0.4)
+    job = add_job(shop, project)
+    with worker_thread(shop):
+        wait_for(lambda: status_of(shop, job) in jobs.FINAL)
+    assert not missed
+    check_succeeded(shop, job)
+    assert len((shop.run_of(job).path / "starts").read_text().split()) == 1
+
+
+def test_a_sigterm_of_all_processes_leaves_the_trainer_its_grace(
+    shop: Workshop, project: Project, behave: Callable[..., None]
+) -> None:
+    behave(step_s=0.3, fault="slow_stop")
+    job = add_job(shop, project)
+    with worker_process(shop) as process:
+        wait_for(lambda: checkpoint_told(shop, job, 2))
+        for each in (psutil.Process(process.pid), *trainers_of(shop, job)):
+            each.terminate()
+        assert process.wait(10) == 0
+    left = jobs.get(shop.database, project.id, job.id)
+    assert (left.status, left.worker_id, left.attempts) == ("running", None, 0)
+    assert (shop.run_of(job).path / "stopped-in-order").exists()
+    assert len((shop.run_of(job).path / "starts").read_text().split()) == 1
 
 
 def test_sigterm_gives_the_job_back(

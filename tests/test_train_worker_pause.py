@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -153,6 +156,55 @@ def test_a_finished_run_is_published_when_it_goes_on(
     resume(shop, job)
     Worker(shop).run(once=True)
     check_succeeded(shop, job)
+
+
+def test_a_finished_run_that_finds_no_room_is_paused_and_published_later(
+    shop: Workshop, project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from train import job_outcome
+
+    def full(_: Any) -> bytes:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    job = add_job(shop, project)
+    with monkeypatch.context() as patch:
+        patch.setattr(job_outcome, "step_metrics_csv", full)
+        Worker(shop).run(once=True)
+    assert (status_of(shop, job), holder(shop, job)) == ("paused", None)
+    assert "is full; free some space and resume the job" in messages_of(shop, job)[-1]
+    resume(shop, job)
+    Worker(shop).run(once=True)
+    check_succeeded(shop, job)
+    assert len((shop.run_of(job).path / "starts").read_text().split()) == 1
+
+
+@pytest.mark.parametrize("gone", ["whole", "half", "not at all"])
+def test_a_checkpoint_replaced_while_it_is_copied_is_passed_over(
+    shop: Workshop, project: Project, monkeypatch: pytest.MonkeyPatch, gone: str
+) -> None:
+    copy = shutil.copytree
+
+    def late(source: Path, *args: Any, **more: Any) -> Any:
+        if source.name == "step-2" and gone == "whole":
+            shutil.rmtree(source)
+        elif source.name == "step-2" and gone == "half":
+            (source / "adapter_model.safetensors").unlink()
+        elif source.name == "step-2":
+            raise PermissionError(errno.EACCES, "no copy is made")
+        return copy(source, *args, **more)
+
+    monkeypatch.setattr(shutil, "copytree", late)
+    job = add_job(shop, project)
+    Worker(shop).run(once=True)
+    if gone == "not at all":
+        error = jobs.get(shop.database, project.id, job.id).error
+        assert error is not None
+        assert "no copy is made" in error["message"]
+        return
+    assert status_of(shop, job) == "succeeded"
+    found = jobs.list_checkpoints(shop.database, project.id, job.id)
+    assert [checkpoint.step_number for checkpoint, _ in found] == [6, 4]
+    assert not any("is not published" in text for text in messages_of(shop, job))
 
 
 def test_the_newest_checkpoints_stay(

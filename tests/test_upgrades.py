@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fake_trainer
@@ -14,7 +15,7 @@ import pytest
 from train_runs import write_rows
 from typer.testing import CliRunner
 
-from data import accounts, jobs, presence, registry, upgrades
+from data import accounts, caps, jobs, presence, registry, upgrades
 from data.errors import ModelNotFound, NotFound
 from data.job_spec import JobSpec
 from data.settings import Settings
@@ -184,6 +185,58 @@ def test_a_failed_upgrade_is_due_again(
     assert standings(shop, project) == {"a": "running"}
 
 
+def test_an_upgrade_leaves_what_its_own_alias_names_on_the_new_base(
+    shop: Workshop, project: Project
+) -> None:
+    old, new = f"ft:{OLD}:acme:a", f"ft:{NEW}:acme:a"
+    tune(shop, project, "a")
+    work(shop)
+    folder = shop.settings.home / "trained"
+    fake_trainer.write_adapter(folder)
+    given = (shop.database, shop.settings.adapters_dir, project, folder, NEW)
+    in_use = registry.publish(*given, fake_trainer.FINGERPRINT, suffix="a")
+    (recipe,) = upgrades.plan(shop.database, project, BASES)
+    job = upgrades.start(shop.database, recipe, BASES)
+    work(shop)
+    first = registry.resolve(shop.database, project.id, old)
+    assert first.base_model == NEW
+    assert registry.resolve(shop.database, project.id, new).name == in_use.name
+    events, _ = jobs.list_events(shop.database, project.id, job.id, 100)
+    (told,) = [event.message for event in events if event.level == "warn" and new in event.message]
+    assert told.startswith(f"{new} still names {in_use.name}, with which nothing was compared")
+    registry.promote(shop.database, project.id, first.name)
+    tune(shop, project, "a")
+    work(shop)
+    (recipe,) = upgrades.plan(shop.database, project, BASES)
+    upgrades.start(shop.database, recipe, BASES)
+    work(shop)
+    second = registry.resolve(shop.database, project.id, old)
+    assert registry.resolve(shop.database, project.id, new).name == second.name != first.name
+
+
+def test_a_deleted_upgrade_gives_its_alias_back_and_is_due_again(
+    shop: Workshop, project: Project
+) -> None:
+    tune(shop, project, "a")
+    work(shop)
+    (recipe,) = upgrades.plan(shop.database, project, BASES)
+    upgrades.start(shop.database, recipe, BASES)
+    work(shop)
+    alias = f"ft:{OLD}:acme:a"
+    made = registry.resolve(shop.database, project.id, alias)
+    registry.delete(shop.database, project.id, made.name)
+    assert registry.resolve(shop.database, project.id, alias).name == recipe.version
+    (recipe,) = upgrades.plan(shop.database, project, BASES)
+    assert (recipe.standing, recipe.aliases, recipe.moved) == ("due", [alias], [])
+    failed = upgrades.start(shop.database, recipe, BASES)
+    jobs.request_cancel(shop.database, project.id, failed.id)
+    (recipe,) = upgrades.plan(shop.database, project, BASES)
+    assert (recipe.standing, recipe.job_id) == ("due", failed.id)
+    upgrades.start(shop.database, recipe, BASES)
+    work(shop)
+    assert standings(shop, project) == {"a": "promoted"}
+
+
 def hone(home: Path, *words: str) -> Any:
     return CliRunner().invoke(app, words, env={"HONE_HOME": str(home)}, catch_exceptions=False)
 
@@ -220,7 +273,7 @@ def test_an_upgrade_that_bias_limits_refused_is_told_as_refused(
     tune(shop, project, "a")
     work(shop)
     command(shop.settings.home, "--detach")
-    shut = {"promote": False, "reasons": ["harm rose by 0.2, more than 0.1"]}
+    shut: dict[str, Any] = {"promote": False, "reasons": ["harm rose by 0.2, more than 0.1"]}
     monkeypatch.setattr(job_outcome.bias, "limited", lambda *_: shut)
     work(shop)
     (recipe,) = upgrades.plan(shop.database, project, BASES)
@@ -243,6 +296,22 @@ def test_who_waits_without_a_worker_is_told_so_first(
     assert second == "watching"
     with presence.announced(shop.settings.workers_dir, "host:1"):
         assert command(shop.settings.home).stderr == "watching\n"
+
+
+def test_a_retry_that_a_cap_holds_back_is_waited_for(
+    shop: Workshop, project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for suffix in ("a", "b"):
+        tune(shop, project, suffix)
+    work(shop)
+    for recipe in upgrades.plan(shop.database, project, BASES):
+        failed = upgrades.start(shop.database, recipe, BASES)
+        jobs.request_cancel(shop.database, project.id, failed.id)
+    caps.set_caps(shop.database, project.id, shop.settings.limits, {"concurrent_jobs": 1})
+    monkeypatch.setattr(upgrade_command, "time", SimpleNamespace(sleep=lambda _: work(shop)))
+    done = command(shop.settings.home, "--json")
+    assert [one["standing"] for one in json.loads(done.stdout)] == ["promoted"] * 2
+    assert done.exit_code == 0
 
 
 def test_undo_can_be_rehearsed_and_one_alias_holds_up_no_other(

@@ -32,7 +32,7 @@ from data.rows import Format, Row
 from data.token_count import special_tokens
 from data.validate import validate
 from train.run import write_json
-from train.token_store import TokenRows, open_rows, write_rows
+from train.token_store import TokenRows, is_whole, open_rows, write_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -100,7 +100,7 @@ def _load(path: Path, tokenizer: Any, min_examples: int, store: Path, base: str)
     meta = store / META
     if meta.exists():
         kept = json.loads(meta.read_text("utf-8"))
-        if kept["key"] == _key(_digest(path), tokenizer, base):
+        if kept["key"] == _key(_digest(path), tokenizer, base) and is_whole(store):
             kind = None if kept["kind"] is None else Format(kept["kind"])
             return Rendered(path, kept["sha256"], open_rows(store), kind)
         meta.unlink()

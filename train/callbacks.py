@@ -41,11 +41,15 @@ class Stopper(TrainerCallback):
     """Turns SIGTERM and SIGINT into a checkpoint and an orderly end after the step at hand.
 
     A step, evaluation or save that lasts beyond GRACE_S is given up.
+
+    Attributes:
+        every: A run that resumes right at multiples of so many steps alone ends at such a one.
     """
 
     def __init__(self) -> None:
         self.asked = threading.Event()
         self.training = False
+        self.every = 1
 
     def install(self) -> None:
         """Take the signals; before training they end the process at once."""
@@ -73,7 +77,7 @@ class Stopper(TrainerCallback):
         control: TrainerControl,
         **_: Any,
     ) -> None:
-        if self.asked.is_set():
+        if self.asked.is_set() and state.global_step % self.every == 0:
             control.should_save = True
             control.should_training_stop = True
 

@@ -24,7 +24,7 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ from train.answer_metrics import (
     check_libraries,
     classification,
 )
+from train.batches import name_lines
 from train.evaluate_output import make_room, show, write_answers
 from train.questions import Question, read_questions
 from train.significance import compare
@@ -118,14 +119,23 @@ class Evaluation:
         max_tokens: int | None,
         show: bool,
     ) -> None:
-        """Fill in what a model says to each question, choosing the likeliest token each time."""
+        """Fill in what a model says to each question, choosing the likeliest token each time.
+
+        Args:
+            max_tokens: Of an answer; None: of the longest right one and some more, or what the
+                model has left after the question.
+
+        Raises:
+            DataError: A question leaves no room for its answer.
+        """
+        least = max_tokens or 1
         if max_tokens is None:
             texts = [answer for question in questions for answer in question.answers]
             encoded = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
             max_tokens = max(map(len, encoded)) + SPARE_TOKENS
         params = SamplingParams(max_tokens=max_tokens, temperature=0)
         prompts = [(question.line, question.prompt_ids) for question in questions]
-        for index, completion in enumerate(self._ask(prompts, adapter, params, show)):
+        for index, completion in enumerate(self._ask(prompts, adapter, params, show, least)):
             questions[index].said = completion.text
             ids = tuple(completion.token_ids)
             ended = completion.finish_reason == "stop"
@@ -183,13 +193,21 @@ class Evaluation:
         adapter: Path | None,
         params: SamplingParams,
         show: bool,
+        least: int | None = None,
     ) -> Iterable[Completion]:
-        room = self.engine.max_context - params.max_tokens
-        long = [line for line, ids in prompts if len(ids) > room]
+        """Ask prompts, each with its line.
+
+        Args:
+            least: Tokens that must be left for each answer; None: all of `params.max_tokens`.
+        """
+        least = params.max_tokens if least is None else least
+        most = self.engine.max_context
+        long = [line for line, ids in prompts if len(ids) + least > most]
         if long:
             raise DataError(
-                f"lines {', '.join(map(str, long[:20]))} have more than {room} tokens, which is "
-                f"what the model can read; shorten or remove them",
+                f"{name_lines(long)}: more than {max(most - least, 0)} tokens; the model reads "
+                f"{most}, less {least} for the answer. Shorten or remove these rows"
+                + (f", or lower --max-tokens, which is {least}" if least > 1 else ""),
                 code="example_too_long",
             )
         size = 4 * self.engine.config.max_batch
@@ -198,7 +216,12 @@ class Evaluation:
         for chunk in track(chunks, "asking", console=console, disable=not show):
             yield from self.engine.generate(
                 [
-                    GenerationRequest(f"line-{line}", ids, params, self._refs[adapter])
+                    GenerationRequest(
+                        f"line-{line}",
+                        ids,
+                        replace(params, max_tokens=min(params.max_tokens, most - len(ids))),
+                        self._refs[adapter],
+                    )
                     for line, ids in chunk
                 ]
             )

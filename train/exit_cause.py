@@ -17,8 +17,12 @@ TAIL_LINES = 15
 FULL_BELOW_BYTES = 4 << 20
 MEMORY_BYTES = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-# How `accelerate launch` tells of a signal: for one process, and for several.
-SIGNALS = re.compile(r"died with <Signals\.(SIG\w+): \d+>|Signal \d+ \((SIG\w+)\) received by PID")
+# How `accelerate launch` tells of a signal: for one process, and for several; and of a trainer that
+# a signal had stop in order (`train.callbacks.STOPPED`).
+SIGNALS = re.compile(
+    r"died with <Signals\.(SIG\w+): \d+>|Signal \d+ \((SIG\w+)\) received by PID"
+    r"|returned non-zero exit status 143\."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +129,7 @@ def _text_of(path: Path) -> str:
 
 
 def _signal(status: int, log: str) -> str | None:
-    told = [one or several for one, several in SIGNALS.findall(log)]
+    told = [one or several or "SIGTERM" for one, several in SIGNALS.findall(log)]
     if told and status != 0:
         return str(told[-1])
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from data import adapter_folders, checkpoints, jobs
@@ -19,7 +20,7 @@ from train.job_log import (
     trainer_event,
 )
 from train.lease import Lease
-from train.run import ORIGIN, RunFolder
+from train.run import ADAPTER_FILES, ORIGIN, RunFolder
 from train.workshop import Workshop
 
 Numbers = dict[str, Any]
@@ -73,11 +74,15 @@ class Follower:
         with self._shop.database.read() as session:
             if checkpoints.is_recorded(session, job_id, step):
                 return
-        if not folder.is_dir():
-            return  # newer ones replaced it before it was seen
+        if _is_replaced(folder):
+            return
         try:
             staged = adapter_folders.stage(adapters_dir, folder, None)
-        except AdapterRefused as error:
+        except (AdapterRefused, OSError) as error:
+            if _is_replaced(folder):
+                return
+            if not isinstance(error, AdapterRefused):
+                raise
             with self._shop.holding(job_id, self._lease) as (session, _):
                 message = f"The checkpoint of step {step} is not published: {error.public}"
                 source = f"checkpoint:{step}"
@@ -85,7 +90,8 @@ class Follower:
             return
         published = False
         try:
-            fingerprint = str((read_object(folder / ORIGIN) or {}).get("base_fingerprint"))
+            origin = read_object(adapters_dir / staged.path / ORIGIN) or {}
+            fingerprint = str(origin.get("base_fingerprint"))
             with self._shop.holding(job_id, self._lease) as (session, job):
                 version = checkpoints.add(session, job, staged, fingerprint, step, metrics)
                 keep = job.options.get("keep_checkpoints", self._shop.settings.keep_checkpoints)
@@ -165,3 +171,9 @@ class Follower:
         resolved = self._resolved or {}
         data, plan = resolved.get("train_data") or {}, resolved.get("plan") or {}
         return int(data.get("tokens") or 0) * int(plan.get("num_epochs") or 0)
+
+
+def _is_replaced(folder: Path) -> bool:
+    """Tell whether a checkpoint's model, which appears whole, was removed for newer ones since, or
+    is being removed."""
+    return not all((folder / name).exists() for name in (*ADAPTER_FILES, ORIGIN))

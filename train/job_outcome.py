@@ -22,7 +22,7 @@ from train.job_config import resolved_hyperparameters
 from train.job_log import read_object, step_metrics_csv
 from train.lease import Lease
 from train.run import RunFolder
-from train.workshop import Workshop
+from train.workshop import Workshop, is_judge
 
 TABLE = "step_metrics.csv"
 
@@ -75,7 +75,7 @@ def publish_outcome(shop: Workshop, job: Job, lease: Lease, run: RunFolder) -> N
                     mark=mark_of(job.id),
                 )
                 _tell_bias(session, job, report)
-                _promote(session, job, version, gate)
+                _promote(session, job, version, gate, shop.named(session, job))
                 session.add_all(tables)
                 file_ids = [table.id for table in tables]
                 _succeed(session, job, result, resolved, file_ids, version.name, run)
@@ -108,10 +108,14 @@ def _tell_bias(session: Session, job: Job, report: Mapping[str, Any] | None) -> 
 
 
 def _promote(
-    session: Session, job: Job, version: AdapterVersion, gate: Mapping[str, Any] | None
+    session: Session,
+    job: Job,
+    version: AdapterVersion,
+    gate: Mapping[str, Any] | None,
+    named: AdapterVersion | None,
 ) -> None:
-    """Point the alias at a version, unless the trainer's gate says no, or a round of feedback
-    decides, and tell why."""
+    """Point the alias at a version, unless the trainer's gate says no, a round of feedback
+    decides, or what is `named` stays, and tell why."""
     deciding = round_steps.decides(session, job)
     if deciding is not None:
         message = f"Not promoted: the round {deciding.id} compares it with the model in use first"
@@ -119,11 +123,15 @@ def _promote(
         return
     reasons = (gate or {}).get("reasons") or []
     if gate is None or gate["promote"]:
-        registry.point_alias(session, version)
+        kept = _kept(job, version, named)
+        if kept is None:
+            registry.point_alias(session, version)
+        else:
+            jobs.record_event(session, job.id, kept, level="warn")
         moved = upgrades.follow(session, job, version)
         if moved:
             jobs.record_event(session, job.id, f"{', '.join(moved)} now name {version.name}")
-        if reasons:
+        if reasons and (moved or kept is None):
             jobs.record_event(
                 session, job.id, f"Promoted: {'; '.join(reasons)}", data=dict(gate or {})
             )
@@ -136,6 +144,27 @@ def _promote(
         level="warn",
         data=dict(gate),
     )
+
+
+def _kept(job: Job, version: AdapterVersion, named: AdapterVersion | None) -> str | None:
+    """Return why the alias of a version goes on naming what it names; None where it may move."""
+    if named is None:
+        return None
+    alias = registry.alias_of(version.name)
+    by_hand = f"or promote it by hand: `hone models promote {version.name}`"
+    if is_judge(named) != is_judge(version):
+        kinds = ["a model that answers", "a reward model"]
+        return (
+            f"Not promoted: {alias} names {named.name}, {kinds[is_judge(named)]}, and the new one "
+            f"is {kinds[is_judge(version)]}. Use it by its full name, give such jobs a suffix of "
+            f"their own, {by_hand}"
+        )
+    if upgrades.UPGRADE in job.options and upgrades.UPGRADED_FROM not in named.lineage:
+        return (
+            f"{alias} still names {named.name}, with which nothing was compared. Use the new model "
+            f"by its full name, by the aliases of the model that it replaces, {by_hand}"
+        )
+    return None
 
 
 def _succeed(

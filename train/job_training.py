@@ -14,6 +14,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from sqlalchemy.exc import InterfaceError, OperationalError, TimeoutError
+
 from data import job_pause, jobs
 from data.errors import AdapterRefused, NotFound, StateConflict, ToolkitError
 from data.job_start import check_rank
@@ -31,7 +33,9 @@ from train.trainer_process import TrainerProcess, end_trainers
 from train.workshop import Workshop
 
 POLL_S = 0.2
+RETRY_S = 2.0
 MAX_CRASHES = 5
+DATABASE_AWAY = (OperationalError, InterfaceError, TimeoutError)  # busy or unreachable; may pass
 
 log = logging.getLogger("hone.worker")
 
@@ -42,13 +46,14 @@ def train_job(shop: Workshop, job: Job, lease: Lease) -> None:
     Raises:
         StateConflict: The lease was lost; the trainer is ended, nothing more was written.
         ToolkitError: The job cannot go on; the caller fails it.
+        DATABASE_AWAY: The trainer is ended; the job goes on when it is claimed again.
     """
     training = _Training(shop, job, lease)
     end_trainers(training.run.path)
     if not job.validated and not validate_late(shop, job, lease):
         return
     if training.run.result.exists():  # an earlier worker died between training and publishing
-        training.publish(Follower(shop, job, lease, training.run))
+        training.publish(training.follow())
         return
     command = training.prepare()
     while training.begin_attempt():
@@ -68,7 +73,6 @@ class _Training:
         self.shop, self.job, self.lease = shop, job, lease
         self.run = shop.run_of(job)
         self.last_cause: Cause | None = None
-        self._reasons_to_stop = (lease.pause, shop.stopping)
 
     def prepare(self) -> list[str]:
         """Lay out the run folder; returns the trainer's command."""
@@ -140,27 +144,41 @@ class _Training:
         """Run the trainer once; returns what ended it too early, or None when all is settled."""
         self.run.error.unlink(missing_ok=True)
         log_start = self.run.log.stat().st_size if self.run.log.exists() else 0
-        follower = Follower(self.shop, self.job, self.lease, self.run)
+        follower = self.follow()
         trainer = TrainerProcess(command, self.run.path, self.run.log)
         try:
-            while (status := trainer.poll()) is None:
-                if self.lease.lost.is_set():
-                    break
-                if any(flag.is_set() for flag in self._reasons_to_stop):
-                    trainer.stop(self.shop.settings.cancel_grace_s)
-                    break
-                follower.look()
+            while (status := trainer.poll()) is None and not self._is_to_stop():
+                try:
+                    follower.look()
+                except DATABASE_AWAY as error:  # the trainer needs none
+                    log.warning("%s: its progress is recorded later: %s", self.job.id, error)
+                    follower = self.follow()  # reads all again, and repeats nothing
+                    self.lease.lost.wait(RETRY_S)
                 time.sleep(POLL_S)
+            if self._is_to_stop() and not self.lease.lost.is_set():
+                # also where the launcher has ended: whoever stops the worker may signal every
+                # process, and the launcher does not wait for the trainer's checkpoint
+                trainer.stop(self.shop.settings.cancel_grace_s)
         finally:
             trainer.end()
         if self.run.result.exists():
             self.publish(follower)
             return None
         follower.look()
-        if status is None:
+        cause = None if status is None else cause_of_exit(self.run, status, log_start)
+        if cause is None or (cause.killed and self._is_to_stop()):
             self._settle_stop()
             return None
-        return cause_of_exit(self.run, status, log_start)
+        return cause
+
+    def _is_to_stop(self) -> bool:
+        return any(
+            flag.is_set() for flag in (self.lease.lost, self.lease.pause, self.shop.stopping)
+        )
+
+    def follow(self) -> Follower:
+        """Begin to follow what the trainer writes, from the start of its files."""
+        return Follower(self.shop, self.job, self.lease, self.run)
 
     def publish(self, follower: Follower) -> None:
         """Tell the rest of the story, and end the job with its adapter."""
@@ -196,20 +214,37 @@ class _Training:
 
 
 def fail_job(shop: Workshop, job: Job, lease: Lease, error: Exception) -> None:
-    """End a job with an error that stopped the worker from going on with it."""
+    """End a job with an error that stopped the worker from going on with it.
+
+    Where a full disk keeps a finished training from being published, the job is paused instead.
+    """
+    run, is_kept = shop.run_of(job), False
     code, message, param = "internal_error", f"{type(error).__name__}: {error}", None
     if isinstance(error, ToolkitError):
         code, message, param = error.code or "training_failed", error.public, error.param
     elif is_disk_full(error, shop.settings.home):
         if not lease.lost.is_set():
-            _make_room(shop.run_of(job))
-        place = shop.settings.home.resolve()
+            _make_room(run)
+        is_kept = run.result.exists()
+        remedy = (
+            "resume the job: its training is done and kept, and is published then"
+            if is_kept
+            else "create the job again"
+        )
         code = "disk_full"
-        message = f"The disk of {place} is full; free some space and create the job again"
+        message = (
+            f"The disk of {shop.settings.home.resolve()} is full; free some space and {remedy}"
+        )
     try:
         with shop.holding(job.id, lease) as (session, held):
-            if not job_pause.settle(session, held):
+            if job_pause.settle(session, held):
+                return
+            if not is_kept:
                 jobs.fail(session, held, code, message, param)
+                return
+            job_pause.hold(session, held)
+            job_pause.settle(session, held)
+            jobs.record_event(session, held.id, message, level="warn")
     except StateConflict as lost:  # cancelled meanwhile, or another worker's
         log.warning("%s: left alone: %s", job.id, lost)
 

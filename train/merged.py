@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from data.errors import TrainingFailed
 from serve.engine.base import GenerationRequest, SamplingParams
 from serve.engine.local import EngineConfig, LocalEngine
@@ -53,7 +55,8 @@ def write_merged(run: RunFolder, model: Any, base: Base, device: str) -> None:
 
 
 def _worst(folder: Path, dtype: str, device: str, probe: Mapping[str, Any]) -> float:
-    """Return the largest difference between the engine's log-probabilities and the probe's."""
+    """Return the largest difference between the engine's log-probabilities and the probe's; NaN
+    where one is NaN."""
     rows = probe["token_ids"]
     params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
     requests = [
@@ -63,8 +66,11 @@ def _worst(folder: Path, dtype: str, device: str, probe: Mapping[str, Any]) -> f
     config = EngineConfig(max_batch=len(rows), max_context=longest + 1)
     with LocalEngine.open(folder, dtype, device, config) as engine:
         completions = engine.generate(requests)
-    worst = 0.0
-    for completion, wanted in zip(completions, probe["logprobs"], strict=True):
-        served = [entry.logprob for entry in (completion.prompt_logprobs or ()) if entry]
-        worst = max(worst, *(abs(a - b) for a, b in zip(served, wanted, strict=True)))
-    return worst
+    differences = [
+        abs(entry.logprob - log_prob)
+        for completion, wanted in zip(completions, probe["logprobs"], strict=True)
+        for entry, log_prob in zip(
+            [entry for entry in (completion.prompt_logprobs or ()) if entry], wanted, strict=True
+        )
+    ]
+    return float(np.max(differences))

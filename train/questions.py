@@ -13,6 +13,7 @@ from typing import Any
 
 import orjson
 
+from data.check_parts import show
 from data.errors import DataError, ToolkitError
 from data.jsonl import iter_lines
 from data.render import question
@@ -39,7 +40,7 @@ def read_questions(path: Path, tokenizer: Any, rows: Iterable[tuple[int, Row]]) 
     """Return the questions of a file: rows of one prompt are one, with all their answers.
 
     Raises:
-        DataError: A row asks nothing that has a right answer.
+        DataError: A row asks nothing that has a right answer, or its `references` are no texts.
     """
     references = _references(path)
     questions: dict[tuple[int, ...], Question] = {}
@@ -54,10 +55,23 @@ def read_questions(path: Path, tokenizer: Any, rows: Iterable[tuple[int, Row]]) 
 
 
 def _references(path: Path) -> dict[int, list[str]]:
-    """Read the column `references`, which training does not know, by line."""
+    """Read the column `references`, which training does not know, by line; null is none.
+
+    Raises:
+        DataError: It is neither a string nor a list of strings.
+    """
     found = {}
     with path.open("rb") as stream:
         for number, _, line in iter_lines(stream):
-            if b'"references"' in line:
-                found[number] = [str(text) for text in orjson.loads(line).get("references") or ()]
+            if b'"references"' not in line:
+                continue
+            given = orjson.loads(line).get("references")
+            texts = [given] if isinstance(given, str) else [] if given is None else given
+            if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+                raise DataError(
+                    f'{path}:{number}: "references" is {show(given)}; give a string or a list of '
+                    "strings",
+                    code="invalid_file",
+                )
+            found[number] = texts
     return found

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from peft import PeftModel
 from trl.trainer.utils import add_fused_lm_head
 
@@ -30,6 +31,7 @@ from train.prepare import TrainingJob
 from train.significance import Difference, compare
 from train.start import read_shape
 
+FEWEST = 6  # rows whose exact two-sided test can fall below 0.05: 2 / 2^6
 OTHER = "compared"
 BASE = "the base model"
 
@@ -69,7 +71,10 @@ class Regression:
         }
 
     def gate(self) -> dict[str, Any]:
-        """Refuse promotion where the rows' losses rose, and not by chance, or are not finite."""
+        """Refuse promotion where the rows' losses rose, and not by chance, or are not finite.
+
+        Of fewer than FEWEST rows that differ no outcome is beyond chance; there their mean decides.
+        """
         found, total = self.difference, len(self.after)
         broken = [sum(not math.isfinite(x) for x in losses) for losses in (self.before, self.after)]
         if any(broken):
@@ -78,12 +83,14 @@ class Regression:
                 f"and on {broken[1]} now, so they cannot be compared"
             )
             return {"promote": False, "reasons": [reason]}
-        fell = found.mean < 0 and found.is_significant
+        few = found.better + found.worse < FEWEST
+        fell = found.mean < 0 and (found.is_significant or few)
         summary = self.summary()
         reason = (
             f"validation loss by row {summary['loss_before']:.4f} with {self.against}, "
             f"{summary['loss_after']:.4f} now: {found.better} of {total} rows better, "
-            f"{found.worse} worse (p = {found.p_value:.3g})"
+            f"{found.worse} worse (p = {found.p_value:.3g}"
+            + (", which so few rows cannot make small: their mean decides)" if few else ")")
         )
         return {"promote": not fell, "reasons": [reason]}
 
@@ -128,6 +135,7 @@ def _losses_with(job: TrainingJob, model: Any, folder: Path) -> list[float]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # PEFT: the adapter names a base by its name
         model.load_adapter(str(folder), OTHER)
+    torch.nn.Module.train(model, False)  # its dropout too, which no list of modules has yet
     model.set_adapter(OTHER)
     try:
         return [row["loss"] for row in score(model, job.valid)]  # type: ignore[arg-type]

@@ -16,6 +16,7 @@ from typing import overload
 import numpy as np
 from numpy.typing import NDArray
 
+from data.errors import DataError
 from data.render import IGNORED, Example, truncate
 
 TOKENS, ROWS = "tokens.bin", "rows.npy"
@@ -122,11 +123,19 @@ class _File:
     """Tokens on disk; reads do not move the file's position, so threads may share it."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._handle = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._handle)
 
     def read(self, start: int, end: int) -> Example:
         data = os.pread(self._handle, 4 * (end - start), 4 * start)
+        if len(data) != 4 * (end - start):
+            raise DataError(
+                f"{self._path} was cut short: it has {len(data)} of the {4 * (end - start)} bytes "
+                f"from byte {4 * start} on. Remove {self._path.parent}, so that the rows are "
+                "rendered again",
+                code="invalid_training_file",
+            )
         codes = np.frombuffer(data, np.int32)
         ids = np.where(codes < 0, ~codes, codes)
         labels = np.where(codes < 0, IGNORED, codes)
@@ -134,7 +143,7 @@ class _File:
 
 
 def write_rows(folder: Path, rows: Iterable[tuple[int, Example]]) -> None:
-    """Write (line, example) pairs into a folder.
+    """Write (line, example) pairs into a folder, and have them on disk.
 
     Raises:
         OSError: The disk is full.
@@ -162,11 +171,25 @@ def write_rows(folder: Path, rows: Iterable[tuple[int, Example]]) -> None:
             if len(records) == FLUSH_ROWS:
                 flush()
         flush()
+        for stream in (tokens, index):
+            stream.flush()
+            os.fsync(stream.fileno())
+
+
+def is_whole(folder: Path) -> bool:
+    """Tell whether a store has all that its rows name; a crash of the machine may cut it short."""
+    tokens, index = folder / TOKENS, folder / ROWS
+    if not tokens.exists() or not index.exists() or index.stat().st_size % ROW.itemsize:
+        return False
+    ends = _map(index)["end"]
+    return tokens.stat().st_size == 4 * int(ends[-1] if len(ends) else 0)
 
 
 def open_rows(folder: Path) -> TokenRows:
     """Open what `write_rows` wrote; the folder may be removed while the rows are in use."""
-    path = folder / ROWS
+    return TokenRows(_File(folder / TOKENS), _map(folder / ROWS))
+
+
+def _map(path: Path) -> NDArray[np.void]:
     has_rows = path.stat().st_size > 0  # an empty file cannot be mapped
-    rows = np.memmap(path, ROW, "r") if has_rows else np.empty(0, ROW)
-    return TokenRows(_File(folder / TOKENS), rows)
+    return np.memmap(path, ROW, "r") if has_rows else np.empty(0, ROW)

@@ -55,8 +55,9 @@ class TrainerProcess:
 
     def stop(self, grace_s: float) -> None:
         """Ask all processes to end, and end them after the grace."""
-        with suppress(ProcessLookupError):  # all of the group have ended
-            os.killpg(self._leader.pid, signal.SIGTERM)
+        if _marked(self._marks):  # else the group's number may be another's by now
+            with suppress(ProcessLookupError):  # all of the group have ended
+                os.killpg(self._leader.pid, signal.SIGTERM)
         deadline = time.monotonic() + grace_s
         while time.monotonic() < deadline and _marked(self._marks):
             time.sleep(POLL_S)

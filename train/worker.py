@@ -28,9 +28,10 @@ from data.files import FileStore
 from data.settings import Settings, load_settings
 from data.tables import Job, new_id
 from data.uploads import UploadStore
-from train.job_training import fail_job, train_job
+from train.job_training import DATABASE_AWAY, fail_job, train_job
 from train.job_validation import validate_job
 from train.lease import Lease
+from train.run import is_disk_full
 from train.workshop import Workshop
 
 POLL_S = 0.5
@@ -103,6 +104,8 @@ class Worker:
             except StateConflict as error:
                 log.warning("%s: left alone: %s", job.id, error)
             except Exception as error:
+                if isinstance(error, DATABASE_AWAY) and not is_disk_full(error, settings.home):
+                    raise  # the job is claimed again when its lease has run out
                 if isinstance(error, ToolkitError):
                     log.warning("%s failed: %s", job.id, error.code)  # the message may quote a row
                 else:

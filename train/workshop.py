@@ -19,7 +19,7 @@ from data import adapter_folders, job_lease, jobs, registry
 from data.db import Database
 from data.errors import ModelNotFound, NotFound, StateConflict
 from data.files import FileStore
-from data.job_methods import METHODS, score_models
+from data.job_methods import METHODS, REWARD_MODEL, score_models
 from data.settings import Settings
 from data.tables import AdapterVersion, Job, Project
 from data.upgrades import UPGRADE
@@ -155,14 +155,13 @@ class Workshop:
                 raise NotFound(f"The model {old.name}, which it replaces, was deleted.")
             return adapter_folders.export(old, self.settings.adapters_dir, folder)
         with self.database.read() as session:
-            version = self._named(session, job)
+            version = self.named(session, job)
         note = self.run_of(job).path / INPUTS / CURRENT
         if not note.exists():
             write_json(note, {"version": version.id if version else None})
         if version is None:
             return None
-        is_judge = version.lineage.get("kind") == "reward_model"
-        if is_judge or version.base_fingerprint != self.fingerprint_of(job):
+        if is_judge(version) or version.base_fingerprint != self.fingerprint_of(job):
             return None
         return adapter_folders.export(version, self.settings.adapters_dir, folder)
 
@@ -171,11 +170,12 @@ class Workshop:
         note = self.run_of(job).path / INPUTS / CURRENT
         if not note.exists():
             return None
-        now = self._named(session, job)
+        now = self.named(session, job)
         began = json.loads(note.read_text("utf-8"))["version"]
         return now if now is not None and now.id != began else None
 
-    def _named(self, session: Session, job: Job) -> AdapterVersion | None:
+    def named(self, session: Session, job: Job) -> AdapterVersion | None:
+        """Return what the alias of the job's model names now; None if it names nothing."""
         slug = session.get_one(Project, job.project_id).slug
         try:
             alias = registry.alias_name(job.base, slug, job.suffix)
@@ -205,6 +205,11 @@ class Workshop:
             raise StateConflict(f"The worker {self.worker_id} no longer holds the job {job_id}")
         with self.database.write() as session:
             yield session, job_lease.held(session, job_id, self.worker_id)
+
+
+def is_judge(version: AdapterVersion) -> bool:
+    """Return whether a version is a reward model, which answers nothing."""
+    return version.lineage.get("kind") == REWARD_MODEL
 
 
 def _base_of(job: Job) -> str:

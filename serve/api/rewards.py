@@ -16,7 +16,7 @@ import msgspec
 from starlette.requests import Request
 
 from data.errors import EngineFailure, InvalidInput
-from data.render import render_answer
+from data.render import continuation, render_answer
 from data.reward_head import RewardHead
 from data.rows import Content, Message
 from data.tables import new_id
@@ -94,8 +94,8 @@ class Ranking:
         ids, ends = answer.token_ids, self.served.eos_token_ids
         if answer.finish_reason == "length" or (ids and ids[-1] in ends):
             return ids
-        plain = self.served.tokens.tokenizer.encode(answer.text, add_special_tokens=False)
-        return [*plain, self.served.tokens.tokenizer.eos_token_id]
+        tokenizer = self.served.tokens.tokenizer
+        return [*continuation(tokenizer, answer.text), tokenizer.eos_token_id]
 
 
 def best(

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from data.tables import Project
     from data.upgrades import Bases, Recipe
 
+Tries = set[tuple[str, str | None]]  # versions, each with the last job that upgrades it
 POLL_S = 1.0
 BASE_HELP = "Name in configs/models, YAML, folder or hub id."
 
@@ -62,11 +63,12 @@ def upgrade(
         _undo(database, projects, bases, dry_run, as_json)
         return
     recipes = _plan(database, projects, bases)
+    held: Tries = set()
     if not dry_run:
-        _start(database, recipes, bases, settings)
+        held = _start(database, recipes, bases, settings)
         if wait:
             _warn_of_no_worker(recipes, settings)
-            recipes = _watch(database, projects, bases, settings, quiet=as_json)
+            recipes = _watch(database, projects, bases, settings, held, quiet=as_json)
     if as_json:
         print_json([recipe.as_dict() for recipe in recipes])
     else:
@@ -74,7 +76,7 @@ def upgrade(
         _hint(recipes)
     if not dry_run and not wait:
         _warn_of_no_worker(recipes, settings)
-    if any(recipe.standing == "due" and recipe.job_id for recipe in recipes):
+    if any(one.standing == "due" and one.job_id and _try_of(one) not in held for one in recipes):
         raise typer.Exit(1)  # a job failed
 
 
@@ -126,23 +128,35 @@ def _plan(database: Database, projects: list[Project], bases: Bases) -> list[Rec
     return [recipe for project in projects for recipe in upgrades.plan(database, project, bases)]
 
 
-def _start(database: Database, recipes: list[Recipe], bases: Bases, settings: Settings) -> None:
-    """Queue what is due; what an account's cap holds back stays due."""
+def _try_of(recipe: Recipe) -> tuple[str, str | None]:
+    return recipe.version_id, recipe.job_id
+
+
+def _start(database: Database, recipes: list[Recipe], bases: Bases, settings: Settings) -> Tries:
+    """Queue what is due; what an account's cap holds back stays due, and is returned."""
     from data import upgrades
     from data.errors import QuotaExceeded
 
+    held: Tries = set()
     for recipe in recipes:
         if recipe.standing == "due":
             try:
                 upgrades.start(database, recipe, bases, settings.limits)
             except QuotaExceeded as error:
                 recipe.reason = error.message
+                held.add(_try_of(recipe))
+    return held
 
 
 def _watch(
-    database: Database, projects: list[Project], bases: Bases, settings: Settings, quiet: bool
+    database: Database,
+    projects: list[Project],
+    bases: Bases,
+    settings: Settings,
+    held: Tries,
+    quiet: bool,
 ) -> list[Recipe]:
-    """Wait for the jobs, queueing what a cap held back; a failed one is not tried again."""
+    """Wait for the jobs, queueing what a cap `held` back; one that fails is not tried again."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -153,8 +167,8 @@ def _watch(
         task = progress.add_task("upgrading", note="")
         while True:
             recipes = _plan(database, projects, bases)
-            held_back = [r for r in recipes if r.standing == "due" and r.job_id is None]
-            _start(database, held_back, bases, settings)
+            held_back = [r for r in recipes if r.standing == "due" and _try_of(r) in held]
+            held = _start(database, held_back, bases, settings)
             left = [r for r in recipes if r.standing == "running" or r in held_back]
             note_text = ", ".join(f"{r.account}: {_last_event(database, r)}" for r in left[:1])
             progress.update(
@@ -168,7 +182,7 @@ def _watch(
 def _last_event(database: Database, recipe: Recipe) -> str:
     from data import jobs
 
-    if recipe.job_id is None:
+    if recipe.standing == "due" or recipe.job_id is None:
         return recipe.reason
     events, _ = jobs.list_events(database, recipe.project_id, recipe.job_id, 1)
     return events[0].message.splitlines()[0][:80] if events else ""
