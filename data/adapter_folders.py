@@ -22,8 +22,8 @@ from sqlalchemy import select
 
 from data import bias
 from data.adapter_checks import AdapterFacts, check_adapter, digest_of, files_of
-from data.blobs import sync_folder
 from data.db import Database
+from data.durable import sync
 from data.errors import AdapterRefused, InvalidInput, NotFound
 from data.tables import AdapterVersion, new_id, now
 
@@ -60,9 +60,9 @@ def stage(adapters_dir: Path, source: Path, base_fingerprint: str | None) -> Sta
         for path in files_of(staging):
             with path.open("rb") as stream:
                 os.fsync(stream.fileno())
-        sync_folder(staging)
+        sync(staging)
         os.rename(staging, adapters_dir / version_id)
-        sync_folder(adapters_dir)
+        sync(adapters_dir)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise

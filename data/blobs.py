@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 
 import fsspec
 
+from data.durable import sync
 from data.errors import InvalidInput
 from data.parts import PartStore
 
@@ -99,8 +100,8 @@ class BlobStore:
         self._filesystem.makedirs(target.rpartition("/")[0], exist_ok=True)
         if self._is_local:
             os.rename(staged.path, target)
-            sync_folder(Path(target).parent)
-            sync_folder(Path(self._root))
+            sync(Path(target).parent)
+            sync(Path(self._root))
         else:
             self._filesystem.put_file(str(staged.path), target)
 
@@ -151,15 +152,6 @@ class BlobStore:
 
     def _age_s(self, path: str) -> float:
         return time.time() - float(self._filesystem.modified(path).timestamp())
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside a folder survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _protocols(filesystem: Any) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from data import bias
+from data.durable import sync_files
 from data.errors import TrainingFailed
 from data.moderation import classifier
 from serve.engine.base import AdapterRef, GenerationRequest, SamplingParams
@@ -88,6 +89,7 @@ def write_adapter(
         _try_out(folder, base, config, probe, tolerance)
         probe |= _trial(model, rows)
     write_json(folder / "probe.json", {**probe, "tolerance": tolerance[0]})
+    sync_files(folder)
     shutil.rmtree(run.adapter, ignore_errors=True)
     folder.rename(run.adapter)
 

@@ -16,6 +16,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from data.durable import sync, sync_files
+
 COMPLETE = "complete"  # the mark of a whole checkpoint
 ORIGIN = "hone.json"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -96,11 +98,9 @@ class RunFolder:
     def mark_complete(self, step: int) -> None:
         """Declare a checkpoint whole, once its files are on disk."""
         folder = self.checkpoints / f"checkpoint-{step}"
-        for path in folder.rglob("*"):
-            if path.is_file():
-                _sync(path)
+        sync_files(folder)
         write_json(folder / COMPLETE, {"seconds": self.seconds})
-        _sync(folder)
+        sync(folder)
 
     def newest_checkpoint(self) -> Path | None:
         """Return the whole checkpoint with the highest step."""
@@ -180,11 +180,3 @@ def _is_of(line: str, step: int) -> bool:
         return int(record["step"]) <= step and record.get("kind") != "final"
     except (ValueError, KeyError):
         return False  # a line that a crash cut off
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

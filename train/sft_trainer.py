@@ -234,6 +234,8 @@ class LoraTrainer(SFTTrainer):
             if rows > 1
             else f"set max_length={tokens // 2}, as one row by itself is too long"
         )
+        if self._seat is not None:
+            advice += ", or --max-tokens 0, which computes each run's rows alone"
         return TrainingFailed(
             f"Memory ran out at step {self.state.global_step + 1}, in a part of {rows} rows of "
             f"{tokens} tokens, padding included ({describe_memory(self.args.device)}): {advice}, "
