@@ -1,6 +1,7 @@
 # hone's commands. `make demo` and `make test` need only Python 3.11+; both make .venv first.
 PYTHON ?= python3
 VENV   ?= .venv
+JOBS   ?= 2
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
@@ -12,8 +13,8 @@ help:        ## Show the commands.
 demo: $(READY)  ## Fine-tune the base model on an example dataset and compare, end to end.
 	$(BIN)/hone demo
 
-test: $(READY)  ## Run the tests: no GPU, no network, no model download.
-	$(BIN)/python -m pytest
+test: $(READY)  ## Run the tests, JOBS files at a time: no GPU, no network, no model download.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test-slow: $(READY)  ## Run the end-to-end tests on the real model and the real clients.
 	$(BIN)/python -m pytest -m slow
