@@ -35,6 +35,17 @@ def resolve_length(max_length: int | Auto, base: str, context_length: int) -> in
     return max_length
 
 
+def check_shape(config: Any) -> None:
+    """Raise ValueError where an adapter's shape is given beside the adapter, or dropout is."""
+    given = config.lora.model_fields_set - {"dropout"}
+    if config.start_adapter is not None and given:
+        raise ValueError(
+            f"start_adapter keeps its adapter's shape; leave out lora.{', lora.'.join(given)}"
+        )
+    if config.lora.dropout:
+        raise ValueError(NO_DROPOUT)
+
+
 def check_held_out(config: Any) -> None:
     """Raise ValueError where both ways to hold rows out are given."""
     given = "validation_fraction" in config.model_fields_set and config.validation_fraction
@@ -92,12 +103,6 @@ class RewardConfig(RunConfig):
     def _check_together(self) -> Self:
         if self.bias_report:
             raise ValueError("bias_report is true, but a reward model writes no text: leave it out")
-        if self.lora.dropout:
-            raise ValueError(NO_DROPOUT)
-        given = self.lora.model_fields_set - {"dropout"}
-        if self.start_adapter is not None and given:
-            raise ValueError(
-                f"start_adapter keeps its adapter's shape; leave out lora.{', lora.'.join(given)}"
-            )
+        check_shape(self)
         check_held_out(self)
         return self

@@ -8,7 +8,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from data.settings import StrictModel
-from rlhf.config import NO_DROPOUT
+from rlhf.config import check_shape
 from rlhf.reward_settings import PpoRewardSettings
 from train.config import LoraSettings, RunConfig
 
@@ -26,13 +26,7 @@ class PolicyConfig(RunConfig):
 
     @model_validator(mode="after")
     def _check_shape(self) -> Self:
-        given = self.lora.model_fields_set - {"dropout"}
-        if self.start_adapter is not None and given:
-            raise ValueError(
-                f"start_adapter keeps its adapter's shape; leave out lora.{', lora.'.join(given)}"
-            )
-        if self.lora.dropout:
-            raise ValueError(NO_DROPOUT)
+        check_shape(self)
         return self
 
 

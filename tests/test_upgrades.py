@@ -96,15 +96,21 @@ def test_recipes_are_run_again_once_and_the_aliases_follow(
     assert registry.resolve(shop.database, project.id, f"ft:{OLD}:acme:b").base_model == OLD
 
 
-def test_an_upgraded_alias_goes_back_and_each_server_serves_its_base(
-    shop: Workshop, project: Project
-) -> None:
+def upgraded(shop: Workshop, project: Project) -> tuple[upgrades.Recipe, str]:
+    """Tune on the old base and upgrade; returns the recipe and the alias that moved."""
     tune(shop, project, "a")
     work(shop)
     (recipe,) = upgrades.plan(shop.database, project, BASES)
     upgrades.start(shop.database, recipe, BASES)
     work(shop)
     alias = f"ft:{OLD}:acme:a"
+    return recipe, alias
+
+
+def test_an_upgraded_alias_goes_back_and_each_server_serves_its_base(
+    shop: Workshop, project: Project
+) -> None:
+    recipe, alias = upgraded(shop, project)
     new = registry.resolve(shop.database, project.id, alias)
     with shop.database.write() as session:  # the fake trainer knows one base only
         session.merge(new).base_fingerprint = "base-new"
@@ -217,12 +223,7 @@ def test_an_upgrade_leaves_what_its_own_alias_names_on_the_new_base(
 def test_a_deleted_upgrade_gives_its_alias_back_and_is_due_again(
     shop: Workshop, project: Project
 ) -> None:
-    tune(shop, project, "a")
-    work(shop)
-    (recipe,) = upgrades.plan(shop.database, project, BASES)
-    upgrades.start(shop.database, recipe, BASES)
-    work(shop)
-    alias = f"ft:{OLD}:acme:a"
+    recipe, alias = upgraded(shop, project)
     made = registry.resolve(shop.database, project.id, alias)
     registry.delete(shop.database, project.id, made.name)
     assert registry.resolve(shop.database, project.id, alias).name == recipe.version
